@@ -1,0 +1,62 @@
+"""What an algorithm is: a value that names its data, its roles, its loss and the few places where it has a say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from jax import Array
+
+from rlhf_jax.batch import Mean, Metrics, Params, PolicyBatch, Scored
+from rlhf_jax.models.forward import Forward
+
+Kind = Literal["prompt_completion", "preference", "prompt_only"]
+Aux = dict[str, Array]
+
+
+class Term(NamedTuple):
+    """One term of a loss: coef * total / weight, to minimise. The weight depends on masks and data alone."""
+
+    mean: Mean
+    coef: float = 1.0
+
+
+Terms = dict[str, Term]
+LossFunction = Callable[[Forward, Params, Params, Any, Any], tuple[Terms, Metrics]]
+
+
+class Measure(NamedTuple):
+    """A figure of summary.json."""
+
+    name: str
+    metric: str
+    """Of the evaluation."""
+    is_compared: bool = True
+    """Stands there twice, before the first step and after the last."""
+
+
+class Algorithm(NamedTuple):
+    """An algorithm; the trainer reads these fields and never asks for its name."""
+
+    records: Kind
+    """The records it reads; `prompt_only` makes it online: its batches come from rollouts."""
+    trains: tuple[str, ...]
+    """Roles in the optimiser."""
+    reads: tuple[str, ...]
+    """Roles that are frozen."""
+    reports: tuple[Measure, ...]
+    """What the summary says of a stage; measures that an evaluation does not have are left out."""
+    loss: LossFunction
+    """loss(forward, params, frozen, batch, settings) -> terms, metrics."""
+    evaluate: Callable[[Forward, Params, Params, Any, Any], Metrics] | None = None
+    """Offline: sums over one held-out batch, of the same arguments as the loss."""
+    rows_per_record: int = 1
+    """Rows of a batch that belong together and are never parted by a microbatch."""
+    init_aux: Callable[[Any], dict[str, float]] = lambda settings: {}
+    """Named float32 scalars of the train state, and their first values."""
+    prepare: Callable[[Scored, Aux, Any], tuple[PolicyBatch, Metrics]] | None = None
+    """Online: a scored rollout -> what the loss reads, and metrics of the rollout."""
+    update_aux: Callable[[Aux, Any, Any], Aux] = lambda aux, batch, settings: aux
+    """The aux of the next iteration, from the batch of this one."""
+    normalizes_scores: bool = False
+    """After the last step, the mean and deviation of scores on demonstrations go into aux."""

@@ -1,0 +1,135 @@
+"""The pytrees that flow between the parts of a train step, and the dimension key.
+
+Dimension key, used as a suffix of local names where the rank matters:
+
+    B sequences   N prompts   G group   P prompt tokens   C static maximum of completion tokens
+    T tokens of a row   D model   F feed-forward   H heads   K key/value heads   V vocabulary
+
+Per-token arrays are [B, T]; column t speaks about token t given the tokens before it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Params = dict  # a pure dict pytree of arrays with string keys
+
+
+class Mean(NamedTuple):
+    """A mean that is not yet divided: sums of several of these are means over their union."""
+
+    total: Array  # f32[]
+    weight: Array  # f32[]
+
+    @property
+    def value(self) -> Array:
+        """Returns total / weight, f32[]; 0 where the weight is 0."""
+        return self.total / jnp.where(self.weight == 0, 1.0, self.weight)
+
+
+class Max(NamedTuple):
+    """A maximum over tokens, rows and minibatches."""
+
+    value: Array  # f32[]
+
+
+Metrics = dict[str, Mean | Max | Array]
+
+
+class Rows(NamedTuple):
+    """Token rows for scoring and training: prompt, completion, padding; contiguous, right-padded.
+
+    A row that only fills up a batch has length 0 and so has no weight anywhere.
+    """
+
+    tokens: Array  # i32[B, T]
+    prompt_lengths: Array  # i32[B], tokens before the completion, BOS included
+    lengths: Array  # i32[B], prompt and completion
+
+    @property
+    def attention_mask(self) -> Array:
+        """Returns bool[B, T]: the real tokens."""
+        return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
+
+    @property
+    def completion_mask(self) -> Array:
+        """Returns bool[B, T]: the completion's tokens, its EOS included when it has one."""
+        return self.attention_mask & ~self.prompt_mask
+
+    @property
+    def prompt_mask(self) -> Array:
+        """Returns bool[B, T]: the prompt's tokens."""
+        return jnp.arange(self.tokens.shape[1]) < self.prompt_lengths[:, None]
+
+    @property
+    def row_mask(self) -> Array:
+        """Returns bool[B]: the rows that are data, not filling."""
+        return self.lengths > 0
+
+
+class Prompts(NamedTuple):
+    """Prompts to complete, right-padded."""
+
+    tokens: Array  # i32[B, P]
+    lengths: Array  # i32[B]; 0 for a row that only fills up the batch
+    index: Array  # i32[B], position in the data order; randomness is folded from it, never from the row
+
+
+class Rollout(NamedTuple):
+    """What the sampler made of a batch of prompts."""
+
+    rows: Rows  # T = P + C
+    ended: Array  # bool[B]: the completion ends with EOS
+    sampler_logprobs: Array  # f32[B, T], nats, of the untruncated, temperature-scaled policy
+
+
+class Scored(NamedTuple):
+    """A rollout with what every role says about it."""
+
+    rollout: Rollout
+    old_logprobs: Array  # f32[B, T], nats, by the training forward of the policy that made the rollout
+    ref_logprobs: Array  # f32[B, T], nats, by the frozen reference
+    values: Array  # f32[B, T], the state before token t
+    scores: Array  # f32[B], the judges' combined verdict
+
+
+class PolicyBatch(NamedTuple):
+    """What a policy update reads."""
+
+    rows: Rows
+    completion_mask: Array  # bool[B, T]; the rows' own, less the rows that the missing-EOS rule leaves out
+    old_logprobs: Array  # f32[B, T], nats
+    ref_logprobs: Array  # f32[B, T], nats
+    old_values: Array  # f32[B, T]
+    advantages: Array  # f32[B, T], whitened when the algorithm says so
+    returns: Array  # f32[B, T]
+
+
+class TrainState(NamedTuple):
+    """All that changes during a stage, and all that a resumed run needs."""
+
+    step: Array  # i32[], updates done
+    position: Array  # i32[], records of the data order consumed
+    params: Params  # {role: tree} of the roles that are trained
+    opt_state: Params  # {role: optax state}
+    aux: dict[str, Array]  # named arrays of the algorithm, such as an adaptive coefficient
+
+
+def num_rows(batch: object) -> int:
+    """Returns the size of the leading axis that all arrays of a batch share."""
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def reduce_metrics(stacked: Metrics) -> Metrics:
+    """Returns metrics over a leading axis: sums of the parts of means, maxima of maxima, averages of plain arrays."""
+
+    def reduce(metric: Mean | Max | Array) -> Mean | Max | Array:
+        if isinstance(metric, Mean):
+            return Mean(jnp.sum(metric.total, axis=0), jnp.sum(metric.weight, axis=0))
+        return Max(jnp.max(metric.value, axis=0)) if isinstance(metric, Max) else jnp.mean(metric, axis=0)
+
+    return {name: reduce(metric) for name, metric in stacked.items()}

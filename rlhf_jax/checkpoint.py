@@ -1,0 +1,357 @@
+"""Saves, checks and restores the train state of a stage; the only importer of Orbax.
+
+A checkpoint is the directory `STAGE/checkpoints/STEP`: Orbax's `state/`, which holds the arrays under flat
+names such as `params/policy/trunk/embed/embedding`, and our `manifest.json`, written last. The manifest makes
+the checkpoint count: it has the caller's `info`, the shape and type of every leaf, and the size and CRC-32 of
+every file, so that a checkpoint which is unfinished, truncated or has flipped bits is passed over rather than
+loaded. (Orbax keeps no checksum of array data, and a read of a truncated file is not a clean error.)
+
+A stage that is done writes `STAGE/result.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from rlhf_jax.batch import Params
+from rlhf_jax.files import replace_file, to_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of the manifest and of the leaf names
+MANIFEST = "manifest.json"
+RESULT = "result.json"
+MAX_MISMATCHES = 20  # lines of a mismatch table
+
+
+class CheckpointReader:
+    """The checkpoints of a stage, to read."""
+
+    def __init__(self, directory: Path | str) -> None:
+        """Names the directory that holds the checkpoints; it need not exist yet."""
+        self.directory = Path(directory).absolute()
+
+    def latest(self) -> int | None:
+        """Returns the newest step whose checkpoint is complete and undamaged; None where there is none.
+
+        Reads every byte of that checkpoint once, to check it. Logs a warning for each newer one passed over.
+        """
+        for step in reversed(self._steps()):
+            problem = _problem(self._path(step))
+            if problem is None:
+                return step
+            logger.warning(
+                "CHECKPOINT NOT USABLE: %s: %s; falling back to an older one", self._path(step), problem
+            )
+        return None
+
+    def info(self, step: int) -> dict[str, Any]:
+        """Returns what was given to `save` as info. Raises ValueError where there is no such checkpoint."""
+        return self._manifest(step)["info"]
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """Returns the state that was saved at a step, laid out as this run wants it.
+
+        Args:
+            step: usually what `latest` returned.
+            abstract_state: the state's structure; leaves are jax.ShapeDtypeStruct with a sharding, or
+                jax.Array. The mesh need not be the one that saved.
+
+        Raises:
+            ValueError: the leaves' names, shapes or types are not those of the checkpoint (a table tells
+                which), or there is no such checkpoint.
+        """
+        return self.restore_subtree(step, "", abstract_state)
+
+    def restore_subtree(self, step: int, prefix: str, abstract: Any) -> Any:
+        """Returns the part of a state below a prefix such as `params/policy`; reads nothing else.
+
+        Args:
+            step: see `restore`.
+            prefix: names of fields and keys, joined with `/`; empty for the whole state.
+            abstract: as in `restore`, the structure of the part.
+
+        Raises:
+            ValueError: see `restore`.
+        """
+        wanted = _named_leaves(abstract, prefix)
+        stored = {
+            name: kind
+            for name, kind in self._manifest(step)["leaves"].items()
+            if not prefix or name == prefix or name.startswith(prefix + "/")
+        }
+        _check_match(self._path(step), stored, {name: _kind(leaf) for name, leaf in wanted.items()})
+        target = {name: _abstract_leaf(leaf) for name, leaf in wanted.items()}
+        with _partial_load():
+            loaded = ocp.load(str(self._path(step)), target)
+        return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
+
+    def leaves(self, step: int, prefix: str) -> dict[str, np.ndarray]:
+        """Returns the leaves below a prefix as host arrays, by their names below it; for a few small ones."""
+        stored = self._manifest(step)["leaves"]
+        names = [name for name in stored if name.startswith(prefix + "/")]
+        target = {name: np.empty(*_shape_and_dtype(stored[name])) for name in names}
+        with _partial_load():
+            loaded = ocp.load(str(self._path(step)), target) if target else {}
+        return {name.removeprefix(prefix + "/"): np.asarray(loaded[name]) for name in names}
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _steps(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        return sorted(
+            int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir()
+        )
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        try:
+            return _read_manifest(self._path(step))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no usable checkpoint of step {step} in {self.directory}: {error}; "
+                f"there are steps {self._steps()}"
+            ) from error
+
+
+class Checkpointer(CheckpointReader):
+    """The checkpoints of a stage, to read and write; the stage that trains owns one.
+
+    `save` returns as soon as the arrays are copied to the host, and the rest happens in the background; an
+    error there is raised by the next `save`, `latest`, `wait` or `close`. Use it as a context manager.
+    """
+
+    def __init__(self, directory: Path | str, keep: int) -> None:
+        """Names the directory, and how many of the newest checkpoints stay."""
+        super().__init__(directory)
+        assert keep >= 1, keep
+        self.keep = keep
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._newest: int | None = None  # once known to be good
+
+    def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
+        """Starts saving a state; the caller may donate the state's buffers as soon as this returns.
+
+        Args:
+            step: names the checkpoint; one that was saved and is undamaged is never overwritten.
+            state: any pytree of jax.Array.
+            info: JSON values that a reader wants to know before it restores, such as the configuration.
+
+        Raises:
+            ValueError: the step is already saved.
+        """
+        self.wait()
+        path = self._path(step)
+        if path.exists():
+            if _problem(path) is None:
+                raise ValueError(f"step {step} is already saved in {path}; resume from it or remove it")
+            shutil.rmtree(path)
+        leaves = _named_leaves(state)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "info": json.loads(json.dumps(info)),  # a copy, and an error here rather than in the background
+            "leaves": {name: _kind(leaf) for name, leaf in leaves.items()},
+        }
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob("*.orbax-checkpoint-tmp"):  # of a save that was killed
+            shutil.rmtree(leftover)
+        written = ocp.save_async(str(path), leaves)
+        self._pending = self._thread.submit(self._finish, written, path, manifest)
+
+    def latest(self) -> int | None:
+        """Returns the newest usable step, the save in progress included; only the first call reads a file."""
+        self.wait()
+        if self._newest is None:
+            self._newest = super().latest()
+        return self._newest
+
+    def wait(self) -> None:
+        """Returns when the save in progress is finished; raises its error if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the save in progress and gives up the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def _finish(self, written: Any, path: Path, manifest: dict[str, Any]) -> None:
+        written.result()
+        if jax.process_index() == 0:
+            replace_file(path / MANIFEST, to_json(manifest | {"files": _files(path)}, indent=1))
+            older = [step for step in self._steps() if step < manifest["step"]]
+            for step in older[: max(0, len(older) - (self.keep - 1))]:  # only now that the new one counts
+                shutil.rmtree(self._path(step))
+        self._newest = manifest["step"]
+
+
+def load_params(stage_dir: Path | str, role: str, abstract: Params) -> Params:
+    """Returns one role's parameters of a stage's newest checkpoint; reads nothing else.
+
+    Args:
+        stage_dir: RUN/STAGE.
+        role: policy, value, reward.
+        abstract: the parameters' structure, with shardings; see CheckpointReader.restore.
+
+    Raises:
+        ValueError: the stage has no usable checkpoint, or no such role, or other shapes.
+    """
+    reader, step = _newest(stage_dir)
+    roles = sorted(
+        {name.split("/")[1] for name in reader._manifest(step)["leaves"] if name.startswith("params/")}
+    )
+    if role not in roles:
+        raise ValueError(
+            f"{reader.directory} has no parameters of role {role!r}; it has {', '.join(roles) or 'none'}"
+        )
+    return reader.restore_subtree(step, f"params/{role}", abstract)
+
+
+def load_aux(stage_dir: Path | str) -> dict[str, np.ndarray]:
+    """Returns the algorithm's named arrays of a stage's newest checkpoint, such as the reward normaliser."""
+    reader, step = _newest(stage_dir)
+    return reader.leaves(step, "aux")
+
+
+def load_info(stage_dir: Path | str) -> dict[str, Any]:
+    """Returns the info of a stage's newest checkpoint."""
+    reader, step = _newest(stage_dir)
+    return reader.info(step)
+
+
+def write_result(stage_dir: Path | str, result: dict[str, Any]) -> None:
+    """Marks a stage as done: writes its result.json atomically."""
+    replace_file(Path(stage_dir) / RESULT, to_json(result, indent=1) + "\n")
+
+
+def read_result(stage_dir: Path | str) -> dict[str, Any] | None:
+    """Returns the result of a stage that is done; None of one that is not."""
+    path = Path(stage_dir) / RESULT
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); remove it to finish the stage again") from error
+
+
+def _newest(stage_dir: Path | str) -> tuple[CheckpointReader, int]:
+    reader = CheckpointReader(Path(stage_dir) / "checkpoints")
+    step = reader.latest()
+    if step is None:
+        raise ValueError(f"no usable checkpoint in {reader.directory}; run that stage first")
+    return reader, step
+
+
+def _partial_load() -> ocp.Context:
+    context = ocp.Context()
+    context.pytree_options.loading.partial_load = True
+    return context
+
+
+def _named_leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves in tree order, named by fields, keys and indices."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+    named = {
+        "/".join(filter(None, (prefix, name))): leaf for name, (_, leaf) in zip(names, leaves, strict=True)
+    }
+    assert len(named) == len(leaves), "two leaves of the state have the same name"
+    return named
+
+
+def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
+    assert leaf.sharding is not None, "every leaf of the abstract state needs a sharding"
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _kind(leaf: Any) -> list:
+    return [str(leaf.dtype), list(leaf.shape)]
+
+
+def _shape_and_dtype(kind: list) -> tuple[tuple[int, ...], np.dtype]:
+    dtype, shape = kind
+    return tuple(shape), jax.numpy.dtype(dtype)
+
+
+def _check_match(path: Path, stored: dict[str, list], wanted: dict[str, list]) -> None:
+    def show(kinds: dict[str, list], name: str) -> str:
+        return f"{kinds[name][0]}{kinds[name][1]}" if name in kinds else "missing"
+
+    rows = [
+        (name, show(stored, name), show(wanted, name))
+        for name in sorted(stored | wanted)
+        if stored.get(name) != wanted.get(name)
+    ]
+    if not rows:
+        return
+    shown = [("leaf", "in the checkpoint", "in this run"), *rows[:MAX_MISMATCHES]]
+    widths = [max(len(row[column]) for row in shown) for column in range(2)]
+    lines = [f"  {name:{widths[0]}}  {left:{widths[1]}}  {right}" for name, left, right in shown]
+    if len(rows) > MAX_MISMATCHES:
+        lines.append(f"  and {len(rows) - MAX_MISMATCHES} more")
+    raise ValueError(
+        "\n".join([f"checkpoint {path} does not fit this run; use the configuration that wrote it:", *lines])
+    )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Returns a checkpoint's manifest. Raises OSError or ValueError."""
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{path / MANIFEST} has format {manifest['format']}; this version reads {FORMAT}")
+    return manifest
+
+
+def _problem(path: Path) -> str | None:
+    """Returns what is wrong with a checkpoint; None if it may be loaded."""
+    try:
+        expected = _read_manifest(path)["files"]
+    except FileNotFoundError:
+        return f"incomplete: it has no {MANIFEST}"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"unreadable {MANIFEST}: {error}"
+    for name in expected:
+        if not (path / name).is_file():
+            return f"{name} is gone"
+        if (path / name).stat().st_size != expected[name][0]:
+            return f"{name} has {(path / name).stat().st_size} bytes instead of {expected[name][0]}"
+        if _crc(path / name) != expected[name][1]:
+            return f"{name} has a wrong checksum"
+    return None
+
+
+def _files(path: Path) -> dict[str, tuple[int, int]]:
+    """Returns {name: (bytes, CRC-32)} of all files of a checkpoint."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): (file.stat().st_size, _crc(file)) for file in files}
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc

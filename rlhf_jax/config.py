@@ -1,0 +1,348 @@
+"""Every knob, with its one default.
+
+Frozen dataclasses are the only schema: a YAML file chooses values, dotted flags override them, and the help
+text is the docstring that follows each field. `options.py` reads them; nothing here touches a device.
+A section is what a part of the program takes as its argument, never the whole configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run is written, and what is common to all its stages."""
+
+    dir: Annotated[str, Field(min_length=1)]
+    """Run directory; the same command with the same directory resumes."""
+    seed: Count = 0
+    """Root of all randomness: initialisation, data order, sampling."""
+    log_every: PositiveInt = 10
+    """Steps between two printed lines (every step is in metrics.jsonl)."""
+    num_samples: Count = 8
+    """Completions written to samples/ at each evaluation on prompts."""
+    max_skipped_updates: PositiveInt = 5
+    """Updates in a row that may be skipped because a loss or gradient is not finite, before the run stops."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files under the run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The decoder-only transformer: a checkpoint, or an architecture to train from scratch."""
+
+    path: str = ""
+    """Directory of a Hugging Face checkpoint; its config.json then decides the architecture."""
+    hidden_size: PositiveInt = 64
+    """Width of the residual stream (from scratch)."""
+    num_layers: PositiveInt = 2
+    """Number of blocks (from scratch)."""
+    num_heads: PositiveInt = 4
+    """Query heads (from scratch)."""
+    num_kv_heads: PositiveInt = 4
+    """Key/value heads; divides num_heads (from scratch)."""
+    mlp_size: PositiveInt = 192
+    """Width of the SwiGLU feed-forward (from scratch)."""
+    context_length: PositiveInt = 256
+    """Longest row, prompt and completion (from scratch)."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary position frequencies (from scratch)."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of RMSNorm (from scratch)."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as LM head (from scratch)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations; parameters and optimiser state stay float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What a block recomputes in the backward pass: nothing, all but matrix products, everything."""
+    logprob_chunk: Count = 0
+    """Tokens whose logits exist at once when log-probabilities are computed; 0: all of a microbatch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer: the model's own, another one, or one trained on the training text."""
+
+    path: str = ""
+    """Directory or hub name; empty: that of model.path, or a BPE trained on the spot when there is no
+    model.path."""
+    vocab_size: Annotated[int, Field(ge=260)] = 512
+    """Size of the vocabulary when a tokenizer is trained on the spot."""
+    eos_token: str = ""
+    """Token that ends a completion, where the tokenizer names none or another is meant."""
+    pad_token: str = ""
+    """Token that fills up rows, where the tokenizer names none; it may be the EOS token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which records a stage reads."""
+
+    train: str = "synthetic"
+    """`synthetic` (the embedded task), a .jsonl[.gz] or .parquet file, a directory of datasets.save_to_disk,
+    or `hub:NAME[/CONFIG]:SPLIT`; a slice such as `file.jsonl[:4000]` takes a part."""
+    eval: str = ""
+    """Held-out records, in the same notation; must be given unless train is `synthetic`."""
+    format: Literal["auto", "text", "prompt_completion", "preference", "prompt_only", "labelled"] = "auto"
+    """What the columns mean; `auto` tells it from their names. `labelled` makes preference pairs of texts
+    with a 0/1 label."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Other names of the usual columns, such as {prompt: question, completion: answer}."""
+    prompts: str = ""
+    """For `labelled`: texts whose first prompt_tokens tokens stand before both texts of a pair; empty: no
+    prompt."""
+    detokenize: bool = False
+    """For `labelled`: undo the spacing and lower case of old sentiment corpora, so that the text reads as
+    prose."""
+    prompt_tokens: Count = 0
+    """Where a stage needs prompts and the records are plain text: the prompt is the first so many tokens."""
+    max_prompt_length: PositiveInt = 128
+    """Longest prompt in tokens, BOS included; longer ones are dropped and counted."""
+    max_length: PositiveInt = 256
+    """Longest row in tokens, prompt and completion, of SFT and reward training; longer ones are cut on the
+    right, the cut is counted, and no EOS is appended to a cut completion."""
+    max_eval_records: PositiveInt = 512
+    """At most so many held-out records are read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the device mesh's axes; one may be -1: what is left."""
+
+    data: int = -1
+    """Rows of a batch; parameters are replicated."""
+    fsdp: int = 1
+    """Rows of a batch; parameters and optimiser state are sharded."""
+    tensor: int = 1
+    """Heads, feed-forward and vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with clipping by global norm."""
+
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: constant, or a decay to zero at the last step."""
+    warmup_steps: Count = 0
+    """Optimiser steps of linear warm-up."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of matrices (not of norms and biases)."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-5
+    """Adam's epsilon."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients of a role are clipped to this global norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    max_new_tokens: PositiveInt = 64
+    """Longest completion in tokens, EOS included."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits in sampling and in every log-probability of RL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardsConfig:
+    """Where a completion's score comes from: model_weight * reward model + function_weight * function."""
+
+    model_weight: FiniteFloat = 1.0
+    """Weight of the learned reward model (the stage's reward_from)."""
+    function: str = ""
+    """Python function `package.module:name`, called as fn(prompts, completions, **columns) -> list[float]."""
+    function_weight: FiniteFloat = 1.0
+    """Weight of the function's score."""
+    gold: str = ""
+    """Python function of the same signature that only judges held-out completions; it is never trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the train state is saved, and how many are kept."""
+
+    every: PositiveInt = 100
+    """Steps between two saves; the last step is always saved."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept of a stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    num_epochs: ClassVar[int] = 1
+    num_minibatches: ClassVar[int] = 1
+    num_steps: PositiveInt = 300
+    """Optimiser steps."""
+    batch_size: PositiveInt = 32
+    """Records of one step, over all devices."""
+    microbatch_size: Count = 0
+    """Records of one forward and backward pass; 0: the whole batch. Divides batch_size."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Tokens that carry loss: the completion's, or the prompt's too."""
+    eval_every: PositiveInt = 100
+    """Steps between two evaluations; there is one before the first step and one after the last."""
+
+    @property
+    def num_updates(self) -> int:
+        """Returns the number of update calls of the stage."""
+        return self.num_steps
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Returns the number of optimiser steps of the stage."""
+        return self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig:
+    """Reward model: Bradley-Terry on preference pairs."""
+
+    num_epochs: ClassVar[int] = 1
+    num_minibatches: ClassVar[int] = 1
+    num_steps: PositiveInt = 300
+    """Optimiser steps."""
+    batch_size: PositiveInt = 32
+    """Pairs of one step, over all devices."""
+    microbatch_size: Count = 0
+    """Pairs of one forward and backward pass; 0: the whole batch. Divides batch_size."""
+    normalizer: Literal["none", "mean", "mean_std"] = "mean"
+    """What is made 0 (and 1) on demonstrations: nothing, the mean score, the mean and the deviation."""
+    normalize_on: Literal["demonstrations", "chosen"] = "demonstrations"
+    """Texts on which the normaliser is measured: the training records of the SFT stage that this one starts
+    from, or the chosen completions of its own."""
+    eval_every: PositiveInt = 100
+    """Steps between two evaluations; there is one before the first step and one after the last."""
+
+    @property
+    def num_updates(self) -> int:
+        """Returns the number of update calls of the stage."""
+        return self.num_steps
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Returns the number of optimiser steps of the stage."""
+        return self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Proximal policy optimisation with a value model and a KL penalty in the reward."""
+
+    num_iterations: PositiveInt = 100
+    """Iterations of rollout and update."""
+    batch_size: PositiveInt = 64
+    """Prompts of one iteration, over all devices."""
+    num_epochs: PositiveInt = 4
+    """Passes over a rollout."""
+    num_minibatches: PositiveInt = 4
+    """Optimiser steps of one pass; divides batch_size."""
+    microbatch_size: Count = 0
+    """Rows of one forward and backward pass; 0: a whole minibatch. Divides batch_size / num_minibatches."""
+    value_learning_rate: NonNegativeFloat = 0.0
+    """Learning rate of the value model; 0: that of the optimizer section."""
+    kl_coef: NonNegativeFloat = 0.05
+    """Weight of the KL term in the reward, to start with."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """Whether the weight follows the measured KL."""
+    kl_target: PositiveFloat = 6.0
+    """Adaptive controller: KL to the reference to hold, nats per sequence."""
+    kl_horizon: PositiveInt = 10000
+    """Adaptive controller: episodes over which the weight adapts; more than 0.2 batch_size."""
+    gamma: Fraction = 1.0
+    """Discount of a token."""
+    gae_lambda: Fraction = 0.95
+    """Lambda of generalised advantage estimation."""
+    clip_eps: PositiveFloat = 0.2
+    """Clip of the policy ratio."""
+    value_clip_eps: PositiveFloat = 0.2
+    """Clip of the value around its old estimate."""
+    value_coef: NonNegativeFloat = 0.1
+    """Weight of the value loss."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    whiten_rewards: bool = False
+    """Divide rewards by their deviation over the batch, keeping their mean."""
+    whiten_advantages: bool = True
+    """Whiten advantages over the valid tokens of the whole batch."""
+    missing_eos: Literal["none", "subtract", "replace", "mask"] = "none"
+    """Completions without EOS: nothing, subtract missing_eos_value from the score, replace the score by it,
+    or leave the row out of loss, whitening and metrics."""
+    missing_eos_value: FiniteFloat = 1.0
+    """See missing_eos."""
+    eval_every: PositiveInt = 20
+    """Iterations between two evaluations; there is one before the first iteration and one after the last."""
+
+    @property
+    def num_updates(self) -> int:
+        """Returns the number of update calls of the stage, one an iteration."""
+        return self.num_iterations
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Returns the number of optimiser steps of the stage."""
+        return self.num_iterations * self.num_epochs * self.num_minibatches
+
+
+# What a file may hold beside `stages`. The run has one of each of the first; the others a stage may override.
+RUN_SECTIONS = {"run": RunConfig, "tokenizer": TokenizerConfig, "mesh": MeshConfig}
+STAGE_SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "rollout": RolloutConfig,
+    "rewards": RewardsConfig,
+    "checkpoint": CheckpointConfig,
+}
+
+ALGORITHM_SECTIONS = {"sft": SFTConfig, "reward_model": RewardModelConfig, "ppo": PPOConfig}
+AlgorithmConfig = SFTConfig | RewardModelConfig | PPOConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage, all its sections resolved: what the program is run with."""
+
+    name: Name
+    algorithm: Literal["sft", "reward_model", "ppo"]
+    start_from: str
+    """Stage name or directory whose policy or trunk this stage starts from; empty: the model section."""
+    reward_from: str
+    """Stage name or directory of the reward model; empty: none."""
+    settings: AlgorithmConfig
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    mesh: MeshConfig
+    optimizer: OptimizerConfig
+    rollout: RolloutConfig
+    rewards: RewardsConfig
+    checkpoint: CheckpointConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A chain of stages, resolved."""
+
+    run: RunConfig
+    stages: tuple[StageConfig, ...]

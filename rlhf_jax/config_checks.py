@@ -1,0 +1,371 @@
+"""Whether the options of a configuration fit each other, the files they name, and an earlier run.
+
+Each check yields lines `path: what is wrong, with the value, what is allowed and the fix`. A line names all
+options that it rests on, those of other sections as section.option, so that what only follows from an option
+that is reported already is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax import strict_yaml
+from rlhf_jax.config import Config, PPOConfig, RewardModelConfig, StageConfig
+from rlhf_jax.config_file import Resolved, Where, dump_config, ignored
+from rlhf_jax.data.records import SERVES, Kind
+from rlhf_jax.options import OPTIONS, did_you_mean, show
+from rlhf_jax.rewards.functions import load_function
+
+MAY_DIFFER = re.compile(
+    r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates)$|mesh\.|stages\.[^.]+\.checkpoint\.",
+)
+"""Options that may change between a run's start and its resumption."""
+
+KINDS: dict[str, Kind] = {"sft": "prompt_completion", "reward_model": "preference", "ppo": "prompt_only"}
+"""What an algorithm reads (the registry of algorithms says so too; a test compares them)."""
+
+PathOf = Callable[[str, str], str]
+"""(section, option) -> the path at which the stage's option is set."""
+
+
+def problems(resolved: Resolved, file_alone: Resolved) -> list[str]:
+    """Returns every problem of a configuration, those of its reading first.
+
+    Args:
+        resolved: the file's tree with the command line's overrides.
+        file_alone: the file's tree by itself: an option of the file that a flag makes idle is no problem.
+    """
+    found = []
+    for index, stage in enumerate(resolved.config.stages):
+
+        def path(section: str, option: str, name: str = stage.name) -> str:
+            return resolved.path(name, section, option)
+
+        earlier = {s.name: s for s in resolved.config.stages[:index]}
+        found += check_sources(stage, earlier, resolved.names)
+        found += check_batches(stage, path)
+        found += check_architecture(stage, earlier, path)
+        found += check_ppo(stage, path)
+        found += check_formats(stage, path)
+        found += check_normalizer(stage, earlier, path)
+        found += check_paths(stage, path)
+        found += check_functions(stage, path)
+    found += check_mesh(resolved)
+    found = [line for line in found if not any(_speaks_of(line, option) for option in resolved.wrong)]
+    if resolved.complete:
+        found += check_ignored(resolved, file_alone)
+    if not (found or resolved.problems):
+        found += check_run_directory(resolved.config)
+    return list(dict.fromkeys([*resolved.problems, *found]))
+
+
+def check_sources(
+    stage: StageConfig, earlier: dict[str, StageConfig], names: tuple[str, ...]
+) -> Iterator[str]:
+    """Yields what is wrong with `from` and `reward_from`: a fitting earlier stage, or a directory."""
+
+    def missing(key: str, name: str) -> str:
+        if name in names:
+            place = "is this stage itself" if name == stage.name else "comes later in the list"
+            return f"stages.{stage.name}.{key}: {name!r} {place}; name an earlier stage or a directory"
+        near = did_you_mean(name, names) or ("; earlier stages: " + ", ".join(earlier) if earlier else "")
+        return f"stages.{stage.name}.{key}: {name!r} is neither an earlier stage nor a directory{near}"
+
+    source, judge = stage.start_from, stage.reward_from
+    if source in earlier:
+        if earlier[source].algorithm == "reward_model":
+            yield (
+                f"stages.{stage.name}.from: {source!r} is a reward model; {stage.algorithm} starts from a "
+                "policy, the result of an sft or ppo stage"
+            )
+    elif source and (source in names or not _is_directory(source)):
+        yield missing("from", source)
+
+    if judge and stage.algorithm != "ppo":
+        yield f"stages.{stage.name}.reward_from: would be ignored: only a ppo stage trains on scores"
+    elif judge in earlier:
+        if earlier[judge].algorithm != "reward_model":
+            yield (
+                f"stages.{stage.name}.reward_from: {judge!r} runs {earlier[judge].algorithm}; "
+                "name a reward_model stage"
+            )
+    elif judge and (judge in names or not _is_directory(judge)):
+        yield missing("reward_from", judge)
+
+
+def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields the batch sizes of a stage that do not divide, by each other or over the mesh."""
+    settings, section = stage.settings, stage.algorithm
+    parts = settings.num_minibatches if isinstance(settings, PPOConfig) else 1
+    batch, micro = settings.batch_size, settings.microbatch_size
+    option, size, text = "batch_size", batch, f"{batch}"
+    if batch % parts:
+        yield (
+            f"{path(section, 'num_minibatches')}: must divide batch_size, got {parts} for {batch}; "
+            f"{_divisors(batch)} do"
+        )
+    else:
+        name = "batch_size / num_minibatches" if parts > 1 else "batch_size"
+        size = batch // parts
+        text = f"{batch} / num_minibatches = {size}" if parts > 1 else text
+        if micro and size % micro:
+            yield (
+                f"{path(section, 'microbatch_size')}: must divide {name}, got {micro} for {size}; "
+                f"{_divisors(size)} do"
+            )
+        elif micro:
+            option, size, text = "microbatch_size", micro, f"{micro}"
+    mesh = stage.mesh
+    if mesh.data > 0 and mesh.fsdp > 0:
+        # A pair is two rows. What divides the smallest of batch, minibatch and microbatch divides the others.
+        devices = mesh.data * mesh.fsdp
+        unit = devices // math.gcd(devices, 2) if stage.algorithm == "reward_model" else devices
+        if size % unit:
+            yield (
+                f"{path(section, option)}: must fill the mesh with a multiple of {unit} "
+                f"(mesh.data {mesh.data} * mesh.fsdp {mesh.fsdp}), got {text}"
+            )
+    steps = settings.num_optimizer_steps
+    if stage.optimizer.warmup_steps > steps:
+        names = (f"{section}.num_steps",)
+        if isinstance(settings, PPOConfig):
+            names = ("ppo.num_iterations", "ppo.num_epochs", "ppo.num_minibatches")
+        yield (
+            f"{path('optimizer', 'warmup_steps')}: must be at most the optimiser steps of the stage, "
+            f"{' * '.join(names)} = {steps}, got {stage.optimizer.warmup_steps}"
+        )
+
+
+def check_architecture(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf) -> Iterator[str]:
+    """Yields what cannot be built or is too short, of a model that is trained from scratch."""
+    root = stage
+    while root.start_from in earlier:
+        root = earlier[root.start_from]
+    model = stage.model
+    if root.start_from or model.path:
+        return
+    if stage is root:
+        if model.num_heads % model.num_kv_heads:
+            yield (
+                f"{path('model', 'num_kv_heads')}: must divide num_heads, got {model.num_kv_heads} "
+                f"for {model.num_heads}; {_divisors(model.num_heads)} do"
+            )
+        if model.hidden_size % model.num_heads:
+            yield (
+                f"{path('model', 'num_heads')}: must divide hidden_size, got {model.num_heads} "
+                f"for {model.hidden_size}"
+            )
+        elif model.hidden_size // model.num_heads % 2:
+            yield (
+                f"{path('model', 'num_heads')}: hidden_size / num_heads must be even, as rotary positions "
+                f"turn pairs, got {model.hidden_size} / {model.num_heads}"
+            )
+        if stage.mesh.tensor > 1:
+            for option in ("num_heads", "num_kv_heads", "mlp_size"):
+                size = getattr(model, option)
+                if size % stage.mesh.tensor:
+                    yield f"mesh.tensor: must divide model.{option}, got {stage.mesh.tensor} for {size}"
+    if stage.algorithm == "ppo":
+        longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
+        if longest > model.context_length:
+            yield (
+                f"{path('rollout', 'max_new_tokens')}: data.max_prompt_length + max_new_tokens must be at "
+                f"most model.context_length = {model.context_length}, got {stage.data.max_prompt_length} + "
+                f"{stage.rollout.max_new_tokens} = {longest}"
+            )
+    elif stage.data.max_length > model.context_length:
+        yield (
+            f"{path('data', 'max_length')}: must be at most model.context_length = {model.context_length}, "
+            f"got {stage.data.max_length}"
+        )
+
+
+def check_ppo(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields what is wrong with where a ppo stage's scores come from, and with its controller."""
+    settings, rewards = stage.settings, stage.rewards
+    if not isinstance(settings, PPOConfig):
+        return
+    if stage.reward_from and rewards.model_weight == 0:
+        yield f"stages.{stage.name}.reward_from: would be ignored: {path('rewards', 'model_weight')} is 0"
+    if rewards.function and rewards.function_weight == 0:
+        yield f"{path('rewards', 'function')}: would be ignored: {path('rewards', 'function_weight')} is 0"
+    if not stage.reward_from and not rewards.function:
+        yield (
+            f"stages.{stage.name}: nothing gives its completions a score; set reward_from to a reward_model "
+            "stage or a directory, or rewards.function to package.module:name"
+        )
+    if settings.kl_controller == "adaptive" and settings.kl_horizon <= 0.2 * settings.batch_size:
+        yield (
+            f"{path('ppo', 'kl_horizon')}: must be more than 0.2 * batch_size = "
+            f"{0.2 * settings.batch_size:g}, got {settings.kl_horizon}"
+        )
+
+
+def check_formats(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields record formats that a stage cannot learn from, and prompts whose length is not given."""
+    data, allowed = stage.data, SERVES[KINDS[stage.algorithm]]
+    if data.format != "auto" and data.format not in allowed:
+        yield (
+            f"{path('data', 'format')}: a stage that runs {stage.algorithm} reads {', '.join(allowed)} (or "
+            f"auto), got {data.format!r}"
+        )
+    elif data.prompt_tokens == 0 and stage.algorithm == "ppo" and data.format == "text":
+        yield (
+            f"{path('data', 'prompt_tokens')}: must be >= 1 where data.format is 'text' and a stage needs "
+            "prompts, got 0"
+        )
+    elif data.prompt_tokens == 0 and data.prompts:
+        yield f"{path('data', 'prompt_tokens')}: must be >= 1 where data.prompts is set, got 0"
+
+
+def check_normalizer(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf) -> Iterator[str]:
+    """Yields where a reward model's normaliser finds no demonstrations."""
+    settings = stage.settings
+    if not isinstance(settings, RewardModelConfig) or settings.normalizer == "none":
+        return
+    source = earlier.get(stage.start_from)
+    if settings.normalize_on == "demonstrations" and (source is None or source.algorithm != "sft"):
+        start = f"starts from {stage.start_from!r}" if stage.start_from else "has no from"
+        yield (
+            f"{path('reward_model', 'normalize_on')}: 'demonstrations' are the training records of the sft "
+            f"stage that this one starts from, but stage {stage.name!r} {start}; set "
+            "reward_model.normalize_on: chosen, or reward_model.normalizer: none"
+        )
+
+
+def check_paths(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields the files and directories of a stage that do not exist, and the lack of held-out records."""
+    data, model = stage.data, stage.model
+    for option, spec in (("train", data.train), ("eval", data.eval), ("prompts", data.prompts)):
+        file = re.sub(r"\[[^\[\]]*\]$", "", spec)
+        is_local = file and file != "synthetic" and not file.startswith("hub:") and not _is_remote(file)
+        if is_local and not Path(file).expanduser().exists():
+            yield f"{path('data', option)}: there is no file or directory {file!r}{_similar_file(file)}"
+    if not data.train:
+        yield f"{path('data', 'train')}: must not be empty; 'synthetic' is the embedded task"
+    elif data.train != "synthetic" and not data.eval:
+        yield f"{path('data', 'eval')}: must be given: held-out records, such as a slice of {data.train!r}"
+    if model.path and not _is_remote(model.path):
+        if not _is_directory(model.path):
+            yield f"{path('model', 'path')}: there is no directory {model.path!r}"
+        elif not (Path(model.path) / "config.json").is_file():
+            yield f"{path('model', 'path')}: no Hugging Face checkpoint: {model.path!r} has no config.json"
+    tokenizer = stage.tokenizer.path
+    if tokenizer.startswith(("/", ".", "~")) and not _is_directory(tokenizer):
+        yield f"tokenizer.path: there is no directory {tokenizer!r}"
+
+
+def check_functions(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields the Python functions that cannot be imported or called."""
+    for option in ("function", "gold"):
+        spec = getattr(stage.rewards, option)
+        try:
+            if spec:
+                load_function(spec)
+        except ValueError as error:
+            yield f"{path('rewards', option)}: {error}"
+
+
+def check_mesh(resolved: Resolved) -> Iterator[str]:
+    """Yields axis sizes that no number of devices can have."""
+    if not resolved.config.stages:
+        return
+    mesh = resolved.config.stages[0].mesh
+    for axis in OPTIONS["mesh"]:
+        size = getattr(mesh, axis)
+        if size == 0 or size < -1:
+            yield f"{resolved.path('', 'mesh', axis)}: must be >= 1, or -1 for what is left, got {size}"
+    open_axes = [axis for axis in OPTIONS["mesh"] if getattr(mesh, axis) == -1]
+    if len(open_axes) > 1:
+        yield f"mesh.{open_axes[1]}: only one axis may be -1, got -1 for {' and '.join(open_axes)}"
+
+
+def check_ignored(resolved: Resolved, file_alone: Resolved) -> Iterator[str]:
+    """Yields the options that nothing reads; a section of the file that nothing reads is one line."""
+    found, in_file = ignored(resolved), ignored(file_alone) if file_alone.complete else {}
+    idle = {where: why for where, why in found.items() if resolved.path_of(where) not in resolved.flags}
+
+    def by_flag(where: Where) -> bool:
+        return resolved.path_of(where).startswith("--")
+
+    for where, why in found.items():
+        if not by_flag(where) and file_alone.complete and where not in in_file:
+            continue
+        stage, section, _ = where
+        alike = [w for w in resolved.explicit if w[:2] == (stage, section)]
+        whole = len(alike) > 1 and all(idle.get(w) == why and not by_flag(w) for w in alike)
+        path = (f"stages.{stage}.{section}" if stage else section) if whole else resolved.path_of(where)
+        yield f"{path}: would be ignored: {why}"
+
+
+def check_run_directory(cfg: Config) -> Iterator[str]:
+    """Yields that the run directory belongs to another configuration, with the options that differ."""
+    directory = cfg.run.dir
+    if _is_remote(directory):
+        return
+    if Path(directory).exists() and not Path(directory).is_dir():
+        yield f"run.dir: {directory!r} is not a directory"
+        return
+    saved = Path(directory) / "config.yaml"
+    if not saved.is_file():
+        return
+    try:
+        there = _flat(strict_yaml.load(saved.read_text(encoding="utf-8"), str(saved)))
+    except ValueError as error:
+        yield f"run.dir: {error}; choose another run.dir"
+        return
+    here = _flat(strict_yaml.load(dump_config(cfg), "this configuration"))
+    differing = [
+        key
+        for key in [*here, *(there.keys() - here.keys())]
+        if here.get(key) != there.get(key) and not MAY_DIFFER.match(key)
+    ]
+    if differing:
+        shown = [
+            f"{key} was {show(there.get(key))}, is {show(here.get(key))}" for key in sorted(differing)[:8]
+        ]
+        more = f"; and {len(differing) - 8} more" if len(differing) > 8 else ""
+        yield (
+            f"run.dir: {directory!r} belongs to a run of another configuration: {'; '.join(shown)}{more}; "
+            "choose another run.dir, or the configuration that it was started with to resume it"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns {path: value} of a tree; stages go by their names."""
+    if isinstance(tree, list) and prefix == "stages.":
+        tree = {str(entry.get("name")): entry for entry in tree if isinstance(entry, dict)}
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {
+        path: value for key, item in tree.items() for path, value in _flat(item, f"{prefix}{key}.").items()
+    }
+
+
+def _speaks_of(line: str, option: str) -> bool:
+    """Returns whether a line rests on section.option: it says so, or is of that section and has the name."""
+    section, name = option.split(".")
+    of_section = re.match(rf"(--)?(stages\.[^.]+\.)?{section}\.", line)
+    return bool(re.search(rf"\b{re.escape(option) if not of_section else name}\b", line))
+
+
+def _divisors(size: int) -> str:
+    """Returns the divisors of a size in words, the largest eight where there are more."""
+    return ", ".join(str(d) for d in [d for d in range(1, size + 1) if size % d == 0][-8:])
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def _is_directory(path: str) -> bool:
+    return _is_remote(path) or Path(path).expanduser().is_dir()
+
+
+def _similar_file(file: str) -> str:
+    parent = Path(file).parent
+    return did_you_mean(Path(file).name, sorted(p.name for p in parent.iterdir())) if parent.is_dir() else ""

@@ -1,0 +1,84 @@
+"""Lists of token ids become arrays of a static shape. Masks are born from the lengths written here.
+
+Arrays are numpy's until a program places them on its devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+from jax import Array
+
+from rlhf_jax.batch import Prompts, Rows
+
+LENGTH_MULTIPLE = 8  # static lengths are rounded up to it, so that few programs are compiled
+
+
+class Row(NamedTuple):
+    """One row before padding."""
+
+    ids: list[int]
+    prompt_length: int
+    was_cut: bool = False
+
+
+def row(prompt_ids: Sequence[int], completion_ids: Sequence[int], eos_id: int, max_length: int) -> Row:
+    """Returns prompt + completion + EOS; what exceeds max_length is cut on the right, its EOS with it.
+
+    A completion that fits only without its EOS counts as cut as well.
+    """
+    ids = [*prompt_ids, *completion_ids, eos_id]
+    return Row(ids[:max_length], len(prompt_ids), was_cut=len(ids) > max_length)
+
+
+def static_length(longest: int, limit: int) -> int:
+    """Returns the least multiple of LENGTH_MULTIPLE that holds the longest row, at most limit."""
+    return min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, limit)
+
+
+def collate_rows(rows: Sequence[Row], length: int, pad_id: int, num_rows: int) -> Rows:
+    """Returns Rows of num_rows rows of `length` tokens, right-padded; rows that only fill up have length 0.
+
+    Args:
+        rows: at most num_rows rows of at most `length` tokens.
+        length: T.
+        pad_id: written after the tokens; any id will do, EOS too, for masks come from lengths.
+        num_rows: B.
+    """
+    tokens, lengths = _pad([row.ids for row in rows], length, pad_id, num_rows)
+    prompt_lengths = np.zeros(num_rows, np.int32)
+    prompt_lengths[: len(rows)] = [row.prompt_length for row in rows]
+    return Rows(_host(tokens), _host(prompt_lengths), _host(lengths))
+
+
+def collate_prompts(
+    prompts: Sequence[Sequence[int]], index: Sequence[int], length: int, pad_id: int, num_rows: int
+) -> Prompts:
+    """Returns Prompts of num_rows rows of `length` tokens (P), right-padded.
+
+    Rows that only fill up have length 0 and index 0.
+    """
+    tokens, lengths = _pad(prompts, length, pad_id, num_rows)
+    indices = np.zeros(num_rows, np.int32)
+    indices[: len(prompts)] = index
+    return Prompts(_host(tokens), _host(lengths), _host(indices))
+
+
+def _pad(
+    lists: Sequence[Sequence[int]], length: int, pad_id: int, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns i32[num_rows, length] tokens and i32[num_rows] lengths."""
+    assert len(lists) <= num_rows, (len(lists), num_rows)
+    tokens = np.full((num_rows, length), pad_id, np.int32)
+    lengths = np.zeros(num_rows, np.int32)
+    for i, ids in enumerate(lists):
+        assert len(ids) <= length, (len(ids), length)
+        tokens[i, : len(ids)] = ids
+        lengths[i] = len(ids)
+    return tokens, lengths
+
+
+def _host(array: np.ndarray) -> Array:
+    return cast(Array, array)

@@ -1,0 +1,270 @@
+"""A stage's data: source -> records -> tokens, and the order in which batches are taken from them.
+
+The order is a function of (seed, position) alone. Position is one integer: how many records were consumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Literal, cast
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax.batch import Prompts, Rows
+from rlhf_jax.config import DataConfig
+from rlhf_jax.data.collate import Row, collate_prompts, collate_rows, row, static_length
+from rlhf_jax.data.records import (
+    SENTENCE_ENDS,
+    AnyRecord,
+    Kind,
+    Preference,
+    PromptCompletion,
+    PromptOnly,
+    read_records,
+)
+from rlhf_jax.data.sources import open_source
+from rlhf_jax.data.synthetic import synthetic_records
+from rlhf_jax.data.tokenizer import encode_completions, encode_prompts
+
+Split = Literal["train", "eval"]
+SYNTHETIC = "synthetic"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The tokenised records of a stage; how many were left out or cut stands beside them."""
+
+    kind: Kind
+    records: Sequence[AnyRecord]  # as text; a prompt that was cut to its first tokens reads as cut
+    rows: Sequence[Row]  # one per record, of a preference two: chosen, rejected; of a prompt its prompt alone
+    length: int  # static length of a collated row: T, of prompts P
+    pad_id: int
+    num_dropped: int  # records whose prompt is too long, or whose text is too short to have one
+    num_cut: int  # rows that were cut at data.max_length and so have no EOS
+    longest_row: int
+    longest_prompt: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def rows_per_record(self) -> int:
+        """Returns 2 for preferences, 1 otherwise."""
+        return 2 if self.kind == "preference" else 1
+
+    def collate(self, numbers: Sequence[int], index: Sequence[int], num_records: int) -> Rows | Prompts:
+        """Returns the numbered records as a batch of num_records; rows without a record have length 0.
+
+        Preferences are interleaved: row 2i is chosen, row 2i + 1 rejected. `index` becomes Prompts.index.
+        """
+        per = self.rows_per_record
+        rows = [self.rows[per * number + k] for number in numbers for k in range(per)]
+        if self.kind == "prompt_only":
+            return collate_prompts([row.ids for row in rows], index, self.length, self.pad_id, num_records)
+        return collate_rows(rows, self.length, self.pad_id, per * num_records)
+
+
+class Loader:
+    """Batches of examples in an order that is reshuffled for every epoch."""
+
+    def __init__(self, examples: Examples, batch_size: int, seed: int):
+        """batch_size counts records: a batch of preferences has twice as many rows."""
+        self.examples = examples
+        self.batch_size = batch_size
+        self._seed = seed
+
+    def batch(self, position: int) -> tuple[Rows | Prompts, int]:
+        """Returns the batch at a position, always full, and the next position.
+
+        The sequence of records does not depend on the batch size; a batch may reach into the next epoch.
+        """
+        end = position + self.batch_size
+        return self.examples.collate(self._numbers(position), range(position, end), self.batch_size), end
+
+    def records(self, position: int) -> list[AnyRecord]:
+        """Returns the records of batch(position), as text, for reward functions and samples."""
+        return [self.examples.records[number] for number in self._numbers(position)]
+
+    def eval_batches(self) -> Iterator[tuple[Rows | Prompts, list[AnyRecord]]]:
+        """Yields all examples once, in their own order: each batch, filled up by rows of length 0, and its records."""
+        for start in range(0, len(self.examples), self.batch_size):
+            numbers = range(start, min(start + self.batch_size, len(self.examples)))
+            batch = self.examples.collate(numbers, numbers, self.batch_size)
+            yield batch, [self.examples.records[number] for number in numbers]
+
+    def _numbers(self, position: int) -> list[int]:
+        count = len(self.examples)
+        places = range(position, position + self.batch_size)
+        return [int(epoch_order(self._seed, place // count, count)[place % count]) for place in places]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Returns i64[count], the order of the records in an epoch: a function of its arguments alone."""
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(count)
+    order.flags.writeable = False
+    return order
+
+
+def load_examples(
+    cfg: DataConfig,
+    kind: Kind,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    loss_on: Literal["completion", "all"] = "completion",
+) -> Examples:
+    """Returns the tokenised records of a split.
+
+    Args:
+        cfg: the stage's data section.
+        kind: what the stage reads.
+        split: train or held out; of held-out records at most cfg.max_eval_records are taken.
+        tokenizer: with EOS and padding token.
+        seed: decides the embedded task's records, and which labelled texts meet in a pair.
+        loss_on: `all` gives the prompt's tokens loss too, as completion tokens.
+
+    Raises:
+        ValueError: as open_source, read_records, tokenize_records.
+    """
+    records = load_records(cfg, kind, split, seed)
+    return tokenize_records(records, kind, tokenizer, cfg, loss_on=loss_on, where=f"data.{split}")
+
+
+def load_records(cfg: DataConfig, kind: Kind, split: Split, seed: int) -> list[AnyRecord]:
+    """Returns the records of a split as text; see load_examples."""
+    own_eval = SYNTHETIC if cfg.train == SYNTHETIC else ""
+    spec = cfg.train if split == "train" else cfg.eval or own_eval
+    if not spec:
+        raise ValueError(
+            "data.eval: is empty; name held-out records (only data.train: synthetic brings its own)"
+        )
+    where = f"data.{split}"
+    if spec == SYNTHETIC:
+        records = synthetic_records(kind, split, seed)
+    else:
+        source = open_source(spec, where=where)
+        prompts = open_source(cfg.prompts, where="data.prompts") if cfg.prompts else ()
+        records = read_records(source, kind, cfg, f"{where}: {spec}", prompts=prompts, seed=seed)
+    return records if split == "train" else records[: cfg.max_eval_records]
+
+
+def training_texts(cfg: DataConfig, kind: Kind, seed: int) -> Iterator[str]:
+    """Yields the texts of the training records, for the training of a tokenizer."""
+    for record in load_records(cfg, kind, "train", seed):
+        yield record.prompt
+        yield from _completions(record)
+
+
+def tokenize_records(
+    records: Sequence[AnyRecord],
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    *,
+    loss_on: Literal["completion", "all"] = "completion",
+    where: str = "data.train",
+) -> Examples:
+    """Returns the records with their token ids.
+
+    A record whose prompt has more than cfg.max_prompt_length tokens, BOS included, is left out; a row of more
+    than cfg.max_length tokens is cut on the right. A prompt without any token (empty text, a tokenizer without
+    BOS) becomes EOS, the token after which texts begin; to sample from it is an error.
+
+    Raises:
+        ValueError: an empty prompt to sample from; no record left.
+    """
+    prompts = encode_prompts(tokenizer, [record.prompt for record in records])
+    completions = iter(
+        encode_completions(tokenizer, [text for record in records for text in _completions(record)])
+    )
+    eos_id, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
+    limit = cfg.max_prompt_length if kind == "prompt_only" else min(cfg.max_prompt_length, cfg.max_length - 1)
+    kept: list[AnyRecord] = []
+    rows: list[Row] = []
+    lengths: list[int] = []
+    for number, (record, prompt) in enumerate(zip(records, prompts, strict=True), start=1):
+        own_completions = [next(completions) for _ in _completions(record)]
+        if not isinstance(record, PromptCompletion) and record.prompt_tokens:
+            prompt, text = opening(tokenizer, prompt, record.prompt_tokens)
+            if not prompt:
+                continue
+            record = record._replace(prompt=text)
+        if not prompt and kind == "prompt_only":
+            raise ValueError(
+                f"{where}: record {number} has an empty prompt and the tokenizer has no BOS token to start "
+                "from; give every record a prompt"
+            )
+        prompt = prompt or [eos_id]
+        lengths.append(len(prompt))
+        if len(prompt) > limit:
+            continue
+        kept.append(record)
+        if kind == "prompt_only":
+            rows.append(Row(prompt, len(prompt)))
+        for completion in own_completions:
+            made = row(prompt, completion, eos_id, cfg.max_length)
+            rows.append(made._replace(prompt_length=1) if loss_on == "all" else made)
+    if not kept:
+        raise ValueError(_nothing_left(where, lengths, limit, cfg))
+    longest = max(len(row.ids) for row in rows)
+    return Examples(
+        kind=kind,
+        records=kept,
+        rows=rows,
+        length=static_length(longest, cfg.max_prompt_length if kind == "prompt_only" else cfg.max_length),
+        pad_id=pad_id,
+        num_dropped=len(records) - len(kept),
+        num_cut=sum(row.was_cut for row in rows),
+        longest_row=longest,
+        longest_prompt=max(length for length in lengths if length <= limit),
+    )
+
+
+def opening(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], num_tokens: int) -> tuple[list[int], str]:
+    """Returns the first num_tokens tokens of a text as prompt, BOS not counted, and how they read.
+
+    The cut moves left to where the next token neither begins a sentence nor goes on with a word: after a sentence
+    a model may well end its text. Nothing is returned of a text without a further token or without such a place.
+    """
+    first = 0 if tokenizer.bos_token_id is None else 1
+    end = first + num_tokens
+    if len(ids) <= end:
+        return [], ""
+    longer = _read(tokenizer, ids[first : end + 1])
+    for stop in range(end, first, -1):
+        text = _read(tokenizer, ids[first:stop])
+        following = longer[len(text) :]
+        splits_word = text[-1:].isalnum() and following[:1].isalnum()
+        if not splits_word and not text[-1:].isspace() and not text.endswith((*SENTENCE_ENDS, '"', "\ufffd")):
+            return list(ids[:stop]), text
+        longer = text
+    return [], ""
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _completions(record: AnyRecord) -> tuple[str, ...]:
+    match record:
+        case PromptCompletion(completion=completion):
+            return (completion,)
+        case Preference(chosen=chosen, rejected=rejected):
+            return (chosen, rejected)
+        case PromptOnly():
+            return ()
+
+
+def _nothing_left(where: str, lengths: Sequence[int], limit: int, cfg: DataConfig) -> str:
+    if not lengths:
+        return f"{where}: no text has more than data.prompt_tokens = {cfg.prompt_tokens} tokens; lower it"
+    key = "data.max_prompt_length" if limit == cfg.max_prompt_length else "data.max_length (less one)"
+    return (
+        f"{where}: all {len(lengths)} prompts are too long: they have {min(lengths)} to {max(lengths)} "
+        f"tokens, {key} allows {limit}; raise it, or shorten the prompts"
+    )

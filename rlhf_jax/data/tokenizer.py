@@ -1,0 +1,151 @@
+"""Text to token ids: a tokenizer that is loaded or trained, and the one way in which text is encoded.
+
+Prompt and completion are encoded apart and concatenated, in training as in sampling: the tokens of a prompt do
+not depend on what follows, and the first completion token is one that the sampler can choose. Encoding the joined
+text may give other tokens where the two meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import cast
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rlhf_jax.config import TokenizerConfig
+from rlhf_jax.data.sources import nearest
+
+PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+
+
+def load_tokenizer(cfg: TokenizerConfig, model_path: str = "") -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of cfg.path, or else of model_path, with its EOS and padding token settled.
+
+    Args:
+        cfg: reads path, eos_token, pad_token. Code that comes with a tokenizer is never run.
+        model_path: directory or hub name of the model, used where cfg.path is empty.
+
+    Raises:
+        ValueError: no tokenizer there; no EOS or padding token; a named token that is not in the vocabulary.
+    """
+    path, key = (cfg.path, "tokenizer.path") if cfg.path else (model_path, "model.path")
+    if not path:
+        raise ValueError(
+            "tokenizer.path: is empty and so is model.path; name a tokenizer, or train one on the text"
+        )
+    _check_directory(path, key)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{key}: {path} holds no tokenizer that transformers can load: {reason}") from None
+    return settle_special_tokens(tokenizer, cfg, path)
+
+
+def settle_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, cfg: TokenizerConfig, path: str
+) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer with cfg's EOS and padding token; ValueError where one is missing or unknown.
+
+    The padding token may equal EOS: masks come from lengths, so nothing is lost by it.
+    """
+    for key, name in (("eos_token", cfg.eos_token), ("pad_token", cfg.pad_token)):
+        if not name:
+            continue
+        vocabulary = tokenizer.get_vocab()
+        if name not in vocabulary:
+            raise ValueError(
+                f"tokenizer.{key}: {name!r} is not in the vocabulary of {path}"
+                f"{nearest(name, tuple(vocabulary))}; allowed: one of its {len(vocabulary)} tokens, such as {_examples(tokenizer)}"
+            )
+        setattr(tokenizer, key, name)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer.eos_token: the tokenizer of {path} names no EOS token, so that no completion could "
+            f"end; set tokenizer.eos_token to a token of its vocabulary, such as {_examples(tokenizer)}"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"tokenizer.pad_token: the tokenizer of {path} names no padding token; set tokenizer.pad_token to a "
+            f"token of its vocabulary; {tokenizer.eos_token!r}, its EOS token, is allowed"
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Returns a byte-level BPE trained on the texts, a function of the texts and vocab_size alone.
+
+    Any text can be encoded. The vocabulary has vocab_size tokens at most, among them distinct ones for padding,
+    BOS and EOS with ids 0, 1, 2; it is smaller where the texts do not have so many pairs to merge.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    # For those who call the saved tokenizer themselves; our own encoding puts BOS there itself.
+    bos_first = processors.TemplateProcessing(single=f"{BOS} $A", pair=None, special_tokens=[(BOS, 1)])
+    backend.post_processor = bos_first  # pyright: ignore
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the prompt's ids: BOS once where the tokenizer has one, then the text without control tokens."""
+    return encode_prompts(tokenizer, [text])[0]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Returns encode_prompt of each text."""
+    start = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
+    return [start + ids for ids in encode_completions(tokenizer, texts)]
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the completion's ids without control tokens; EOS is appended where rows are made.
+
+    A completion that begins with a word starts with its space. (Tokenizers that add a space to every text, such
+    as Llama 2's, have it anyway.)
+    """
+    return encode_completions(tokenizer, [text])[0]
+
+
+def encode_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Returns encode_completion of each text; a control token's name in a text is encoded as plain letters."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return cast("list[list[int]]", encoded["input_ids"])
+
+
+def _check_directory(path: str, key: str) -> None:
+    """Raises ValueError for what can only be a directory and is none; all else may be a name on the hub."""
+    directory = Path(path).expanduser()
+    if directory.is_dir() or not (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        return
+    siblings = sorted(entry.name for entry in directory.parent.iterdir()) if directory.parent.is_dir() else []
+    raise ValueError(f"{key}: no such directory: {path}{nearest(directory.name, siblings)}")
+
+
+def _examples(tokenizer: PreTrainedTokenizerBase) -> str:
+    names = tokenizer.all_special_tokens or list(tokenizer.get_vocab())
+    return ", ".join(repr(name) for name in names[:3])

@@ -1,0 +1,91 @@
+"""Held-out evaluation: of losses on records, of completions on prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from rlhf_jax.batch import Metrics, Params, reduce_metrics
+from rlhf_jax.data.loader import Loader
+from rlhf_jax.experience import Collector
+from rlhf_jax.metrics import to_host
+from rlhf_jax.programs import Programs
+from rlhf_jax.rewards.functions import RewardFunction
+from rlhf_jax.sharding import place_rows
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    samples: list[dict]
+    """Prompt, completion and score of some completions; empty where nothing is sampled."""
+
+
+Evaluate = Callable[[Params, Params], Evaluation]
+
+
+def evaluate_records(programs: Programs, loader: Loader, mesh: Mesh) -> Evaluate:
+    """Returns the evaluation of an offline stage: means over all held-out records, eval/nll as perplexity too."""
+
+    def evaluate(params: Params, frozen: Params) -> Evaluation:
+        batches = (place_rows(mesh, batch) for batch, _ in loader.eval_batches())
+        metrics = _over_batches([programs.evaluate(params, frozen, batch) for batch in batches])
+        if "eval/nll" in metrics:
+            metrics["eval/perplexity"] = _perplexity(metrics["eval/nll"])
+        return Evaluation(metrics, [])
+
+    return evaluate
+
+
+def evaluate_prompts(
+    collector: Collector, loader: Loader, key: Array, num_samples: int, gold: RewardFunction | None
+) -> Evaluate:
+    """Returns the evaluation of an online stage: completions of held-out prompts, sampled with the same key each time.
+
+    The metrics are those of a rollout under eval/, with the gold function's mean score and its deviation where there
+    is one. eval/ref_perplexity is the completions' perplexity under the reference.
+    """
+
+    def evaluate(params: Params, frozen: Params) -> Evaluation:
+        metrics, samples = [], []
+        for prompts, records in loader.eval_batches():
+            experience = collector.collect(params, frozen, prompts, records, key)
+            metrics.append(experience.metrics)
+            scores = np.asarray(experience.scored.scores)[: len(records)]
+            samples += [
+                {"prompt": record.prompt, "completion": completion, "score": float(score)}
+                for record, completion, score in zip(records, experience.completions, scores, strict=True)
+            ]
+            if gold is not None:
+                for sample, score in zip(samples[-len(records) :], gold(records, experience.completions)):
+                    sample["gold"] = float(score)
+        found = {
+            f"eval/{name}": x for name, x in _over_batches(metrics).items() if not name.startswith("perf/")
+        }
+        found["eval/ref_perplexity"] = _perplexity(found["eval/policy/ref_nll"])
+        found |= _mean_and_deviation("eval/score", [sample["score"] for sample in samples])
+        if gold is not None:
+            found |= _mean_and_deviation("eval/gold", [sample["gold"] for sample in samples])
+        return Evaluation(found, samples[:num_samples])
+
+    return evaluate
+
+
+def _over_batches(metrics: list[Metrics]) -> dict[str, float]:
+    return to_host(reduce_metrics(jax.tree.map(lambda *xs: jnp.stack(xs), *metrics)))
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, 700.0))
+
+
+def _mean_and_deviation(name: str, values: list[float]) -> dict[str, float]:
+    return {name: float(np.mean(values)), f"{name}_std": float(np.std(values))}

@@ -1,0 +1,329 @@
+"""Hugging Face directories (config.json and safetensors): read straight into sharded arrays, and written.
+
+One table says which tensor is which parameter; reading, checking and writing all go by it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import ml_dtypes  # makes bfloat16 a type that numpy, and so the safetensors reader, knows
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rlhf_jax.batch import Params
+from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.transformer import make_model
+
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FLOAT_TYPES = ("F32", "BF16", "F16")
+_OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
+
+# Parameter: (tensor, number of leading dimensions that a product sums over). Theirs is [outputs, inputs], with heads
+# and head_dim in one; ours is [inputs ..., outputs ...]. 0: the tensor as it is. {} is the layer.
+_TENSORS = {
+    "trunk/embed/embedding": (_EMBEDDING, 0),
+    "trunk/layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", 0),
+    "trunk/layers/attention/q": ("model.layers.{}.self_attn.q_proj.weight", 1),
+    "trunk/layers/attention/k": ("model.layers.{}.self_attn.k_proj.weight", 1),
+    "trunk/layers/attention/v": ("model.layers.{}.self_attn.v_proj.weight", 1),
+    "trunk/layers/attention/o": ("model.layers.{}.self_attn.o_proj.weight", 2),
+    "trunk/layers/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", 0),
+    "trunk/layers/mlp/gate": ("model.layers.{}.mlp.gate_proj.weight", 1),
+    "trunk/layers/mlp/up": ("model.layers.{}.mlp.up_proj.weight", 1),
+    "trunk/layers/mlp/down": ("model.layers.{}.mlp.down_proj.weight", 1),
+    "trunk/final_norm/scale": ("model.norm.weight", 0),
+    "lm_head/kernel": (_LM_HEAD, 1),
+}
+
+Slices = tuple[slice, ...]
+
+
+class _Tensor(NamedTuple):
+    """One tensor of a checkpoint, and how it becomes a parameter (of one layer)."""
+
+    name: str
+    num_inputs: int
+    ours: tuple[int, ...]  # the parameter's shape, without the layer axis
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the tensor's shape in the file."""
+        if self.num_inputs == 0:
+            return self.ours
+        return (prod(self.ours[self.num_inputs :]), prod(self.ours[: self.num_inputs]))
+
+    def read(self, tensor: Any, index: Slices) -> np.ndarray:
+        """Returns the part `index` of the parameter, float32, reading no more of the tensor than that."""
+        if self.num_inputs == 0:
+            return np.asarray(tensor[index], np.float32)
+        inputs = _merge(index[: self.num_inputs], self.ours[: self.num_inputs])
+        outputs = _merge(index[self.num_inputs :], self.ours[self.num_inputs :])
+        part = np.asarray(tensor[outputs, inputs], np.float32).T
+        return part.reshape([len(range(*s.indices(size))) for s, size in zip(index, self.ours, strict=True)])
+
+    def write(self, parameter: np.ndarray) -> np.ndarray:
+        """Returns the tensor, contiguous: the writer of safetensors takes the memory as it lies."""
+        if self.num_inputs:
+            parameter = parameter.reshape(prod(self.ours[: self.num_inputs]), -1).T
+        return np.ascontiguousarray(parameter)
+
+
+def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
+    """Returns the architecture in a directory's config.json.
+
+    Raises:
+        ValueError: no such directory or file, not JSON, or a model that is not supported.
+    """
+    path = Path(directory) / _CONFIG
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a Hugging Face model directory: it has no {_CONFIG}")
+    try:
+        return Architecture.from_hf(_read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_policy(directory: str | os.PathLike[str], architecture: Architecture, shardings: Params) -> Params:
+    """Returns the policy parameters of a checkpoint, float32, each device holding and reading only its part.
+
+    A checkpoint with tied embeddings may store the matrix as either of the two, or as both if they are equal.
+
+    Args:
+        directory: config.json and model.safetensors, or several safetensors with their index.
+        architecture: the checkpoint's; see `read_architecture`.
+        shardings: of the policy parameters, in their tree.
+    Raises:
+        ValueError: no safetensors, a file that is damaged or outside the directory, or tensors that are missing,
+            not expected, of another shape or not of floats; these all in one table.
+    """
+    shapes = _policy_shapes(architecture)
+    with ExitStack() as stack:
+        files = _open_tensors(Path(directory), stack)
+        tied_name = _tied_name(files, directory) if architecture.tie_embeddings else _EMBEDDING
+        expected = {parameter: _tensors(parameter, shape, tied_name) for parameter, shape in shapes.items()}
+        _check_tensors(directory, expected, files)
+
+        def load(path: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+            parameter = jax.tree_util.keystr(path, simple=True, separator="/")
+            read = _reader(parameter, expected[parameter], files)
+            return jax.make_array_from_callback(shapes[parameter], sharding, read, dtype=np.float32)
+
+        return jax.tree.map_with_path(load, shardings)
+
+
+def save_policy(
+    directory: str | os.PathLike[str],
+    architecture: Architecture,
+    params: Params,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    token_ids: Mapping[str, int] | None = None,
+) -> None:
+    """Writes config.json and model.safetensors, which transformers loads as LlamaForCausalLM.
+
+    All processes call it, for parameters are gathered leaf by leaf; the first process writes.
+
+    Args:
+        directory: made where it does not exist.
+        architecture: of the policy.
+        params: policy parameters, sharded in any way.
+        dtype: of the tensors written.
+        token_ids: see `Architecture.to_hf`.
+    Raises:
+        ValueError: parameters that are not this architecture's.
+    """
+    shapes = _policy_shapes(architecture)
+    found = {name: leaf.shape for name, leaf in _flatten(params)}
+    if found != shapes:
+        rows = [(name, shapes.get(name), found.get(name)) for name in sorted(shapes.keys() | found.keys())]
+        raise ValueError(_table("parameters that are not the architecture's", "parameter", rows))
+    stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    tensors = {}
+    for parameter, leaf in _flatten(params):
+        values = _gather(leaf).astype(stored)
+        names = _tensors(parameter, shapes[parameter], _EMBEDDING)
+        parts = values if _is_stacked(parameter) else [values]
+        tensors |= {tensor.name: tensor.write(part) for tensor, part in zip(names, parts, strict=True)}
+    if jax.process_index() != 0:
+        return
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    _replace(path / _WEIGHTS, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
+    config = json.dumps(architecture.to_hf(dtype, token_ids), indent=2)
+    _replace(path / _CONFIG, lambda partial: partial.write_text(config + "\n"))
+
+
+def _policy_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    abstract = jax.eval_shape(make_model(architecture).init_policy, jax.random.key(0))
+    return {name: leaf.shape for name, leaf in _flatten(abstract)}
+
+
+def _flatten(params: Params) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree.leaves_with_path(params):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def _is_stacked(parameter: str) -> bool:
+    return parameter.startswith("trunk/layers/")
+
+
+def _tensors(parameter: str, shape: tuple[int, ...], embedding_name: str) -> list[_Tensor]:
+    """Returns the tensors that make a parameter: one, or one for each layer."""
+    name, num_inputs = _TENSORS[parameter]
+    if _is_stacked(parameter):
+        return [_Tensor(name.format(layer), num_inputs, shape[1:]) for layer in range(shape[0])]
+    return [_Tensor(embedding_name if name == _EMBEDDING else name, num_inputs, shape)]
+
+
+def _reader(
+    parameter: str, tensors: list[_Tensor], files: Mapping[str, Any]
+) -> Callable[[Slices], np.ndarray]:
+    """Returns what reads a part of a parameter; a part that several devices hold is read once."""
+
+    @cache
+    def read(index: Slices) -> np.ndarray:
+        if not _is_stacked(parameter):
+            return tensors[0].read(files[tensors[0].name].get_slice(tensors[0].name), index)
+        return np.stack(
+            [
+                tensor.read(files[tensor.name].get_slice(tensor.name), index[1:])
+                for tensor in tensors[index[0]]
+            ]
+        )
+
+    return read
+
+
+def _merge(index: Slices, sizes: tuple[int, ...]) -> slice:
+    """Returns the slice of several dimensions made one, of which only the first may be divided."""
+    inner = prod(sizes[1:])
+    if any(part.indices(size) != (0, size, 1) for part, size in zip(index[1:], sizes[1:], strict=True)):
+        raise ValueError(f"a sharding divides the inner part of heads: {index} of {sizes}; shard whole heads")
+    start, stop, _ = index[0].indices(sizes[0])
+    return slice(start * inner, stop * inner)
+
+
+def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
+    """Returns the open file of each tensor in a directory."""
+    if not (directory / _INDEX).is_file():
+        if not (directory / _WEIGHTS).is_file():
+            raise ValueError(_no_safetensors(directory))
+        file = _open(directory / _WEIGHTS, stack)
+        return dict.fromkeys(file.keys(), file)
+    content = _read_json(directory / _INDEX)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{directory / _INDEX} has no weight_map from tensors to file names")
+    outside = [name for name in set(weight_map.values()) if not _is_plain_name(name)]
+    if outside:
+        raise ValueError(f"{directory / _INDEX} names files outside its directory: {sorted(outside)}")
+    opened = {name: _open(directory / name, stack) for name in sorted(set(weight_map.values()))}
+    lost = [f"{tensor} ({name})" for tensor, name in weight_map.items() if tensor not in opened[name].keys()]
+    if lost:
+        raise ValueError(
+            f"{directory / _INDEX} names tensors that their files do not have: {', '.join(lost[:8])}"
+        )
+    return {tensor: opened[name] for tensor, name in weight_map.items()}
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\\" not in name
+
+
+def _open(path: Path, stack: ExitStack) -> Any:
+    try:
+        return stack.enter_context(safe_open(path, framework="numpy"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read {path}: {error}; is it complete? Copy or download it again") from error
+
+
+def _no_safetensors(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"{directory} is not a directory"
+    others = sorted(path.name for pattern in _OTHER_FORMATS for path in directory.glob(pattern))
+    if not others:
+        return f"{directory} has no {_WEIGHTS} and no {_INDEX}"
+    return (
+        f"{directory} has weights only as {', '.join(others)}, and such files may run code when they are opened. Where "
+        "you trust them, convert them once with torch and transformers: AutoModelForCausalLM.from_pretrained"
+        f"({str(directory)!r}).save_pretrained({str(directory)!r})"
+    )
+
+
+def _tied_name(files: Mapping[str, Any], directory: str | os.PathLike[str]) -> str:
+    """Returns the tensor that holds the one matrix of a tied checkpoint."""
+    if _LM_HEAD not in files:
+        return _EMBEDDING
+    if _EMBEDDING not in files:
+        return _LM_HEAD
+    stored = [files[name].get_tensor(name) for name in (_EMBEDDING, _LM_HEAD)]
+    if not np.array_equal(*stored):
+        raise ValueError(
+            f"{directory}: its {_CONFIG} says tie_word_embeddings, but {_EMBEDDING} and {_LM_HEAD} differ; "
+            "set tie_word_embeddings to false there if the model is not tied"
+        )
+    return _EMBEDDING
+
+
+def _check_tensors(
+    directory: str | os.PathLike[str], expected: Mapping[str, list[_Tensor]], files: Mapping[str, Any]
+) -> None:
+    """Raises ValueError with a table of all tensors that are missing, too many, mis-shaped or not floats."""
+    wanted = {tensor.name: tensor.shape for tensors in expected.values() for tensor in tensors}
+    needless = {_EMBEDDING, _LM_HEAD} if _LM_HEAD not in wanted or _EMBEDDING not in wanted else set()
+    rows: list[tuple[str, Any, Any]] = []
+    for name in sorted(wanted.keys() | files.keys()):
+        stored = files[name].get_slice(name) if name in files else None
+        shape = tuple(stored.get_shape()) if stored else None
+        if name in wanted and shape != wanted[name]:
+            rows.append((name, wanted[name], shape))
+        elif name in wanted and stored and stored.get_dtype() not in _FLOAT_TYPES:
+            rows.append((name, " or ".join(_FLOAT_TYPES), stored.get_dtype()))
+        elif name not in wanted and name not in needless and not name.endswith("rotary_emb.inv_freq"):
+            rows.append((name, None, shape))
+    if rows:
+        raise ValueError(_table(f"the tensors in {directory} are not those of its {_CONFIG}", "tensor", rows))
+
+
+def _table(title: str, first: str, rows: list[tuple[str, Any, Any]]) -> str:
+    """Returns a table of the rows whose last two entries differ; None is nothing."""
+    cells = [(first, "expected", "found")]
+    cells += [(name, str(want or "-"), str(got or "-")) for name, want, got in rows if want != got]
+    widths = [max(len(row[column]) for row in cells) for column in range(2)]
+    lines = [f"  {name:<{widths[0]}}  {want:<{widths[1]}}  {got}" for name, want, got in cells]
+    return "\n".join([f"{title}:", *lines])
+
+
+def _gather(leaf: Any) -> np.ndarray:
+    """Returns the whole array on the host, on every process."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file beside `path` and moves it there, so that a half-written one never has its name."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)

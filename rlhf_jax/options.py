@@ -1,0 +1,136 @@
+"""The options that the dataclasses of `config.py` define: types, ranges, defaults and texts, in words."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from rlhf_jax import config
+from rlhf_jax.config import ALGORITHM_SECTIONS, RUN_SECTIONS, STAGE_SECTIONS
+
+SECTIONS = RUN_SECTIONS | STAGE_SECTIONS | ALGORITHM_SECTIONS
+REQUIRED = dataclasses.MISSING
+
+_NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of a section."""
+
+    name: str
+    hint: Any
+    default: Any
+    text: str
+
+    @property
+    def base(self) -> Any:
+        """Returns the type without its range."""
+        return (
+            typing.get_args(self.hint)[0] if typing.get_origin(self.hint) is typing.Annotated else self.hint
+        )
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Returns the values of a Literal; empty for every other type."""
+        return typing.get_args(self.base) if typing.get_origin(self.base) is typing.Literal else ()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether every value is a string."""
+        return self.base is str or bool(self.choices)
+
+    @property
+    def kind(self) -> str:
+        """Returns what a value is, such as 'a number'."""
+        if self.choices:
+            return "one of " + ", ".join(map(repr, self.choices))
+        return _NOUNS.get(self.base, "a mapping of names to strings")
+
+    @property
+    def range(self) -> str:
+        """Returns the bounds, such as '>= 0 and <= 1'; empty where there are none."""
+        constraints = [
+            constraint for info in getattr(self.hint, "__metadata__", ()) for constraint in info.metadata
+        ]
+        return " and ".join(
+            f"{sign} {getattr(constraint, bound):g}"
+            for constraint in constraints
+            for bound, sign in _BOUNDS.items()
+            if hasattr(constraint, bound)
+        )
+
+    def read(self, value: Any) -> Any:
+        """Returns the value as this option's type: an integer becomes a float where a number is expected.
+
+        Raises:
+            ValueError: it is of another type or out of range; the text says what is allowed and what came.
+        """
+        try:
+            return TypeAdapter(self.hint).validate_python(value, strict=True)
+        except ValidationError as error:
+            reason = error.errors()[0]["type"]
+        if self.choices:
+            raise ValueError(f"must be {self.kind}, got {show(value)}{did_you_mean(value, self.choices)}")
+        if reason in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+            raise ValueError(f"must be {self.range}, got {show(value)}")
+        if reason == "finite_number":
+            raise ValueError(f"must be a finite number, got {show(value)}")
+        if reason == "string_too_short":
+            raise ValueError("must not be empty")
+        if reason == "string_pattern_mismatch":
+            raise ValueError(f"must be made of letters, digits, '_' and '-', got {show(value)}")
+        raise ValueError(f"expected {self.kind}, got {show(value)}")
+
+
+def _texts() -> dict[str, dict[str, str]]:
+    """Returns {class: {field: the string that follows it}} of config.py."""
+    texts = {}
+    for node in ast.parse(inspect.getsource(config)).body:
+        if isinstance(node, ast.ClassDef):
+            texts[node.name] = {
+                field.target.id: " ".join(text.value.value.split())
+                for field, text in zip(node.body, node.body[1:], strict=False)
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                if isinstance(text.value.value, str)
+            }
+    return texts
+
+
+def _options_of(section: type, texts: dict[str, str]) -> dict[str, Option]:
+    hints = typing.get_type_hints(section, include_extras=True)
+    options = {}
+    for f in dataclasses.fields(section):
+        default = f.default if f.default_factory is REQUIRED else f.default_factory()
+        options[f.name] = Option(f.name, hints[f.name], default, texts.get(f.name, ""))
+    return options
+
+
+_TEXTS = _texts()
+OPTIONS = {name: _options_of(cls, _TEXTS[cls.__name__]) for name, cls in SECTIONS.items()}
+"""{section: {option name: Option}}"""
+STAGE_FIELDS = _options_of(config.StageConfig, _TEXTS["StageConfig"])
+"""The fields of a stage; `start_from` is written `from` in a file."""
+
+
+def show(value: Any) -> str:
+    """Returns a value as it would be written in YAML, cut at 60 characters."""
+    text = (
+        {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else repr(value)
+    )
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def did_you_mean(word: Any, known: Iterable[str]) -> str:
+    """Returns '; did you mean ...?' with the nearest of the known names, or '' when none is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,223 @@
+"""The jitted programs of a stage: rollout, score, advantages, update, and held-out evaluation.
+
+The only place of `jax.jit`, beside initialisation. Each program can be called on its own; shapes are static for a
+whole stage, so that each is compiled once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from rlhf_jax.algos.algorithm import Algorithm
+from rlhf_jax.batch import Max, Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
+from rlhf_jax.config import PPOConfig, StageConfig
+from rlhf_jax.models.forward import make_forward
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.ops.kl import sequence_kl
+from rlhf_jax.ops.masking import masked, masked_mean, masked_var
+from rlhf_jax.optim import make_optimizer
+from rlhf_jax.rollout.generate import generate
+from rlhf_jax.scoring import score_rollout
+from rlhf_jax.sharding import batch_sharding, decode_shardings, param_shardings, replicated
+from rlhf_jax.step import Optimizers, init_state, make_update
+
+
+class TokenIds(NamedTuple):
+    """The special tokens that programs know."""
+
+    eos: int
+    pad: int
+
+
+class Programs(NamedTuple):
+    """The programs of one stage on one mesh."""
+
+    init_state: Callable[[Params], TrainState]
+    """Parameters by role -> the state before the first step, on the mesh."""
+    rollout: Callable[[Params, Prompts, Array], Rollout]
+    """Policy parameters, prompts, key -> completions."""
+    greedy: Callable[[Params, Prompts, Array], Rollout]
+    """The same, always the likeliest token."""
+    score: Callable[[Params, Params, Rollout], tuple[Scored, Metrics]]
+    """Trained and frozen parameters, rollout -> what every role says, and metrics of the rollout."""
+    advantages: Callable[[Scored, dict[str, Array]], tuple[PolicyBatch, Metrics]]
+    """Scored rollout, aux -> what the update reads."""
+    update: Callable[[TrainState, Params, Any, Array], tuple[TrainState, Metrics]]
+    """State (donated), frozen parameters, batch, key -> state, metrics. One dispatch for all epochs."""
+    evaluate: Callable[[Params, Params, Any], Metrics]
+    """Offline: trained and frozen parameters, held-out batch -> sums."""
+    scores: Callable[[Params, Params, Rows], Array]
+    """Scores of the reward model, f32[B]."""
+
+
+def role_shardings(model: Model, mesh: Mesh, role: str) -> Params:
+    """Returns the sharding of every parameter of a role."""
+    is_scorer = role in ("value", "reward")
+    axes, shapes = (
+        (model.score_axes, model.score_shapes) if is_scorer else (model.policy_axes, model.policy_shapes)
+    )
+    return param_shardings(mesh, axes, shapes)
+
+
+def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
+    """Returns an optimiser per trained role; the schedule counts optimiser steps."""
+    settings = stage.settings
+    num_steps = settings.num_optimizer_steps
+    rates = {"value": settings.value_learning_rate or None} if isinstance(settings, PPOConfig) else {}
+    return {role: make_optimizer(stage.optimizer, num_steps, rates.get(role)) for role in algorithm.trains}
+
+
+def state_shardings(model: Model, mesh: Mesh, optimizers: Optimizers, aux: dict[str, float]) -> TrainState:
+    """Returns the sharding of every leaf of the train state; moments lie as their parameters do."""
+    everywhere = replicated(mesh)
+    params = {role: role_shardings(model, mesh, role) for role in optimizers}
+    shapes = {r: model.score_shapes if r in ("value", "reward") else model.policy_shapes for r in optimizers}
+    return TrainState(
+        step=everywhere,
+        position=everywhere,
+        params=params,
+        opt_state={
+            role: optax.tree.map_params(
+                optimizer,
+                lambda _, sharding: sharding,
+                jax.eval_shape(optimizer.init, shapes[role]),
+                params[role],
+                transform_non_params=lambda _: everywhere,
+            )
+            for role, optimizer in optimizers.items()
+        },
+        aux={name: everywhere for name in aux},
+    )
+
+
+def build_programs(
+    stage: StageConfig, algorithm: Algorithm, model: Model, mesh: Mesh, num_completion: int, ids: TokenIds
+) -> Programs:
+    """Returns the programs of a stage; nothing is compiled before the first call.
+
+    Args:
+        stage: the stage, resolved.
+        algorithm: of the stage.
+        model: the transformer's pure functions.
+        mesh: where everything lies.
+        num_completion: C, the static maximum of completion tokens of a row.
+        ids: EOS and pad.
+    """
+    settings = stage.settings
+    temperature = stage.rollout.temperature if algorithm.records == "prompt_only" else 1.0
+    forward = make_forward(model, num_completion, temperature, stage.model.logprob_chunk)
+    optimizers = optimizers_of(stage, algorithm)
+    aux = algorithm.init_aux(settings)
+    shardings = state_shardings(model, mesh, optimizers, aux)
+    rows_on = batch_sharding(mesh)
+    constrain = partial(_constrain, sharding=rows_on)
+    for_decoding = decode_shardings(mesh, model.policy_axes, model.policy_shapes)
+
+    def rollout(policy: Params, prompts: Prompts, key: Array, *, greedy: bool) -> Rollout:
+        completed = generate(
+            model,
+            jax.lax.with_sharding_constraint(policy, for_decoding),
+            prompts,
+            key,
+            max_new_tokens=stage.rollout.max_new_tokens,
+            temperature=temperature,
+            greedy=greedy,
+            eos_id=ids.eos,
+            pad_id=ids.pad,
+        )
+        return constrain(completed)
+
+    def counted(rollout: Rollout) -> Array:
+        drops_unended = getattr(settings, "missing_eos", "none") == "mask"
+        return rollout.rows.row_mask & (rollout.ended if drops_unended else True)
+
+    def score(params: Params, frozen: Params, rollout: Rollout) -> tuple[Scored, Metrics]:
+        scored = constrain(score_rollout(forward, params, frozen, rollout))
+        return scored, rollout_metrics(scored, counted(rollout))
+
+    def advantages(scored: Scored, aux: dict[str, Array]) -> tuple[PolicyBatch, Metrics]:
+        assert algorithm.prepare is not None
+        batch, metrics = algorithm.prepare(scored, aux, settings)
+        return constrain(batch), metrics | score_metrics(scored, counted(scored.rollout))
+
+    def evaluate(params: Params, frozen: Params, batch: Any) -> Metrics:
+        assert algorithm.evaluate is not None
+        return algorithm.evaluate(forward, params, frozen, batch, settings)
+
+    minibatch_size = settings.batch_size // settings.num_minibatches
+    update = make_update(
+        algorithm,
+        forward,
+        optimizers,
+        settings,
+        num_epochs=settings.num_epochs,
+        num_minibatches=settings.num_minibatches,
+        num_microbatches=minibatch_size // (settings.microbatch_size or minibatch_size),
+        constrain=constrain,
+    )
+    return Programs(
+        init_state=jax.jit(partial(init_state, optimizers=optimizers, aux=aux), out_shardings=shardings),
+        rollout=jax.jit(partial(rollout, greedy=False)),
+        greedy=jax.jit(partial(rollout, greedy=True)),
+        score=jax.jit(score),
+        advantages=jax.jit(advantages),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+        evaluate=jax.jit(evaluate),
+        scores=jax.jit(forward.scores),
+    )
+
+
+def _constrain(tree: Any, sharding: NamedSharding) -> Any:
+    """Lays the leading axis of every array over the batch axes of the mesh."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
+
+
+def rollout_metrics(scored: Scored, rows_counted: Array) -> Metrics:
+    """Returns what can be told before the host's judges have spoken: KL, lengths, EOS, the sampler's gap.
+
+    Args:
+        scored: a rollout that the models have scored.
+        rows_counted: bool[B]; the others, fillings and rows that the missing-EOS rule leaves out, only count in the
+            share of completions that ended.
+    """
+    rollout, rows = scored.rollout, scored.rollout.rows
+    mask = rows.completion_mask & rows_counted[:, None]
+    lengths = _lengths(rows)
+    gap = jnp.abs(jnp.where(mask, rollout.sampler_logprobs - scored.old_logprobs, 0.0))
+    return {
+        "policy/kl": sequence_kl(scored.old_logprobs, scored.ref_logprobs, mask),
+        "policy/kl_per_token": masked(scored.old_logprobs - scored.ref_logprobs, mask),
+        "policy/nll": masked(-scored.old_logprobs, mask),
+        "policy/ref_nll": masked(-scored.ref_logprobs, mask),
+        "policy/sampler_gap": masked(gap, mask),
+        "policy/sampler_gap_max": Max(jnp.max(gap)),
+        "rollout/length": masked(lengths, rows_counted),
+        "rollout/length_p95": jnp.nanpercentile(jnp.where(rows_counted, lengths, jnp.nan), 95),
+        "rollout/eos_rate": masked(jnp.float32(rollout.ended), rows.row_mask),
+        "perf/tokens": jnp.sum(lengths),
+    }
+
+
+def score_metrics(scored: Scored, rows_counted: Array) -> Metrics:
+    """Returns mean and deviation of the scores, and their correlation with the length of the completion."""
+    scores, lengths = scored.scores, _lengths(scored.rollout.rows)
+    variance, length_variance = masked_var(scores, rows_counted), masked_var(lengths, rows_counted)
+    centred = (scores - masked_mean(scores, rows_counted)) * (lengths - masked_mean(lengths, rows_counted))
+    spread = jnp.sqrt(variance * length_variance)
+    return {
+        "reward/score": masked(scores, rows_counted),
+        "reward/score_std": jnp.sqrt(variance),
+        "reward/length_correlation": masked_mean(centred, rows_counted) / jnp.where(spread == 0, 1.0, spread),
+    }
+
+
+def _lengths(rows: Rows) -> Array:
+    return jnp.where(rows.row_mask, rows.lengths - rows.prompt_lengths, 0).astype(jnp.float32)

@@ -1,0 +1,158 @@
+"""Reward functions of the user: found by name, called on the host with text, their answers checked.
+
+A function is called as `fn(prompts=[...], completions=[...], **columns) -> list[float]`, one number per completion.
+It is given the other columns of the records that it names as parameters, or all of them when it takes **kwargs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.data.records import PromptOnly
+
+SHOWN_CHARACTERS = 80
+
+
+class RewardError(ValueError):
+    """A reward function failed, or returned something that is no list of finite numbers."""
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A function of the user under the name that the configuration gives it."""
+
+    name: str
+    function: Callable[..., Any]
+
+    def __call__(self, records: Sequence[PromptOnly], completions: Sequence[str]) -> np.ndarray:
+        """Returns f32[B], the score of each completion of a record's prompt; RewardError where there is none."""
+        names = {name: None for record in records for name in record.columns}
+        columns = {name: [record.columns.get(name) for record in records] for name in names}
+        return call(self.function, self.name, [record.prompt for record in records], completions, columns)
+
+
+def load_function(spec: str) -> RewardFunction:
+    """Returns the function that `package.module:name` names; the current directory is importable.
+
+    Raises:
+        ValueError: the name has another form, the module cannot be imported, it has no such function.
+    """
+    module_name, colon, name = spec.partition(":")
+    if not (colon and all(part.isidentifier() for part in [*module_name.split("."), *name.split(".")])):
+        raise ValueError(
+            f"reward function {spec!r} is not of the form package.module:name; for `def score(...)` in "
+            "my_rewards.py in the current directory write my_rewards:score"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(
+            f"reward function {spec!r}: cannot import {module_name}: {type(error).__name__}: {error}; a module is "
+            f"looked for in the current directory ({os.getcwd()}) and among the installed packages"
+        ) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"reward function {spec!r}: {module_name} has no {part}{hint}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"reward function {spec!r} is a {type(found).__name__}, not a function")
+    return RewardFunction(spec, found)
+
+
+def call(
+    function: Callable[..., Any],
+    name: str,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> np.ndarray:
+    """Returns what a reward function says of each completion, f32[B].
+
+    Args:
+        function: of the user.
+        name: how messages call it.
+        prompts, completions: B texts each.
+        columns: B values each, by name; passed as far as the function takes them.
+    Raises:
+        RewardError: the function raised (the original is the cause), needs a column that the records do not have, or
+            did not return B finite numbers; the message names the row and shows its completion.
+    """
+    offered = {**columns, "prompts": prompts, "completions": completions}
+    arguments = {key: list(offered[key]) for key in _accepted(function, name, offered)}
+    try:
+        scores = function(**arguments)
+    except Exception as error:
+        raise RewardError(f"reward function {name} raised {type(error).__name__}: {error}") from error
+    return _checked(scores, name, completions)
+
+
+def _accepted(function: Callable[..., Any], name: str, offered: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the arguments that a function takes; RewardError where it needs another."""
+    parameters = inspect.signature(function).parameters.values()
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    by_name = {
+        parameter.name: parameter
+        for parameter in parameters
+        if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    }
+    missing = [
+        key for key, p in by_name.items() if p.default is inspect.Parameter.empty and key not in offered
+    ]
+    if missing:
+        raise RewardError(
+            f"reward function {name} needs {', '.join(missing)}, which the records do not have; it is given "
+            f"{', '.join(offered)}: rename the parameter, give it a default, or map a column to it (data.columns)"
+        )
+    return [key for key in offered if takes_all or key in by_name]
+
+
+def _checked(scores: Any, name: str, completions: Sequence[str]) -> np.ndarray:
+    """Returns the scores as f32[B]; RewardError where they are not B finite numbers."""
+    wanted = f"it must return a list of {len(completions)} numbers, one per completion"
+    if isinstance(scores, (str, bytes, Mapping)) or not (
+        hasattr(scores, "__len__") and hasattr(scores, "__iter__")
+    ):
+        kind = "None" if scores is None else f"a {type(scores).__name__}"
+        raise RewardError(f"reward function {name} returned {kind}; {wanted}")
+    scores = list(scores)
+    if len(scores) != len(completions):
+        raise RewardError(f"reward function {name} returned {len(scores)} scores; {wanted}")
+    checked = np.zeros(len(scores), np.float32)
+    for row, (score, completion) in enumerate(zip(scores, completions, strict=True)):
+        number = _number(score)
+        if number is None or not np.isfinite(number):
+            raise RewardError(
+                f"reward function {name} returned {_shorten(repr(score))} for row {row}, where a finite number must "
+                f"stand; the completion is {_shorten(repr(completion))}"
+            )
+        checked[row] = number
+    return checked
+
+
+def _number(score: Any) -> np.float32 | None:
+    """Returns a number, or an array that is one, as float32; None for anything else."""
+    if isinstance(score, (str, bytes)):
+        return None
+    try:
+        number = float(score)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    with np.errstate(over="ignore"):
+        return np.float32(number)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."

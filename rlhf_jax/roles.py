@@ -1,0 +1,124 @@
+"""Where the parameters of each role come from: a stage of this or another run, a checkpoint, or a fresh start."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from rlhf_jax import keys
+from rlhf_jax.algos.algorithm import Algorithm
+from rlhf_jax.batch import Params
+from rlhf_jax.checkpoint import load_aux, load_info, load_params
+from rlhf_jax.config import StageConfig
+from rlhf_jax.models import hf
+from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.heads import fold_normalizer, init_score_head, zero_score_head
+from rlhf_jax.models.transformer import Model
+from rlhf_jax.programs import role_shardings
+
+
+class Origins(NamedTuple):
+    """Directories that a stage starts from: a stage's, a Hugging Face checkpoint's, or none (from scratch)."""
+
+    policy: Path | None
+    reward: Path | None
+
+
+def is_stage_dir(path: Path) -> bool:
+    """Returns whether a directory is a stage's of some run."""
+    return (path / "checkpoints").is_dir()
+
+
+def origins(stage: StageConfig, stage_names: set[str]) -> Origins:
+    """Returns where a stage starts from; names of stages of this run become their directories."""
+
+    def directory(name: str) -> Path | None:
+        if not name:
+            return None
+        return Path(stage.run.dir) / name if name in stage_names else Path(name)
+
+    start = directory(stage.start_from) or (Path(stage.model.path) if stage.model.path else None)
+    return Origins(start, directory(stage.reward_from))
+
+
+def stored_architecture(path: Path) -> Architecture:
+    """Returns the architecture of a stage's or a Hugging Face directory. Raises ValueError where there is none."""
+    if is_stage_dir(path):
+        return Architecture.from_dict(load_info(path)["architecture"])
+    return hf.read_architecture(path)
+
+
+def load_roles(
+    stage: StageConfig, algorithm: Algorithm, where: Origins, model: Model, mesh: Mesh, root: Array
+) -> tuple[Params, Params]:
+    """Returns (trained, frozen): parameters by role, on the mesh.
+
+    policy     the stage or checkpoint that this stage starts from, or fresh
+    reference  a copy of that policy
+    reward     to be read: the reward stage's, its normaliser folded into the head; to be trained: the policy's trunk
+               with a fresh head
+    value      a copy of that reward model, or without one the policy's trunk with a zero head
+    """
+    key = keys.named(root, "init")
+    policy = load_policy(where.policy, model, mesh) if where.policy else _fresh(model, mesh, key)
+    reward = None if where.reward is None else _load_reward(where.reward, model, mesh)
+
+    def scorer(role: str, head: Params) -> Params:
+        shardings = role_shardings(model, mesh, role)
+        return _copy({"trunk": policy["trunk"], "score_head": head}, shardings)
+
+    def make(role: str) -> Params | None:
+        width = model.architecture.hidden_size
+        match role:
+            case "policy":
+                return policy
+            case "reference":
+                return _copy(policy, role_shardings(model, mesh, role))
+            case "reward" if role in algorithm.trains:
+                return scorer(role, init_score_head(keys.named(root, "head"), width))
+            case "reward":
+                return reward
+            case "value" if reward is not None:
+                return _copy(reward, role_shardings(model, mesh, role))
+            case "value":
+                return scorer(role, zero_score_head(width))
+        raise KeyError(role)
+
+    trained = {role: make(role) for role in algorithm.trains}
+    frozen = {role: weights for role in algorithm.reads if (weights := make(role)) is not None}
+    return trained, frozen
+
+
+def load_policy(path: Path, model: Model, mesh: Mesh) -> Params:
+    """Returns the policy of a stage's newest checkpoint or of a Hugging Face directory, on the mesh."""
+    shardings = role_shardings(model, mesh, "policy")
+    if is_stage_dir(path):
+        return load_params(path, "policy", _abstract(model.policy_shapes, shardings))
+    return hf.load_policy(path, model.architecture, shardings)
+
+
+def _fresh(model: Model, mesh: Mesh, key: Array) -> Params:
+    return jax.jit(model.init_policy, out_shardings=role_shardings(model, mesh, "policy"))(key)
+
+
+def _load_reward(path: Path, model: Model, mesh: Mesh) -> Params:
+    shardings = role_shardings(model, mesh, "reward")
+    weights = load_params(path, "reward", _abstract(model.score_shapes, shardings))
+    aux = load_aux(path)
+    fold = jax.jit(partial(fold_normalizer, mean=aux["normalizer_mean"], std=aux["normalizer_std"]))
+    return weights | {"score_head": jax.device_put(fold(weights["score_head"]), shardings["score_head"])}
+
+
+def _abstract(shapes: Params, shardings: Params) -> Params:
+    return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
+
+
+def _copy(params: Params, shardings: Params) -> Params:
+    """Returns the parameters in buffers of their own, so that the trained role can be donated."""
+    return jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings)(params)

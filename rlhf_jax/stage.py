@@ -1,0 +1,167 @@
+"""One stage: its parts are built, trained from its newest checkpoint on, and its result is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from rlhf_jax import keys
+from rlhf_jax.batch import Params, TrainState
+from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
+from rlhf_jax.data.loader import Loader
+from rlhf_jax.data.records import Preference, PromptOnly
+from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
+from rlhf_jax.experience import Collector
+from rlhf_jax.metrics import MetricWriter
+from rlhf_jax.models import hf
+from rlhf_jax.models.transformer import make_model
+from rlhf_jax.plan import Plan
+from rlhf_jax.programs import Programs, TokenIds, build_programs
+from rlhf_jax.rewards.combine import Judge
+from rlhf_jax.roles import load_policy, load_roles
+from rlhf_jax.sharding import place_rows
+from rlhf_jax.trainer import NextBatch, Source, Trainer
+
+
+def run_stage(plan: Plan, mesh: Mesh) -> dict[str, Any]:
+    """Returns what the stage measured; trains it first, from its newest checkpoint, unless it is done.
+
+    Raises:
+        ValueError: a checkpoint does not fit.
+        RewardError, NotFiniteError: see experience.py and trainer.py.
+    """
+    done = read_result(plan.directory)
+    if done is not None:
+        return done
+    stage, algorithm = plan.stage, plan.algorithm
+    root = keys.stage_root(stage.run.seed, plan.number)
+    model = make_model(plan.architecture, stage.model.dtype, stage.model.remat)
+    is_online = algorithm.records == "prompt_only"
+    num_completion = stage.rollout.max_new_tokens if is_online else _longest_completion(plan)
+    ids = TokenIds(eos=plan.tokenizer.eos_token_id, pad=plan.tokenizer.pad_token_id)
+    programs = build_programs(stage, algorithm, model, mesh, num_completion, ids)
+    trained, frozen = load_roles(stage, algorithm, plan.origins, model, mesh, root)
+    source, evaluate = (
+        _online(plan, programs, frozen, mesh, root) if is_online else _offline(plan, programs, mesh)
+    )
+    with (
+        Checkpointer(plan.directory / "checkpoints", stage.checkpoint.keep) as checkpointer,
+        MetricWriter(stage.run.dir, stage.name, stage.run.tensorboard) as writer,
+    ):
+        state = programs.init_state(trained)
+        info = {"architecture": plan.architecture.to_dict(), "algorithm": stage.algorithm}
+        newest = checkpointer.latest()
+        if newest is not None:
+            state = checkpointer.restore(newest, state)
+            info = checkpointer.info(newest)
+        writer.resume(0 if newest is None else newest + 1)
+        trainer = Trainer(stage, programs, source, evaluate, writer, checkpointer, info)
+        state = trainer.train(state, frozen, root)
+        if plan.demonstrations is not None and newest != int(state.step):
+            state = _normalized(plan, programs, state, mesh)
+        if checkpointer.latest() != int(state.step):
+            trainer.save(state)
+    result = _result(plan, trainer.info)
+    write_result(plan.directory, result)
+    return result
+
+
+def _longest_completion(plan: Plan) -> int:
+    """Returns C, the static maximum of completion tokens, over all records that the stage reads."""
+    examples = [plan.train, plan.held_out] + ([plan.demonstrations] if plan.demonstrations else [])
+    return max(len(row.ids) - row.prompt_length for of in examples for row in of.rows)
+
+
+def _offline(plan: Plan, programs: Programs, mesh: Mesh) -> tuple[Source, Evaluate]:
+    """Returns where batches of records come from, and the evaluation on held-out records."""
+    settings, seed = plan.stage.settings, plan.stage.run.seed
+    loader = Loader(plan.train, settings.batch_size, seed)
+
+    def source(state: TrainState, position: int, key: Array) -> NextBatch:
+        batch, position = loader.batch(position)
+        return NextBatch(
+            place_rows(mesh, batch), position, {"perf/tokens": np.float32(np.sum(batch.lengths))}
+        )
+
+    return source, evaluate_records(programs, Loader(plan.held_out, settings.batch_size, seed), mesh)
+
+
+def _online(
+    plan: Plan, programs: Programs, frozen: Params, mesh: Mesh, root: Array
+) -> tuple[Source, Evaluate]:
+    """Returns where batches of experience come from, and the evaluation on held-out prompts."""
+    stage = plan.stage
+    loader = Loader(plan.train, stage.settings.batch_size, stage.run.seed)
+    judge = Judge(stage.rewards, plan.function, has_model="reward" in frozen)
+    collector = Collector(programs, judge, plan.tokenizer, mesh)
+
+    def source(state: TrainState, position: int, key: Array) -> NextBatch:
+        records = loader.records(position)
+        prompts, position = loader.batch(position)
+        experience = collector.collect(state.params, frozen, prompts, records, key)
+        batch, metrics = programs.advantages(experience.scored, state.aux)
+        return NextBatch(batch, position, experience.metrics | metrics)
+
+    held_out = Loader(plan.held_out, stage.settings.batch_size, stage.run.seed)
+    key = keys.named(root, "evaluate")
+    return source, evaluate_prompts(collector, held_out, key, stage.run.num_samples, plan.gold)
+
+
+def _normalized(plan: Plan, programs: Programs, state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns the state with mean and deviation of the scores on demonstrations in aux."""
+    assert plan.demonstrations is not None
+    loader = Loader(plan.demonstrations, plan.stage.settings.batch_size, plan.stage.run.seed)
+    scores = []
+    for batch, _ in loader.eval_batches():
+        found = np.asarray(programs.scores(state.params, {}, place_rows(mesh, batch)))
+        scores.append(found[np.asarray(batch.lengths) > 0][:: plan.demonstrations.rows_per_record])
+    every = np.concatenate(scores)
+    std = every.std() if plan.stage.settings.normalizer == "mean_std" else 1.0
+    aux = {"normalizer_mean": np.float32(every.mean()), "normalizer_std": np.float32(max(std, 1e-6))}
+    return state._replace(aux=jax.device_put(aux, jax.tree.map(lambda x: x.sharding, state.aux)))
+
+
+def _result(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:
+    """Returns the figures of summary.json: what the algorithm reports, before and after, and the seconds it took."""
+    before, after = info["before"], info["after"]
+    result: dict[str, Any] = {}
+    for measure in plan.algorithm.reports:
+        if measure.metric not in after:
+            continue
+        if measure.is_compared:
+            result[f"{measure.name}_before"] = before[measure.metric]
+            result[f"{measure.name}_after"] = after[measure.metric]
+        else:
+            result[measure.name] = after[measure.metric]
+    if plan.gold is not None and plan.algorithm.records == "preference":
+        result["accuracy_ceiling"] = _gold_accuracy(plan)
+    return result | {"seconds": info["seconds"]}
+
+
+def _gold_accuracy(plan: Plan) -> float:
+    """Returns the gold function's own accuracy on the held-out pairs: what their noise lets a perfect model reach."""
+    assert plan.gold is not None
+    pairs = [record for record in plan.held_out.records if isinstance(record, Preference)]
+    prompts = [PromptOnly(pair.prompt) for pair in pairs]
+    margins = plan.gold(prompts, [pair.chosen for pair in pairs]) - plan.gold(
+        prompts, [pair.rejected for pair in pairs]
+    )
+    return float(np.mean(np.where(margins == 0, 0.5, margins > 0)))
+
+
+def export_policy(plans: Sequence[Plan], mesh: Mesh, directory: Path) -> None:
+    """Writes the last trained policy as a Hugging Face directory, with the tokenizer; nothing where none was trained."""
+    trained = [plan for plan in plans if "policy" in plan.algorithm.trains]
+    if not trained or (directory / "config.json").exists():
+        return
+    plan = trained[-1]
+    model = make_model(plan.architecture)
+    policy = load_policy(plan.directory, model, mesh)
+    hf.save_policy(directory, plan.architecture, policy)
+    plan.tokenizer.save_pretrained(str(directory))

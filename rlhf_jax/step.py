@@ -1,0 +1,146 @@
+"""The update: minibatches, accumulation, clipping, one optimiser step; skipped where anything is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from rlhf_jax.algos.algorithm import Algorithm, Term
+from rlhf_jax.batch import Max, Mean, Metrics, Params, TrainState, num_rows, reduce_metrics
+from rlhf_jax.models.forward import Forward, blank_forward
+
+Optimizers = dict[str, optax.GradientTransformation]
+Constrain = Callable[[Any], Any]
+Update = Callable[[TrainState, Params, Any, Array], tuple[TrainState, Metrics]]
+
+
+def init_state(params: Params, optimizers: Optimizers, aux: dict[str, float]) -> TrainState:
+    """Returns the state of a stage that has not yet made a step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        position=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state={role: optimizers[role].init(params[role]) for role in params},
+        aux={name: jnp.asarray(value, jnp.float32) for name, value in aux.items()},
+    )
+
+
+def make_update(
+    algorithm: Algorithm,
+    forward: Forward,
+    optimizers: Optimizers,
+    settings: Any,
+    *,
+    num_epochs: int = 1,
+    num_minibatches: int = 1,
+    num_microbatches: int = 1,
+    constrain: Constrain = lambda batch: batch,
+) -> Update:
+    """Returns update(state, frozen, batch, key) -> (state, metrics), one program for all epochs of a batch.
+
+    Scan over epochs and minibatches of scan over microbatches. Losses are sums over microbatches divided by
+    weights of the whole minibatch, so that the number of microbatches does not change the result. A step whose loss
+    or gradient is not finite leaves parameters and optimiser untouched and counts as update/skipped.
+
+    Args:
+        algorithm: gives the loss, the roles and the rule for aux.
+        forward: forward passes by role.
+        optimizers: by role; clipping is part of them, the norms logged are those before clipping.
+        settings: the algorithm's section.
+        num_epochs: passes over the batch; rows are shuffled anew in each when there are several minibatches.
+        num_minibatches: optimiser steps of a pass; divides the rows.
+        num_microbatches: parts of a minibatch; divides its records.
+        constrain: puts the rows of a minibatch on the mesh.
+    """
+
+    def gradients(params: Params, frozen: Params, minibatch: Any) -> tuple[Params, dict[str, Mean], Metrics]:
+        blank_terms, _ = algorithm.loss(blank_forward(), params, frozen, minibatch, settings)
+        weights = {name: jnp.maximum(term.mean.weight, 1e-8) for name, term in blank_terms.items()}
+
+        def objective(params: Params, microbatch: Any) -> tuple[Array, tuple[dict[str, Term], Metrics]]:
+            terms, metrics = algorithm.loss(forward, params, frozen, microbatch, settings)
+            total = sum(term.coef * term.mean.total / weights[name] for name, term in terms.items())
+            return jnp.asarray(total), ({name: term.mean for name, term in terms.items()}, metrics)
+
+        def one(microbatch: Any) -> tuple[Params, dict[str, Mean], Metrics]:
+            grads, (means, metrics) = jax.grad(objective, has_aux=True)(params, microbatch)
+            return grads, means, metrics
+
+        if num_microbatches == 1:
+            return one(minibatch)
+        microbatches = split_rows(minibatch, num_microbatches, algorithm.rows_per_record)
+
+        def accumulate(grads: Params, microbatch: Any) -> tuple[Params, tuple[dict[str, Mean], Metrics]]:
+            more, means, metrics = one(constrain(microbatch))
+            return jax.tree.map(jnp.add, grads, more), (means, metrics)
+
+        grads, (means, metrics) = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), microbatches)
+        return grads, reduce_metrics(means), reduce_metrics(metrics)
+
+    def optimizer_step(
+        carry: tuple[Params, Params], frozen: Params, minibatch: Any
+    ) -> tuple[tuple[Params, Params], Metrics]:
+        params, opt_state = carry
+        grads, means, metrics = gradients(params, frozen, minibatch)
+        norms = {role: optax.tree.norm(grads[role]) for role in grads}
+        quantities = {f"loss/{name}": mean.total for name, mean in means.items()}
+        quantities |= {f"{role}/grad_norm": norm for role, norm in norms.items()}
+        finite = jnp.all(jnp.stack([jnp.isfinite(x) for x in quantities.values()]))
+        new_params, new_opt_state = {}, {}
+        for role, optimizer in optimizers.items():
+            updates, new_opt_state[role] = optimizer.update(grads[role], opt_state[role], params[role])
+            new_params[role] = optax.apply_updates(params[role], updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state)
+        )
+        metrics = metrics | {f"loss/{name}": mean for name, mean in means.items()}
+        one = jnp.float32(1)
+        metrics |= {f"{role}/grad_norm": Mean(norm, one) for role, norm in norms.items()}
+        metrics |= {
+            f"not_finite/{name}": Max(jnp.float32(~jnp.isfinite(x))) for name, x in quantities.items()
+        }
+        return (params, opt_state), metrics | {"update/skipped": Mean(jnp.float32(~finite), one)}
+
+    def update(state: TrainState, frozen: Params, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
+        rows = num_rows(batch)
+
+        def minibatch_step(carry: Any, row_index: Array) -> Any:
+            return optimizer_step(carry, frozen, constrain(jax.tree.map(lambda x: x[row_index], batch)))
+
+        carry = (state.params, state.opt_state)
+        if num_epochs == num_minibatches == 1:
+            carry, metrics = optimizer_step(carry, frozen, batch)
+            first = metrics
+        else:
+            epoch_keys = jax.random.split(key, num_epochs)
+            order = jax.vmap(lambda k: jax.random.permutation(k, rows))(epoch_keys)
+            carry, metrics = lax.scan(minibatch_step, carry, order.reshape(num_epochs * num_minibatches, -1))
+            first = jax.tree.map(lambda x: x[0], metrics)
+            metrics = reduce_metrics(metrics)
+        maxima = {
+            name: m for name, m in first.items() if isinstance(m, Max) and not name.startswith("not_finite")
+        }
+        metrics |= {f"{name}_first": maximum for name, maximum in maxima.items()}
+        params, opt_state = carry
+        aux = algorithm.update_aux(state.aux, batch, settings)
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state, aux=aux), metrics
+
+    return update
+
+
+def split_rows(batch: Any, parts: int, rows_per_record: int = 1) -> Any:
+    """Returns the batch with leading axes [parts, rows / parts]; the rows of a record stay together.
+
+    Records are dealt in turn, so that rows that lie on one device stay there.
+    """
+
+    def split(x: Array) -> Array:
+        dealt = x.reshape(-1, parts, rows_per_record, *x.shape[1:])
+        return jnp.moveaxis(dealt, 1, 0).reshape(parts, -1, *x.shape[1:])
+
+    return jax.tree.map(split, batch)

@@ -1,0 +1,83 @@
+"""Which options a stage does not read, and why: they may not be set, and keep their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlhf_jax.config import ALGORITHM_SECTIONS, PPOConfig, RewardModelConfig, StageConfig
+
+ARCHITECTURE = (
+    "path",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "mlp_size",
+    "context_length",
+    "rope_theta",
+    "norm_eps",
+    "tie_embeddings",
+)
+"""Options of the model section that are settled by what a stage starts from."""
+
+
+def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, str]:
+    """Returns {section, or section.option: why} of what a stage does not read.
+
+    Args:
+        stage: a stage with all its sections.
+        stages: by name, in order, those before it at least; the first one brings the tokenizer.
+    """
+    reasons = {other: f"no stage runs {other}" for other in ALGORITHM_SECTIONS if other != stage.algorithm}
+
+    if stage.start_from:
+        why = f"{stage.start_from!r}, which stage {stage.name!r} starts from, decides it"
+        reasons |= {f"model.{key}": why for key in ARCHITECTURE}
+    elif stage.model.path:
+        reasons |= {f"model.{key}": "config.json of model.path decides it" for key in ARCHITECTURE[1:]}
+
+    first = next(iter(stages.values()), stage)
+    if stage.tokenizer.path:
+        reasons["tokenizer.vocab_size"] = "tokenizer.path names a trained tokenizer"
+    elif source := first.start_from or first.model.path:
+        reasons["tokenizer.vocab_size"] = f"the tokenizer of {source!r} is used"
+    else:
+        for key in ("eos_token", "pad_token"):
+            reasons[f"tokenizer.{key}"] = "a tokenizer that is trained on the spot brings its own"
+
+    data = stage.data
+    for key in ("prompts", "detokenize"):
+        if stage.algorithm != "reward_model" or data.format not in ("auto", "labelled"):
+            reasons[f"data.{key}"] = "only a reward_model stage that reads data.format 'labelled' uses it"
+    if stage.algorithm == "sft":
+        reasons["data.prompt_tokens"] = "an sft stage learns the whole text"
+    elif stage.algorithm == "reward_model" and not data.prompts:
+        reasons["data.prompt_tokens"] = "data.prompts is not set"
+    elif stage.algorithm == "ppo" and data.format not in ("auto", "text"):
+        reasons["data.prompt_tokens"] = f"records of data.format {data.format!r} have prompts of their own"
+    if data.train == "synthetic" and data.eval in ("", "synthetic"):
+        for key in ("format", "columns", "prompts", "detokenize", "prompt_tokens"):
+            reasons[f"data.{key}"] = "the embedded task (data.train: synthetic) has no columns"
+    if stage.algorithm == "ppo":
+        reasons["data.max_length"] = "a ppo stage has max_prompt_length and rollout.max_new_tokens"
+
+    if stage.algorithm != "ppo":
+        reasons["rollout"] = "only a ppo stage samples"
+        reasons["rewards"] = "only a ppo stage trains on scores"
+    if stage.algorithm == "reward_model":
+        del reasons["rewards"]
+        for key in ("model_weight", "function", "function_weight"):
+            reasons[f"rewards.{key}"] = "only a ppo stage trains on scores"
+        if isinstance(stage.settings, RewardModelConfig) and stage.settings.normalizer == "none":
+            reasons["reward_model.normalize_on"] = "reward_model.normalizer is 'none'"
+    if isinstance(stage.settings, PPOConfig):
+        if not stage.reward_from and stage.rewards.model_weight != 0:
+            reasons["rewards.model_weight"] = f"stage {stage.name!r} has no reward_from"
+        if not stage.rewards.function:
+            reasons["rewards.function_weight"] = "rewards.function is not set"
+        if stage.settings.kl_controller == "fixed":
+            for key in ("kl_target", "kl_horizon"):
+                reasons[f"ppo.{key}"] = "ppo.kl_controller is 'fixed'"
+        if stage.settings.missing_eos in ("none", "mask"):
+            reasons["ppo.missing_eos_value"] = f"ppo.missing_eos is {stage.settings.missing_eos!r}"
+    return reasons

@@ -1,0 +1,147 @@
+"""What every algorithm keeps, whatever its mathematics: NUMERICS 3, 4, 7, 11, 27.
+
+Gradients are read from Adam's first moment after one update, so that it is the compiled program that is tested.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.algos.registry import ALGORITHMS
+from rlhf_jax.batch import PolicyBatch, Rows
+from rlhf_jax.metrics import to_host
+from tests import tiny
+
+NAMES = sorted(ALGORITHMS)
+GRADIENT = 1e-5  # of the leaf's norm
+VALUE = 1e-5
+
+
+def policy_batch(rows: Rows, seed: int = 0) -> PolicyBatch:
+    """A batch as a rollout would give it, a row with a masked-out completion among them."""
+    rng = np.random.default_rng(seed)
+
+    def noise(scale):
+        return jnp.asarray(scale * rng.normal(size=rows.tokens.shape), jnp.float32)
+
+    mask = rows.completion_mask.at[1].set(False)
+    return PolicyBatch(rows, mask, noise(0.1) - 4.1, noise(0.1) - 4.1, noise(1), noise(1), noise(1))
+
+
+def batch_of(name: str, rows: Rows):
+    return policy_batch(rows) if ALGORITHMS[name].records == "prompt_only" else rows
+
+
+def one_minibatch(name: str) -> dict:
+    return {"num_epochs": 1, "num_minibatches": 1} if name == "ppo" else {}
+
+
+def updated(name, batch, mesh=None, **settings):
+    """Returns the gradient (Adam's first moment, by role) and the metrics of one update."""
+    mesh = mesh or tiny.mesh()
+    sizes = {"batch_size": batch_records(name, batch)}
+    programs = tiny.programs(tiny.stage(name, settings=sizes | one_minibatch(name) | settings), mesh)
+    trained, frozen = tiny.roles(name, mesh)
+    state, metrics = programs.update(programs.init_state(trained), frozen, batch, jax.random.key(0))
+    moments = {role: state.opt_state[role][1][0].mu for role in trained}
+    return jax.device_get(moments), to_host(metrics)
+
+
+def batch_records(name, batch):
+    return jax.tree.leaves(batch)[0].shape[0] // ALGORITHMS[name].rows_per_record
+
+
+def assert_same(found, expected):
+    gradient, metrics = found
+    expected_gradient, expected_metrics = expected
+    assert tiny.relative_difference(gradient, expected_gradient) < GRADIENT
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in expected_metrics.items():
+        assert metrics[name] == pytest.approx(value, abs=VALUE * max(1, abs(value))), name
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def reference(request):
+    """The name of an algorithm, a batch, and its update on one device."""
+    batch = batch_of(request.param, tiny.rows())
+    return request.param, batch, updated(request.param, batch)
+
+
+def test_the_gradient_is_not_zero(reference):
+    _, _, (gradient, metrics) = reference
+    assert all(metrics[name] > 1e-3 for name in metrics if name.endswith("grad_norm"))
+    for role, moments in gradient.items():
+        assert np.linalg.norm(moments["trunk"]["embed"]["embedding"]) > 0, role
+
+
+def test_padding_changes_nothing(reference):
+    name, batch, expected = reference
+
+    def longer(x):
+        return jnp.pad(x, ((0, 0), (0, 5)), constant_values=7) if x.ndim == 2 else x
+
+    assert_same(updated(name, jax.tree.map(longer, batch)), expected)
+
+
+def test_filling_rows_change_nothing(reference):
+    name, batch, expected = reference
+
+    def with_filling(x):
+        return jnp.concatenate([x, jnp.zeros_like(x[:4])])
+
+    assert_same(updated(name, jax.tree.map(with_filling, batch)), expected)
+
+
+def test_order_of_records_changes_nothing(reference):
+    name, batch, expected = reference
+    per = ALGORITHMS[name].rows_per_record
+    order = np.random.default_rng(0).permutation(8 // per)
+    rows = (per * order[:, None] + np.arange(per)).ravel()
+    assert_same(updated(name, jax.tree.map(lambda x: x[rows], batch)), expected)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_microbatches_change_nothing(reference, parts):
+    name, batch, expected = reference
+    assert_same(updated(name, batch, microbatch_size=batch_records(name, batch) // parts), expected)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_devices_change_nothing(reference, sizes):
+    name, batch, expected = reference
+    assert_same(updated(name, batch, tiny.mesh(**sizes)), expected)
+
+
+@pytest.mark.parametrize("poison", [1e6, np.nan])
+def test_garbage_outside_the_completions_changes_nothing(reference, poison):
+    name, batch, expected = reference
+    if isinstance(batch, Rows):
+        pytest.skip("tokens alone: there is no float to poison; padding is random tokens already")
+    kept = batch.completion_mask
+    poisoned = batch._replace(
+        **{
+            field: jnp.where(kept, getattr(batch, field), poison)
+            for field in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
+        }
+    )
+    assert_same(updated(name, poisoned), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ALGORITHMS[name].records == "prompt_only"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_ratio_is_one(name, temperature):
+    """Rollout, score, advantages, update: the same temperature everywhere, so old equals new before the first step."""
+    mesh = tiny.mesh()
+    programs = tiny.programs(tiny.stage(name, rollout={"max_new_tokens": 8, "temperature": temperature}), mesh)
+    trained, frozen = tiny.roles(name, mesh)
+    state = programs.init_state(trained)
+    rollout = programs.rollout(state.params["policy"], tiny.prompts(), jax.random.key(1))
+    scored, rollout_metrics = programs.score(state.params, frozen, rollout)
+    batch, _ = programs.advantages(scored, state.aux)
+    _, metrics = programs.update(state, frozen, batch, jax.random.key(2))
+    metrics = to_host(rollout_metrics | metrics)
+    assert metrics["policy/ratio_gap_first"] < 1e-5
+    assert metrics["policy/ratio_gap"] > 1e-4  # later minibatches have moved
+    assert metrics["policy/sampler_gap_max"] < 1e-5
+    assert metrics["policy/kl"] > 0.01

@@ -1,0 +1,112 @@
+"""Small real parts that tests share: a stage's configuration, a mesh, parameters of every role, batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax import config
+from rlhf_jax.algos.registry import ALGORITHMS
+from rlhf_jax.batch import Params, Prompts, Rows
+from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.heads import init_score_head
+from rlhf_jax.models.transformer import Model, make_model
+from rlhf_jax.programs import Programs, TokenIds, build_programs, role_shardings
+from rlhf_jax.sharding import make_mesh
+
+ARCHITECTURE = Architecture(
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_size=48,
+    context_length=48,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+)
+EOS, PAD = 1, 1  # the same: no mask may come from ids
+
+
+def stage(algorithm: str, **sections: dict[str, Any]) -> config.StageConfig:
+    """Returns a stage with small defaults; `settings` and other sections take overrides."""
+    settings = {"batch_size": 8} | sections.pop("settings", {})
+    fixed = {"rollout": {"max_new_tokens": 8}, "optimizer": {"learning_rate": 1e-3}, "mesh": {"data": 1}}
+    classes = {field.name: field.type for field in dataclasses.fields(config.StageConfig)}
+    made = {}
+    for name in ("model", "tokenizer", "data", "mesh", "optimizer", "rollout", "rewards", "checkpoint"):
+        cls = getattr(config, classes[name])
+        made[name] = cls(**(fixed.get(name, {}) | sections.pop(name, {})))
+    assert not sections, sections
+    return config.StageConfig(
+        name=algorithm,
+        algorithm=algorithm,
+        start_from="",
+        reward_from="",
+        settings=config.ALGORITHM_SECTIONS[algorithm](**settings),
+        run=config.RunConfig(dir="unused"),
+        **made,
+    )
+
+
+def mesh(**sizes: int) -> Mesh:
+    """Returns a mesh of the first devices; one by default."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+    return make_mesh(config.MeshConfig(**sizes), devices=jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+def model() -> Model:
+    """Returns the tiny transformer."""
+    return make_model(ARCHITECTURE)
+
+
+def weights(role: str, on: Mesh, seed: int = 0) -> Params:
+    """Returns fresh parameters of a role, the same on any mesh; heads are not zero, so that values differ."""
+    params = model().init_policy(jax.random.key(seed))
+    params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)  # far enough from uniform to tell tokens apart
+    if role in ("value", "reward"):
+        params = {"trunk": params["trunk"], "score_head": init_score_head(jax.random.key(seed + 9), 32)}
+    return jax.device_put(params, role_shardings(model(), on, role))
+
+
+def roles(algorithm: str, on: Mesh) -> tuple[Params, Params]:
+    """Returns (trained, frozen) of an algorithm; the reference differs from the policy, as it does after a while."""
+    seeds = {"policy": 0, "reference": 1, "value": 2, "reward": 3}
+    spec = ALGORITHMS[algorithm]
+    trained = {role: weights(role, on, seeds[role]) for role in spec.trains}
+    return trained, {role: weights(role, on, seeds[role]) for role in spec.reads}
+
+
+def programs(of: config.StageConfig, on: Mesh, num_completion: int = 8) -> Programs:
+    """Returns the stage's programs."""
+    return build_programs(of, ALGORITHMS[of.algorithm], model(), on, num_completion, TokenIds(EOS, PAD))
+
+
+def rows(num_rows: int = 8, length: int = 16, seed: int = 0) -> Rows:
+    """Returns rows with prompts of 1 to 8 tokens and completions of 1 to 8; padding is random tokens."""
+    rng = np.random.default_rng(seed)
+    prompt_lengths = rng.integers(1, 9, num_rows)
+    lengths = prompt_lengths + rng.integers(1, 9, num_rows)
+    tokens = rng.integers(2, 64, (num_rows, length))
+    return Rows(jnp.asarray(tokens, jnp.int32), jnp.asarray(prompt_lengths), jnp.asarray(lengths))
+
+
+def prompts(num_rows: int = 8, length: int = 8, seed: int = 0) -> Prompts:
+    """Returns prompts of 1 to `length` tokens."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(2, 64, (num_rows, length))
+    lengths = rng.integers(1, length + 1, num_rows)
+    return Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths), jnp.arange(num_rows, dtype=jnp.int32))
+
+
+def relative_difference(a: Any, b: Any) -> float:
+    """Returns the largest ||a - b|| / ||b|| over the leaves of two trees."""
+    leaves = zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)), strict=True)
+    return max(float(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-12)) for x, y in leaves)

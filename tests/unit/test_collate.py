@@ -1,0 +1,56 @@
+"""Collation: rows, cuts and static shapes; masks from lengths, whatever the padding id."""
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data.collate import Row, collate_prompts, collate_rows, row, static_length
+
+EOS = 2
+
+
+@pytest.mark.parametrize(
+    "max_length, ids, was_cut",
+    [
+        (9, [1, 5, 6, 7, EOS], False),
+        (5, [1, 5, 6, 7, EOS], False),
+        (4, [1, 5, 6, 7], True),  # the text fits, its end does not: no EOS
+        (3, [1, 5, 6], True),
+    ],
+)
+def test_cut_row_has_no_eos(max_length, ids, was_cut):
+    assert row([1, 5], [6, 7], EOS, max_length) == Row(ids, 2, was_cut)
+
+
+@pytest.mark.parametrize(
+    "longest, limit, length", [(1, 64, 8), (8, 64, 8), (9, 64, 16), (60, 62, 62), (64, 64, 64)]
+)
+def test_static_length_is_a_multiple_of_eight_at_most_the_limit(longest, limit, length):
+    assert static_length(longest, limit) == length
+
+
+@pytest.mark.parametrize("pad_id", [0, EOS])
+def test_masks_do_not_depend_on_the_padding_id(pad_id):
+    rows = collate_rows([Row([1, 5, 6, EOS], 2), Row([1, EOS], 1)], length=5, pad_id=pad_id, num_rows=3)
+    np.testing.assert_array_equal(
+        rows.tokens, [[1, 5, 6, EOS, pad_id], [1, EOS] + [pad_id] * 3, [pad_id] * 5], strict=False
+    )
+    np.testing.assert_array_equal(rows.lengths, [4, 2, 0])
+    np.testing.assert_array_equal(rows.completion_mask, [[0, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.prompt_mask, [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.row_mask, [True, True, False])
+    assert {np.asarray(leaf).dtype for leaf in rows} == {np.dtype(np.int32)}
+
+
+def test_prompts_are_right_padded_and_carry_their_index():
+    prompts = collate_prompts([[1, 5, 6], [1]], index=[7, 8], length=4, pad_id=0, num_rows=3)
+    np.testing.assert_array_equal(prompts.tokens, [[1, 5, 6, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(prompts.lengths, [3, 1, 0])
+    np.testing.assert_array_equal(prompts.index, [7, 8, 0])
+    assert {np.asarray(leaf).dtype for leaf in prompts} == {np.dtype(np.int32)}
+
+
+def test_rows_that_do_not_fit_are_our_own_mistake():
+    with pytest.raises(AssertionError):
+        collate_rows([Row([1, 2, 3], 1)], length=2, pad_id=0, num_rows=1)
+    with pytest.raises(AssertionError):
+        collate_prompts([[1], [1]], [0, 1], length=2, pad_id=0, num_rows=1)

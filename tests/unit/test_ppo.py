@@ -1,0 +1,174 @@
+"""PPO's losses on hand-worked numbers, and its batch preparation against plain Python."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.algos import ppo
+from rlhf_jax.batch import PolicyBatch, Rollout, Rows, Scored
+from rlhf_jax.config import PPOConfig
+
+
+def one_token_batch(**fields):
+    """A row of one prompt token and one completion token; the given fields stand at the completion."""
+    rows = Rows(jnp.zeros((1, 2), jnp.int32), jnp.array([1]), jnp.array([2]))
+    zeros = jnp.zeros((1, 2))
+    names = ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
+    arrays = {name: zeros.at[0, 1].set(fields.get(name, 0.0)) for name in names}
+    return PolicyBatch(rows=rows, completion_mask=rows.completion_mask, **arrays)
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, loss, slope",
+    [
+        (+1.0, 1.5, -1.2, 0.0),  # good token, already up enough: the clip binds, no push
+        (+1.0, 0.5, -0.5, -0.5),  # good token went down: full push back up
+        (-1.0, 1.5, 1.5, 1.5),  # bad token went up: full push down, no clip
+        (-1.0, 0.5, 0.8, 0.0),  # bad token, already down enough
+        (+2.0, 1.1, -2.2, -2.2),  # inside the clip
+    ],
+)
+def test_clip_only_stops_pushes_that_went_far_enough(advantage, ratio, loss, slope):
+    batch = one_token_batch(advantages=advantage, old_logprobs=-1.0)
+
+    def value(logprob):
+        return ppo.clipped_policy_loss(jnp.zeros((1, 2)).at[0, 1].set(logprob), batch, 0.2)[0].value
+
+    logprob = -1.0 + np.log(ratio)
+    assert value(logprob) == pytest.approx(loss, rel=1e-6)
+    assert jax.grad(value)(logprob) == pytest.approx(slope, abs=1e-6)
+
+
+def test_ratio_metrics():
+    batch = one_token_batch(advantages=1.0, old_logprobs=-1.0)
+    _, metrics = ppo.clipped_policy_loss(jnp.zeros((1, 2)).at[0, 1].set(-1.0 + np.log(1.5)), batch, 0.2)
+    assert metrics["policy/ratio"].value == pytest.approx(1.5)
+    assert metrics["policy/ratio_gap"].value == pytest.approx(0.5)
+    assert metrics["policy/clip_frac"].value == 1.0
+    assert metrics["policy/approx_kl"].value == pytest.approx(1.5 - 1 - np.log(1.5), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "value, old, target, loss, slope",
+    [
+        (1.0, 0.0, 2.0, 0.5 * 1.8**2, 0.0),  # moved beyond the clip towards the target: no more push
+        (0.1, 0.0, 2.0, 0.5 * 1.9**2, -1.9),  # inside the clip
+        (-1.0, 0.0, 2.0, 0.5 * 3.0**2, -3.0),  # moved the wrong way: the larger error counts
+    ],
+)
+def test_value_clip(value, old, target, loss, slope):
+    batch = one_token_batch(old_values=old, returns=target)
+
+    def loss_of(v):
+        return ppo.clipped_value_loss(jnp.zeros((1, 2)).at[0, 1].set(v), batch, 0.2)[0].value
+
+    assert loss_of(value) == pytest.approx(loss, rel=1e-6)
+    assert jax.grad(loss_of)(value) == pytest.approx(slope, abs=1e-6)
+
+
+def scored_rollout(seed=0, num_rows=6, length=9):
+    """Rows of different lengths, the last one a filling."""
+    rng = np.random.default_rng(seed)
+    prompt_lengths = np.array([1, 2, 3, 2, 1, 0])
+    lengths = np.array([4, 9, 5, 6, 2, 0])
+    rows = Rows(
+        jnp.asarray(rng.integers(0, 50, (num_rows, length))), jnp.asarray(prompt_lengths), jnp.asarray(lengths)
+    )
+
+    def noise():
+        return jnp.asarray(rng.normal(size=(num_rows, length)), jnp.float32)
+
+    ended = jnp.array([True, False, True, False, True, False])
+    rollout = Rollout(rows=rows, ended=ended, sampler_logprobs=noise())
+    scores = jnp.asarray(rng.normal(size=num_rows), jnp.float32)
+    return Scored(rollout, old_logprobs=noise(), ref_logprobs=noise(), values=noise(), scores=scores)
+
+
+def prepare_in_python(scored, settings, kl_coef):
+    """The order of NUMERICS 17, one token at a time."""
+    rows = jax.device_get(scored.rollout.rows)
+    rewards, advantages, returns, kept = {}, {}, {}, []
+    for b in range(len(rows.lengths)):
+        tokens = range(rows.prompt_lengths[b], rows.lengths[b])
+        score, ended = float(scored.scores[b]), bool(scored.rollout.ended[b])
+        if not ended and settings.missing_eos == "subtract":
+            score -= settings.missing_eos_value
+        if not ended and settings.missing_eos == "replace":
+            score = settings.missing_eos_value
+        if not len(tokens) or (not ended and settings.missing_eos == "mask"):
+            continue
+        for t in tokens:
+            gap = float(scored.old_logprobs[b, t]) - float(scored.ref_logprobs[b, t])
+            rewards[b, t] = -kl_coef * gap + (score if t == tokens[-1] else 0.0)
+            kept.append((b, t))
+    if settings.whiten_rewards:
+        mean, std = np.mean(list(rewards.values())), np.sqrt(np.var(list(rewards.values())) + 1e-8)
+        rewards = {at: (r - mean) / std + mean for at, r in rewards.items()}
+    for b, t in reversed(kept):
+        value, next_value = float(scored.values[b, t]), float(scored.values[b, t + 1]) if (b, t + 1) in rewards else 0
+        delta = rewards[b, t] + settings.gamma * next_value - value
+        advantages[b, t] = delta + settings.gamma * settings.gae_lambda * advantages.get((b, t + 1), 0.0)
+        returns[b, t] = advantages[b, t] + value
+    if settings.whiten_advantages:
+        mean, std = np.mean(list(advantages.values())), np.sqrt(np.var(list(advantages.values())) + 1e-8)
+        advantages = {at: (a - mean) / std for at, a in advantages.items()}
+    return advantages, returns, set(kept)
+
+
+@pytest.mark.parametrize("missing_eos", ["none", "subtract", "replace", "mask"])
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+def test_prepare_follows_the_order_of_operations(missing_eos, whiten_rewards):
+    settings = PPOConfig(
+        missing_eos=missing_eos, missing_eos_value=0.7, whiten_rewards=whiten_rewards, gamma=0.9, gae_lambda=0.8
+    )
+    scored = scored_rollout()
+    batch, _ = ppo.prepare(scored, {"kl_coef": jnp.float32(0.3)}, settings)
+    advantages, returns, kept = prepare_in_python(scored, settings, 0.3)
+    assert {tuple(at) for at in np.argwhere(batch.completion_mask)} == kept
+    for at in kept:
+        assert batch.advantages[at] == pytest.approx(advantages[at], abs=1e-5)
+        assert batch.returns[at] == pytest.approx(returns[at], abs=1e-5)
+
+
+@pytest.mark.parametrize("poison", [1e6, np.nan])
+def test_garbage_outside_the_completions_changes_nothing(poison):
+    settings = PPOConfig(missing_eos="mask", whiten_rewards=True)
+    scored = scored_rollout()
+    aux = {"kl_coef": jnp.float32(0.3)}
+    kept = scored.rollout.rows.completion_mask & scored.rollout.ended[:, None]
+    poisoned = scored._replace(
+        old_logprobs=jnp.where(kept, scored.old_logprobs, poison),
+        ref_logprobs=jnp.where(kept, scored.ref_logprobs, poison),
+        values=jnp.where(kept, scored.values, poison),
+        scores=jnp.where(scored.rollout.ended, scored.scores, poison),
+    )
+    clean, clean_metrics = ppo.prepare(scored, aux, settings)
+    batch, metrics = ppo.prepare(poisoned, aux, settings)
+    np.testing.assert_array_equal(clean.advantages, batch.advantages)
+    np.testing.assert_array_equal(clean.returns, batch.returns)
+    assert jax.device_get(clean_metrics) == jax.device_get(metrics)
+
+    def losses(batch, logprobs, values):
+        policy, _ = ppo.clipped_policy_loss(logprobs, batch, 0.2)
+        value, _ = ppo.clipped_value_loss(values, batch, 0.2)
+        return policy.value + value.value
+
+    logprobs, values = scored.old_logprobs + 0.1, scored.values + 0.1
+    bad = jnp.where(kept, 0.0, poison)
+    clean_loss = jax.value_and_grad(losses, argnums=(1, 2))(clean, logprobs, values)
+    bad_loss = jax.value_and_grad(losses, argnums=(1, 2))(batch, logprobs + bad, values + bad)
+    for a, b in zip(jax.tree.leaves(clean_loss), jax.tree.leaves(bad_loss), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_adaptive_coefficient_follows_the_rollouts_kl():
+    settings = PPOConfig(kl_controller="adaptive", kl_target=2.0, kl_horizon=100, batch_size=2)
+    rows = Rows(jnp.zeros((2, 3), jnp.int32), jnp.array([1, 1]), jnp.array([3, 2]))
+    zeros = jnp.zeros((2, 3))
+    old = zeros.at[0, 1:].set(1.5).at[1, 1].set(1.4)  # 3.0 and 1.4 nats: mean 2.2, ten per cent above the target
+    batch = PolicyBatch(rows, rows.completion_mask, old, zeros, zeros, zeros, zeros)
+    aux = ppo.update_aux({"kl_coef": jnp.float32(0.5)}, batch, settings)
+    assert aux["kl_coef"] == pytest.approx(0.5 * (1 + 0.1 * 2 / 100), rel=1e-6)
+    fixed = ppo.update_aux({"kl_coef": jnp.float32(0.5)}, batch, PPOConfig())
+    assert fixed["kl_coef"] == 0.5

@@ -1,0 +1,150 @@
+"""Sources: every kind is read alike, and what cannot be read says where and why."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+
+from rlhf_jax.data.sources import open_source
+
+TEXTS = [{"text": f"story {i}"} for i in range(5)]
+
+
+def write_lines(path: Path, records=TEXTS) -> Path:
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def make_source(kind: str, folder: Path) -> str:
+    if kind in ("jsonl", "json", "jsonl.gz"):
+        return str(write_lines(folder / f"stories.{kind}"))
+    dataset = datasets.Dataset.from_list(TEXTS)
+    path = folder / ("stories.parquet" if kind == "parquet" else "stories")
+    if kind == "parquet":
+        dataset.to_parquet(path)
+    else:
+        dataset.save_to_disk(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet", "directory"])
+def test_every_kind_of_source_reads_the_same(kind, tmp_path):
+    spec = make_source(kind, tmp_path)
+    assert list(open_source(spec)) == TEXTS
+    assert open_source(spec)[3] == TEXTS[3]
+    assert list(open_source(spec + "[1:3]")) == TEXTS[1:3]
+
+
+@pytest.mark.parametrize(
+    "part, expected",
+    [
+        ("[:2]", TEXTS[:2]),
+        ("[-2:]", TEXTS[3:]),
+        ("[1:-1]", TEXTS[1:4]),
+        ("[:]", TEXTS),
+        ("[ 2 : 99 ]", TEXTS[2:]),
+    ],
+)
+def test_slice_counts_as_pythons(part, expected, tmp_path):
+    assert list(open_source(f"{write_lines(tmp_path / 'a.jsonl')}{part}")) == expected
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_records(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"text": "é"}\n\n{"text": "b\u2028c"}'.encode())
+    assert list(open_source(str(path))) == [{"text": "é"}, {"text": "b\u2028c"}]
+
+
+def test_hub_name_is_taken_apart(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **options):
+        calls.append((args, options))
+        return datasets.Dataset.from_list(TEXTS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(open_source("hub:owner/name:train[:2]")) == TEXTS[:2]
+    assert list(open_source("hub:owner/name/config:test")) == TEXTS
+    assert calls == [
+        (("owner/name", None), {"split": "train"}),
+        (("owner/name", "config"), {"split": "test"}),
+    ]
+
+
+def test_hub_failure_is_one_line(monkeypatch):
+    def load_dataset(*args, **options):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        ValueError, match=r"^data.eval: hub:a/b:test cannot be loaded from the hub: no route$"
+    ):
+        open_source("hub:a/b:test", where="data.eval")
+
+
+def fails(spec: object, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        open_source(str(spec), where="data.eval")
+    assert str(caught.value).startswith("data.eval: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+    write_lines(tmp_path / "stories_train.jsonl")
+    fails(
+        tmp_path / "storys_train.jsonl",
+        f"no such file: {tmp_path}/storys_train.jsonl (nearest: stories_train.jsonl)",
+    )
+    fails(tmp_path / "nowhere" / "a.jsonl", f"there is no directory {tmp_path}/nowhere either")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"text": "a"', "a.jsonl:3: broken JSON: Expecting ',' delimiter"),
+        (b'["a"]', 'a.jsonl:3: a line must be an object such as {"text": "..."}, is a list'),
+        (b'{"text": "\xff"}', "a.jsonl:3: broken JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b"[", "a JSON array must be rewritten as one object per line"),
+    ],
+)
+def test_broken_line_is_named(line, message, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n')
+    fails(path, message)
+
+
+def test_empty_and_emptied_sources_are_errors(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n")
+    fails(path, f"{path} holds no records; a stage needs at least one")
+    write_lines(path)
+    fails(f"{path}[5:]", f"{path}[5:] takes no records: there are 5; widen the slice")
+
+
+def test_unknown_kinds_are_errors(tmp_path):
+    (tmp_path / "a.csv").write_text("text\na\n")
+    fails(tmp_path / "a.csv", "a.csv is of no known kind; known extensions: .jsonl .json .jsonl.gz")
+    fails(tmp_path, f"{tmp_path} is not a directory that datasets.save_to_disk wrote")
+    fails("hub:name", "must read hub:NAME[/CONFIG]:SPLIT")
+    fails("a.jsonl[1]", "slice [1] of a.jsonl: must be [A:B]")
+
+
+def test_damaged_files_are_errors(tmp_path):
+    whole = gzip.compress(b'{"text": "a"}\n' * 1000)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-12])
+    (tmp_path / "plain.jsonl.gz").write_text("{}")
+    (tmp_path / "a.parquet").write_text("{}")
+    fails(tmp_path / "cut.jsonl.gz", "is not a whole gzip file")
+    fails(tmp_path / "plain.jsonl.gz", "is not a whole gzip file")
+    fails(tmp_path / "a.parquet", "cannot be read as Parquet")
+
+
+def test_directory_of_several_splits_names_them(tmp_path):
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(TEXTS)})
+    splits.save_to_disk(tmp_path / "all")
+    fails(tmp_path / "all", f"holds several data sets; name one of them: {tmp_path}/all/train")
+    assert len(open_source(str(tmp_path / "all" / "train"))) == 5

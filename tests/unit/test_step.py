@@ -1,0 +1,106 @@
+"""The update on a toy problem: accumulation, clipping, skipping, the order of minibatches."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import Array
+
+from rlhf_jax.algos.algorithm import Algorithm, Term
+from rlhf_jax.models.forward import Forward
+from rlhf_jax.ops.masking import masked
+from rlhf_jax.step import init_state, make_update, split_rows
+
+
+class Points(NamedTuple):
+    x: Array  # f32[B]
+    mask: Array  # bool[B]
+
+
+def square_loss(forward, params, frozen, batch, settings):
+    """Mean over the masked points of (w x - 1)^2, and a second term with another weight."""
+    w = forward.scores(params, frozen, batch)
+    first = masked(jnp.square(w * batch.x - 1), batch.mask)
+    second = masked(jnp.square(w), jnp.ones_like(batch.mask))
+    return {"first": Term(first), "second": Term(second, 0.5)}, {"w": masked(w, batch.mask)}
+
+
+FORWARD = Forward(
+    logprobs=None, ref_logprobs=None, values=None, scores=lambda p, f, b: p["policy"]["w"] * jnp.ones(b.x.shape)
+)
+ALGORITHM = Algorithm(records="prompt_only", trains=("policy",), reads=(), loss=square_loss)
+
+
+@pytest.fixture
+def forward(monkeypatch):
+    blank = FORWARD._replace(scores=lambda p, f, b: jnp.zeros(b.x.shape))
+    monkeypatch.setattr("rlhf_jax.step.blank_forward", lambda: blank)
+    return FORWARD
+
+
+def batch(n=8):
+    rng = np.random.default_rng(0)
+    return Points(jnp.asarray(rng.normal(size=n), jnp.float32), jnp.asarray(np.arange(n) % 3 != 0))
+
+
+def run(forward, points, optimizer=None, **plan):
+    optimizers = {"policy": optimizer or optax.sgd(0.1)}
+    state = init_state({"policy": {"w": jnp.float32(0.7)}}, optimizers, {})
+    return make_update(ALGORITHM, forward, optimizers, None, **plan)(state, {}, points, jax.random.key(0))
+
+
+def test_one_step_is_the_gradient_of_the_masked_means(forward):
+    points = batch()
+    state, metrics = run(forward, points)
+    x = np.asarray(points.x)[np.asarray(points.mask)]
+    gradient = np.mean(2 * (0.7 * x - 1) * x) + 0.5 * 2 * 0.7
+    assert state.params["policy"]["w"] == pytest.approx(0.7 - 0.1 * gradient, rel=1e-5)
+    assert metrics["policy/grad_norm"].value == pytest.approx(abs(gradient), rel=1e-5)
+    assert state.step == 1
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_microbatches_change_nothing(forward, parts):
+    """Their masks have different weights: a mean of means would differ."""
+    whole, whole_metrics = run(forward, batch())
+    split, split_metrics = run(forward, batch(), num_microbatches=parts)
+    assert split.params["policy"]["w"] == pytest.approx(whole.params["policy"]["w"], rel=1e-6)
+    assert split_metrics["loss/first"].value == pytest.approx(whole_metrics["loss/first"].value, rel=1e-6)
+
+
+def test_every_row_is_used_once_in_each_epoch(forward):
+    points = batch()._replace(mask=jnp.ones(8, bool))
+    _, metrics = run(forward, points, optax.sgd(0.0), num_epochs=3, num_minibatches=4)
+    assert metrics["w"].weight == 24
+    assert metrics["loss/first"].value == pytest.approx(np.mean((0.7 * np.asarray(points.x) - 1) ** 2), rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(forward):
+    points = batch()
+    bad = points._replace(x=points.x.at[1].set(jnp.inf))
+    state, metrics = run(forward, bad, optax.adam(0.1))
+    assert state.params["policy"]["w"] == jnp.float32(0.7)
+    assert state.opt_state["policy"][0].count == 0
+    assert metrics["update/skipped"].total == 1
+    assert metrics["not_finite/loss/first"].value == 1
+    assert metrics["not_finite/loss/second"].value == 0
+
+
+def test_a_masked_value_that_is_not_finite_is_no_reason_to_skip(forward):
+    points = batch()
+    bad = points._replace(x=points.x.at[0].set(jnp.nan))
+    state, metrics = run(forward, bad)
+    expected, _ = run(forward, points)
+    assert metrics["update/skipped"].total == 0
+    assert state.params["policy"]["w"] == expected.params["policy"]["w"]
+
+
+def test_rows_of_a_record_stay_together():
+    parts = split_rows(jnp.arange(12), 3, rows_per_record=2)
+    assert parts.shape == (3, 4)
+    for part in parts.tolist():
+        assert [part[1] - part[0], part[3] - part[2]] == [1, 1] and part[0] % 2 == 0
+    assert sorted(np.asarray(parts).ravel()) == list(range(12))
