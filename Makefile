@@ -60,7 +60,7 @@ for python in $(PYTHON) python3.13 python3.12 python3 python; do \
     exec "$$python" -m venv --clear .venv; \
   fi; \
 done; \
-echo "rlhf_jax needs Python 3.12 or newer (with venv), and none was found as $(PYTHON) python3.13, python3.12," >&2; \
+echo "rlhf_jax needs Python 3.12 or newer (with venv), and none was found as $(strip $(PYTHON) python3.13), python3.12," >&2; \
 echo "python3 or python. Install one (Debian, Ubuntu: apt install python3.12 python3.12-venv; macOS: brew install" >&2; \
 echo "python@3.12; or: pyenv install 3.12), or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
 exit 1

@@ -20,7 +20,7 @@ PLAIN_FLAGS = ("--config", "--help", "--json", "--print_config")
 class ConfigError(ValueError):
     """Every problem of a configuration, one line each."""
 
-    def __init__(self, problems: Iterable[str], source: str = "the command line") -> None:
+    def __init__(self, problems: Iterable[str], source: str) -> None:
         self.problems = list(dict.fromkeys(problems))
         self.source = source
         super().__init__(self.problems)
@@ -46,6 +46,8 @@ class CommandLine:
     """Print the resolved configuration and stop."""
     help: bool
     """Print all options and stop."""
+    problems: tuple[str, ...]
+    """What is wrong with the flags themselves."""
 
 
 def read_command_line(argv: list[str]) -> tuple[Config, bool]:
@@ -64,10 +66,13 @@ def read_config(argv: list[str]) -> Config:
     if line.help:
         print(help_text())
         raise SystemExit(0)
-    tree = read_tree(line.config)
-    overridden, problems = apply(tree, line.overrides)
+    try:
+        tree = read_tree(line.config)
+    except ValueError as error:
+        raise ConfigError([*line.problems, str(error)], line.config or "the command line") from None
+    overridden, misplaced = apply(tree, line.overrides)
     resolved = resolve(overridden, line.overrides)
-    problems += config_checks.problems(resolved, resolve(tree))
+    problems = [*line.problems, *misplaced, *config_checks.problems(resolved, resolve(tree))]
     if problems:
         raise ConfigError(problems, line.config)
     if line.print_config:
@@ -79,8 +84,7 @@ def read_config(argv: list[str]) -> Config:
 def parse(argv: list[str]) -> CommandLine:
     """Returns what the flags say: `--flag`, `--a.b value` or `--a.b=value`.
 
-    Raises:
-        ConfigError: an unknown flag, one without value or given twice, anything that is no flag, no --config.
+    Problems are an unknown flag, one without a value or given twice, and whatever is no flag.
     """
     problems: list[str] = []
     values: dict[str, str] = {}
@@ -107,17 +111,14 @@ def parse(argv: list[str]) -> CommandLine:
                 problems.append(f"{flag}: needs a value: {flag} VALUE or {flag}=VALUE")
                 continue
             value = words.pop(0)
-        values[flag] = value
-    if "--config" not in values and "--help" not in values and "--config: needs" not in " ".join(problems):
-        problems.append("--config: must be given: a YAML file, such as configs/quickstart.yaml")
-    if problems:
-        raise ConfigError(problems)
+        values.setdefault(flag, value)
     return CommandLine(
         config=values.get("--config", ""),
         overrides={flag.removeprefix("--"): value for flag, value in values.items() if "." in flag},
         json="--json" in values,
         print_config="--print_config" in values,
         help="--help" in values,
+        problems=tuple(problems),
     )
 
 
@@ -125,19 +126,19 @@ def read_tree(path: str) -> dict[str, Any]:
     """Returns the tree of a configuration file.
 
     Raises:
-        ConfigError: the file is missing, is not UTF-8 or not YAML, gives a key twice, or holds no mapping.
+        ValueError: the file is missing, is not UTF-8 or not YAML, gives a key twice, or holds no mapping.
     """
+    if not path:
+        raise ValueError("--config: must be given: a YAML file, such as configs/quickstart.yaml")
     if not Path(path).is_file():
         what = "is a directory; name a file in it" if Path(path).is_dir() else "there is no such file"
-        raise ConfigError([f"--config {path}: {what}"])
+        raise ValueError(f"--config {path}: {what}")
     try:
         tree = strict_yaml.load(Path(path).read_text(encoding="utf-8"), path)
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: not UTF-8 text: {error.reason} at byte {error.start}"], path) from None
-    except ValueError as error:
-        raise ConfigError([str(error)], path) from None
+        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not isinstance(tree, dict):
-        raise ConfigError([f"{path}: expected sections such as `run:` and `stages:`, got {show(tree)}"], path)
+        raise ValueError(f"{path}: expected sections such as `run:` and `stages:`, got {show(tree)}")
     return tree
 
 
@@ -160,9 +161,8 @@ def _set(tree: dict[str, Any], path: str, text: str) -> None:
         if len(keys) < 3:
             raise ValueError("name the stage and its option: --stages.NAME.SECTION.OPTION VALUE")
         if keys[1] not in named:
-            raise ValueError(
-                f"there is no stage {keys[1]!r}{did_you_mean(keys[1], named)}; stages: {', '.join(named)}"
-            )
+            near = did_you_mean(keys[1], named) or f"; stages: {', '.join(named)}"
+            raise ValueError(f"there is no stage {keys[1]!r}{near}")
         if keys[2] == "name":
             raise ValueError("a stage's name can only be changed in the file")
         target, keys = named[keys[1]], keys[2:]

@@ -40,39 +40,47 @@ def problems(resolved: Resolved, file_alone: Resolved) -> list[str]:
         file_alone: the file's tree by itself: an option of the file that a flag makes idle is no problem.
     """
     found = []
-    for index, stage in enumerate(resolved.config.stages):
+    stages = resolved.config.stages
+    unreadable = set(resolved.names) - {stage.name for stage in stages}
+    for index, stage in enumerate(stages):
 
         def path(section: str, option: str, name: str = stage.name) -> str:
             return resolved.path(name, section, option)
 
-        earlier = {s.name: s for s in resolved.config.stages[:index]}
-        found += check_sources(stage, earlier, resolved.names)
+        earlier = {s.name: s for s in stages[:index]}
+        others = [s.name for s in stages[index:]]
+        if not unreadable.intersection((stage.start_from, stage.reward_from)):
+            sources = list(check_sources(stage, earlier, others))
+            found += sources or check_normalizer(stage, earlier, path)
         found += check_batches(stage, path)
         found += check_architecture(stage, earlier, path)
         found += check_ppo(stage, path)
         found += check_formats(stage, path)
-        found += check_normalizer(stage, earlier, path)
         found += check_paths(stage, path)
         found += check_functions(stage, path)
     found += check_mesh(resolved)
-    found = [line for line in found if not any(_speaks_of(line, option) for option in resolved.wrong)]
     if resolved.complete:
         found += check_ignored(resolved, file_alone)
+    found = [line for line in found if not any(_speaks_of(line, option) for option in resolved.wrong)]
     if not (found or resolved.problems):
         found += check_run_directory(resolved.config)
     return list(dict.fromkeys([*resolved.problems, *found]))
 
 
-def check_sources(
-    stage: StageConfig, earlier: dict[str, StageConfig], names: tuple[str, ...]
-) -> Iterator[str]:
-    """Yields what is wrong with `from` and `reward_from`: a fitting earlier stage, or a directory."""
+def check_sources(stage: StageConfig, earlier: dict[str, StageConfig], others: list[str]) -> Iterator[str]:
+    """Yields what is wrong with `from` and `reward_from`: a fitting earlier stage, or a directory.
+
+    Args:
+        stage: whose sources are checked.
+        earlier: the stages before it by name.
+        others: the names of the stages after it, its own among them.
+    """
 
     def missing(key: str, name: str) -> str:
-        if name in names:
+        if name in others:
             place = "is this stage itself" if name == stage.name else "comes later in the list"
             return f"stages.{stage.name}.{key}: {name!r} {place}; name an earlier stage or a directory"
-        near = did_you_mean(name, names) or ("; earlier stages: " + ", ".join(earlier) if earlier else "")
+        near = did_you_mean(name, earlier) or ("; earlier stages: " + ", ".join(earlier) if earlier else "")
         return f"stages.{stage.name}.{key}: {name!r} is neither an earlier stage nor a directory{near}"
 
     source, judge = stage.start_from, stage.reward_from
@@ -82,7 +90,7 @@ def check_sources(
                 f"stages.{stage.name}.from: {source!r} is a reward model; {stage.algorithm} starts from a "
                 "policy, the result of an sft or ppo stage"
             )
-    elif source and (source in names or not _is_directory(source)):
+    elif source and (source in others or not _is_directory(source)):
         yield missing("from", source)
 
     if judge and stage.algorithm != "ppo":
@@ -93,7 +101,7 @@ def check_sources(
                 f"stages.{stage.name}.reward_from: {judge!r} runs {earlier[judge].algorithm}; "
                 "name a reward_model stage"
             )
-    elif judge and (judge in names or not _is_directory(judge)):
+    elif judge and (judge in others or not _is_directory(judge)):
         yield missing("reward_from", judge)
 
 
@@ -164,11 +172,12 @@ def check_architecture(stage: StageConfig, earlier: dict[str, StageConfig], path
                 f"{path('model', 'num_heads')}: hidden_size / num_heads must be even, as rotary positions "
                 f"turn pairs, got {model.hidden_size} / {model.num_heads}"
             )
-        if stage.mesh.tensor > 1:
-            for option in ("num_heads", "num_kv_heads", "mlp_size"):
-                size = getattr(model, option)
-                if size % stage.mesh.tensor:
-                    yield f"mesh.tensor: must divide model.{option}, got {stage.mesh.tensor} for {size}"
+        tensor = stage.mesh.tensor
+        if tensor > 1:
+            odd = [key for key in ("num_heads", "num_kv_heads", "mlp_size") if getattr(model, key) % tensor]
+            if odd:
+                sizes = " and ".join(f"model.{key} = {getattr(model, key)}" for key in odd)
+                yield f"{path('mesh', 'tensor')}: must divide {sizes}, got {tensor}"
     if stage.algorithm == "ppo":
         longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
         if longest > model.context_length:

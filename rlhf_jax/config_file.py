@@ -97,7 +97,7 @@ def resolve(tree: Mapping[str, Any], flags: Collection[str] = ()) -> Resolved:
         names=tuple(reader.names),
         explicit=frozenset(reader.explicit),
         flags=reader.flags,
-        problems=tuple(reader.problems),
+        problems=(*reader.problems, *reader.unset_variables()),
         wrong=frozenset(reader.wrong),
     )
 
@@ -120,7 +120,7 @@ def ignored(resolved: Resolved) -> dict[Where, str]:
         own = [(name, section, option) for name in readers if (name, section, option) in resolved.explicit]
         if not readers:
             specific = [name for name in stages if f"{section}.{option}" in reasons[name]]
-            found[where] = why[(specific or list(stages))[0]] or ""
+            found[where] = "; ".join(dict.fromkeys(str(why[name]) for name in specific or stages))
         elif len(own) == len(readers):
             places = " and ".join(resolved.path_of(place) for place in own)
             flags = " ".join(f"--stages.{name}.{section}.{option}" for name in readers)
@@ -207,11 +207,20 @@ class _Reader:
         self.explicit: set[Where] = set()
         self.names: list[str] = []
         self.complete = True
+        self.unset: dict[str, list[str]] = {}
 
     def problem(self, path: str, text: str, *names: str) -> None:
         dashes = "--" if path in self.flags else ""
         self.problems.append(f"{dashes}{path}: {text}")
         self.wrong.update(names)
+
+    def unset_variables(self) -> list[str]:
+        """Returns a line for each environment variable that is used and not set."""
+        lines = []
+        for name, paths in self.unset.items():
+            shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+            lines.append(f"${{{name}}}: the environment variable {name} is not set; it stands in {shown}")
+        return lines
 
     def unknown(self, path: str, what: str, known: Collection[str]) -> None:
         """Reports an unknown name: an option of another section is the best guess, then the nearest name."""
@@ -241,6 +250,9 @@ class _Reader:
             try:
                 valid[key] = OPTIONS[section][key].read(_expanded(value))
                 self.explicit.add((stage, section, key))
+            except _UnsetVariable as error:
+                self.unset.setdefault(error.name, []).append(f"{path}.{key}")
+                self.wrong.add(f"{section}.{key}")
             except ValueError as error:
                 self.problem(f"{path}.{key}", str(error), f"{section}.{key}")
         return valid
@@ -299,9 +311,18 @@ class _Reader:
             return None
         try:
             return STAGE_FIELDS[field].read(_expanded(entry[key]))
+        except _UnsetVariable as error:
+            self.unset.setdefault(error.name, []).append(path)
+            return None
         except ValueError as error:
             self.problem(path, str(error))
             return None
+
+
+class _UnsetVariable(Exception):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 _VARIABLE = re.compile(r"\$(\$?)\{(\w+)\}")
@@ -311,7 +332,7 @@ def _expanded(value: Any) -> Any:
     """Returns a value with ${NAME} in strings replaced by the environment's; $${NAME} means ${NAME} itself.
 
     Raises:
-        ValueError: the variable is not set.
+        _UnsetVariable: the environment has no such variable.
     """
     if isinstance(value, dict):
         return {key: _expanded(item) for key, item in value.items()}
@@ -323,9 +344,7 @@ def _expanded(value: Any) -> Any:
         if escaped:
             return match.group()[1:]
         if name not in os.environ:
-            raise ValueError(
-                f"the environment variable {name} is not set, in {show(value)}; export {name}=..."
-            )
+            raise _UnsetVariable(name)
         return os.environ[name]
 
     return _VARIABLE.sub(replacement, value)

@@ -163,16 +163,29 @@ def build_programs(
         num_microbatches=minibatch_size // (settings.microbatch_size or minibatch_size),
         constrain=constrain,
     )
+    compiled = partial(_compiled, mesh)
     return Programs(
-        init_state=jax.jit(partial(init_state, optimizers=optimizers, aux=aux), out_shardings=shardings),
-        rollout=jax.jit(partial(rollout, greedy=False)),
-        greedy=jax.jit(partial(rollout, greedy=True)),
-        score=jax.jit(score),
-        advantages=jax.jit(advantages),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
-        evaluate=jax.jit(evaluate),
-        scores=jax.jit(forward.scores),
+        init_state=compiled(
+            partial(init_state, optimizers=optimizers, aux=aux), donate_argnums=0, out_shardings=shardings
+        ),
+        rollout=compiled(partial(rollout, greedy=False)),
+        greedy=compiled(partial(rollout, greedy=True)),
+        score=compiled(score),
+        advantages=compiled(advantages),
+        update=compiled(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+        evaluate=compiled(evaluate),
+        scores=compiled(forward.scores),
     )
+
+
+def _compiled(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
+    """Returns the jitted function; while it is traced, models may name logical axes of activations."""
+
+    def on_mesh(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return jax.jit(on_mesh, **options)
 
 
 def _constrain(tree: Any, sharding: NamedSharding) -> Any:

@@ -28,12 +28,12 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh of axes data, fsdp, tensor over all devices.
 
     Args:
         config: sizes; one may be -1, which takes what the others leave.
-        devices: all of jax.devices() by default.
+        devices: JAX devices; all of jax.devices() by default.
     Raises:
         ValueError: sizes that are not positive, several -1, or a product that is not the number of devices.
     """
@@ -94,8 +94,8 @@ def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
             parts = math.prod(mesh.shape[axis] for axis in _mesh_axes(part))
             if size % parts:
                 problems.append(
-                    f"{parameter} {shape.shape}: its dimension {name!r} of size {size} is not a multiple of {parts}, "
-                    f"the size of mesh.{part}"
+                    f"{parameter} {shape.shape}, spec {spec}: {name!r} of size {size} is not a multiple of "
+                    f"{parts}, the size of mesh.{part}"
                 )
         return NamedSharding(mesh, spec)
 
@@ -107,10 +107,12 @@ def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 
 
 def decode_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
-    """Returns param_shardings for decoding: sharded over `tensor` alone, so that no token waits for a gather."""
+    """Returns param_shardings over `tensor` alone, for decoding: no token then waits for a gather."""
 
     def whole(sharding: NamedSharding) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*(None if part == "fsdp" else part for part in sharding.spec)))
+        return NamedSharding(
+            mesh, PartitionSpec(*(None if part == "fsdp" else part for part in sharding.spec))
+        )
 
     return jax.tree.map(whole, param_shardings(mesh, axes, shapes))
 
@@ -131,7 +133,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(mesh: Mesh, size: int, name: str) -> None:
-    """Raises ValueError where `size` rows, called `name` in the configuration, do not divide over the mesh."""
+    """Raises ValueError where `size` rows, called `name` by the user, do not divide over the mesh."""
     parts = math.prod(mesh.shape[axis] for axis in _mesh_axes(LOGICAL_AXES["batch"]))
     if size % parts:
         raise ValueError(
@@ -141,7 +143,11 @@ def check_batch(mesh: Mesh, size: int, name: str) -> None:
 
 
 def constrain(x: Array, axes: Sequence[str]) -> Array:
-    """Returns x, held on the mesh axes of its logical axes; x itself where no mesh is set (`jax.set_mesh`)."""
+    """Returns x, laid out as its logical axes say; x as it is where no mesh is set (`use_abstract_mesh`).
+
+    Without it XLA may divide activations like the parameters they meet, each device then holding the whole
+    batch: six times the temporary memory of a gradient with fsdp=8.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))

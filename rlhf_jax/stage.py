@@ -158,10 +158,12 @@ def _gold_accuracy(plan: Plan) -> float:
 def export_policy(plans: Sequence[Plan], mesh: Mesh, directory: Path) -> None:
     """Writes the last trained policy as a Hugging Face directory, with the tokenizer; nothing where none was trained."""
     trained = [plan for plan in plans if "policy" in plan.algorithm.trains]
-    if not trained or (directory / "config.json").exists():
+    if not trained or (directory / "generation_config.json").exists():
         return
     plan = trained[-1]
     model = make_model(plan.architecture)
     policy = load_policy(plan.directory, model, mesh)
-    hf.save_policy(directory, plan.architecture, policy)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: id_ for name in names if (id_ := getattr(plan.tokenizer, name)) is not None}
+    hf.save_policy(directory, plan.architecture, policy, token_ids=ids)
     plan.tokenizer.save_pretrained(str(directory))

@@ -31,8 +31,7 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
     reasons = {other: f"no stage runs {other}" for other in ALGORITHM_SECTIONS if other != stage.algorithm}
 
     if stage.start_from:
-        why = f"{stage.start_from!r}, which stage {stage.name!r} starts from, decides it"
-        reasons |= {f"model.{key}": why for key in ARCHITECTURE}
+        reasons |= {f"model.{key}": "a stage has the model that it starts from" for key in ARCHITECTURE}
     elif stage.model.path:
         reasons |= {f"model.{key}": "config.json of model.path decides it" for key in ARCHITECTURE[1:]}
 
@@ -54,12 +53,12 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
     elif stage.algorithm == "reward_model" and not data.prompts:
         reasons["data.prompt_tokens"] = "data.prompts is not set"
     elif stage.algorithm == "ppo" and data.format not in ("auto", "text"):
-        reasons["data.prompt_tokens"] = f"records of data.format {data.format!r} have prompts of their own"
+        reasons["data.prompt_tokens"] = f"records of data.format {data.format!r} have prompts"
     if data.train == "synthetic" and data.eval in ("", "synthetic"):
         for key in ("format", "columns", "prompts", "detokenize", "prompt_tokens"):
             reasons[f"data.{key}"] = "the embedded task (data.train: synthetic) has no columns"
     if stage.algorithm == "ppo":
-        reasons["data.max_length"] = "a ppo stage has max_prompt_length and rollout.max_new_tokens"
+        reasons["data.max_length"] = "ppo has max_prompt_length and rollout.max_new_tokens"
 
     if stage.algorithm != "ppo":
         reasons["rollout"] = "only a ppo stage samples"

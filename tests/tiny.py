@@ -70,7 +70,9 @@ def model() -> Model:
 def weights(role: str, on: Mesh, seed: int = 0) -> Params:
     """Returns fresh parameters of a role, the same on any mesh; heads are not zero, so that values differ."""
     params = model().init_policy(jax.random.key(seed))
-    params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)  # far enough from uniform to tell tokens apart
+    params = jax.tree.map(
+        lambda x: 3 * x if x.ndim > 1 else x, params
+    )  # far enough from uniform to tell tokens apart
     if role in ("value", "reward"):
         params = {"trunk": params["trunk"], "score_head": init_score_head(jax.random.key(seed + 9), 32)}
     return jax.device_put(params, role_shardings(model(), on, role))
@@ -103,7 +105,9 @@ def prompts(num_rows: int = 8, length: int = 8, seed: int = 0) -> Prompts:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(2, 64, (num_rows, length))
     lengths = rng.integers(1, length + 1, num_rows)
-    return Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths), jnp.arange(num_rows, dtype=jnp.int32))
+    return Prompts(
+        jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths), jnp.arange(num_rows, dtype=jnp.int32)
+    )
 
 
 def relative_difference(a: Any, b: Any) -> float:

@@ -11,7 +11,7 @@ from rlhf_jax.config import PPOConfig
 from rlhf_jax.models.forward import Forward
 from rlhf_jax.ops.advantages import gae
 from rlhf_jax.ops.kl import adapt_kl_coef, k3, log_ratio, sequence_kl
-from rlhf_jax.ops.masking import masked, masked_max, masked_var, whiten
+from rlhf_jax.ops.masking import keep, masked, masked_max, masked_var, whiten
 from rlhf_jax.ops.shaping import apply_missing_eos, token_rewards
 
 
@@ -28,8 +28,9 @@ def clipped_policy_loss(logprobs: Array, batch: PolicyBatch, clip_eps: float) ->
     """
     mask = batch.completion_mask
     ratio = jnp.exp(log_ratio(logprobs, batch.old_logprobs, mask))
-    plain = -batch.advantages * ratio
-    clipped = -batch.advantages * jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
+    advantages = keep(batch.advantages, mask)  # before it is multiplied: garbage must not reach a gradient
+    plain = -advantages * ratio
+    clipped = -advantages * jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
     return masked(jnp.maximum(plain, clipped), mask), {
         "policy/clip_frac": masked(jnp.float32(clipped > plain), mask),
         "policy/ratio": masked(ratio, mask),
@@ -50,9 +51,10 @@ def clipped_value_loss(values: Array, batch: PolicyBatch, clip_eps: float) -> tu
     Source: the PPO code that came with arXiv:1707.06347; arXiv:2403.17031 section 4.
     """
     mask = batch.completion_mask
-    near_old = batch.old_values + jnp.clip(values - batch.old_values, -clip_eps, clip_eps)
-    plain = jnp.square(values - batch.returns)
-    clipped = jnp.square(near_old - batch.returns)
+    values, old_values, returns = (keep(x, mask) for x in (values, batch.old_values, batch.returns))
+    near_old = old_values + jnp.clip(values - old_values, -clip_eps, clip_eps)
+    plain = jnp.square(values - returns)
+    clipped = jnp.square(near_old - returns)
     return masked(0.5 * jnp.maximum(plain, clipped), mask), {
         "value/clip_frac": masked(jnp.float32(clipped > plain), mask)
     }
@@ -80,11 +82,11 @@ def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch,
     whitening; all statistics over the valid tokens of the whole batch. Everything is float32.
     """
     rollout, rows = scored.rollout, scored.rollout.rows
-    scores, keep = apply_missing_eos(
+    scores, stays = apply_missing_eos(
         scored.scores, rollout.ended, settings.missing_eos, settings.missing_eos_value
     )
-    keep = keep & rows.row_mask
-    mask = rows.completion_mask & keep[:, None]
+    stays = stays & rows.row_mask
+    mask = rows.completion_mask & stays[:, None]
     rewards = token_rewards(scores, scored.old_logprobs, scored.ref_logprobs, mask, aux["kl_coef"])
     if settings.whiten_rewards:
         rewards = whiten(rewards, mask, keep_mean=True)
@@ -101,9 +103,9 @@ def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch,
         returns=returns,
     )
     return_var = masked_var(returns, mask)
-    residual_var = masked_var(jnp.where(mask, returns - scored.values, 0.0), mask)
+    residual_var = masked_var(returns - scored.values, mask)
     return batch, {
-        "reward/total": masked(jnp.sum(jnp.where(mask, rewards, 0.0), axis=1), keep),
+        "reward/total": masked(jnp.sum(keep(rewards, mask), axis=1), stays),
         "policy/kl_coef": aux["kl_coef"],
         "value/mean": masked(scored.values, mask),
         "value/explained_variance": 1 - residual_var / jnp.maximum(return_var, 1e-8),

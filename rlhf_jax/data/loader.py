@@ -89,7 +89,7 @@ class Loader:
         return [self.examples.records[number] for number in self._numbers(position)]
 
     def eval_batches(self) -> Iterator[tuple[Rows | Prompts, list[AnyRecord]]]:
-        """Yields all examples once, in their own order: each batch, filled up by rows of length 0, and its records."""
+        """Yields all examples once, in their own order: batches, the last filled up with rows of length 0."""
         for start in range(0, len(self.examples), self.batch_size):
             numbers = range(start, min(start + self.batch_size, len(self.examples)))
             batch = self.examples.collate(numbers, numbers, self.batch_size)
@@ -172,28 +172,25 @@ def tokenize_records(
     """Returns the records with their token ids.
 
     A record whose prompt has more than cfg.max_prompt_length tokens, BOS included, is left out; a row of more
-    than cfg.max_length tokens is cut on the right. A prompt without any token (empty text, a tokenizer without
-    BOS) becomes EOS, the token after which texts begin; to sample from it is an error.
+    than cfg.max_length tokens is cut on the right. A prompt without any token (empty text, a tokenizer
+    without BOS) becomes EOS, the token after which texts begin; to sample from it is an error.
 
     Raises:
         ValueError: an empty prompt to sample from; no record left.
     """
-    prompts = encode_prompts(tokenizer, [record.prompt for record in records])
-    completions = iter(
-        encode_completions(tokenizer, [text for record in records for text in _completions(record)])
-    )
     eos_id, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
     limit = cfg.max_prompt_length if kind == "prompt_only" else min(cfg.max_prompt_length, cfg.max_length - 1)
     kept: list[AnyRecord] = []
-    rows: list[Row] = []
+    prompts: list[list[int]] = []
     lengths: list[int] = []
-    for number, (record, prompt) in enumerate(zip(records, prompts, strict=True), start=1):
-        own_completions = [next(completions) for _ in _completions(record)]
+    for number, (record, prompt) in enumerate(
+        zip(records, encode_prompts(tokenizer, [record.prompt for record in records]), strict=True), start=1
+    ):
         if not isinstance(record, PromptCompletion) and record.prompt_tokens:
             prompt, text = opening(tokenizer, prompt, record.prompt_tokens)
             if not prompt:
                 continue
-            record = record._replace(prompt=text)
+            record = _after_opening(record, text)
         if not prompt and kind == "prompt_only":
             raise ValueError(
                 f"{where}: record {number} has an empty prompt and the tokenizer has no BOS token to start "
@@ -201,16 +198,23 @@ def tokenize_records(
             )
         prompt = prompt or [eos_id]
         lengths.append(len(prompt))
-        if len(prompt) > limit:
-            continue
-        kept.append(record)
-        if kind == "prompt_only":
-            rows.append(Row(prompt, len(prompt)))
-        for completion in own_completions:
-            made = row(prompt, completion, eos_id, cfg.max_length)
-            rows.append(made._replace(prompt_length=1) if loss_on == "all" else made)
+        if len(prompt) <= limit:
+            kept.append(record)
+            prompts.append(prompt)
     if not kept:
         raise ValueError(_nothing_left(where, lengths, limit, cfg))
+    if kind == "prompt_only":
+        rows = [Row(prompt, len(prompt)) for prompt in prompts]
+    else:
+        texts = [text for record in kept for text in _completions(record)]
+        completions = iter(encode_completions(tokenizer, texts))
+        rows = [
+            row(prompt, next(completions), eos_id, cfg.max_length)
+            for record, prompt in zip(kept, prompts, strict=True)
+            for _ in _completions(record)
+        ]
+    if loss_on == "all":
+        rows = [row._replace(prompt_length=1) for row in rows]
     longest = max(len(row.ids) for row in rows)
     return Examples(
         kind=kind,
@@ -221,15 +225,16 @@ def tokenize_records(
         num_dropped=len(records) - len(kept),
         num_cut=sum(row.was_cut for row in rows),
         longest_row=longest,
-        longest_prompt=max(length for length in lengths if length <= limit),
+        longest_prompt=max(map(len, prompts)),
     )
 
 
 def opening(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], num_tokens: int) -> tuple[list[int], str]:
     """Returns the first num_tokens tokens of a text as prompt, BOS not counted, and how they read.
 
-    The cut moves left to where the next token neither begins a sentence nor goes on with a word: after a sentence
-    a model may well end its text. Nothing is returned of a text without a further token or without such a place.
+    The cut moves left to where the next token neither begins a sentence nor goes on with a word: after a
+    sentence a model may well end its text. Nothing is returned of a text without a further token or without
+    such a place.
     """
     first = 0 if tokenizer.bos_token_id is None else 1
     end = first + num_tokens
@@ -240,10 +245,18 @@ def opening(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], num_tokens: 
         text = _read(tokenizer, ids[first:stop])
         following = longer[len(text) :]
         splits_word = text[-1:].isalnum() and following[:1].isalnum()
-        if not splits_word and not text[-1:].isspace() and not text.endswith((*SENTENCE_ENDS, '"', "\ufffd")):
+        if not splits_word and text.strip() and not text.rstrip().endswith((*SENTENCE_ENDS, '"', "\ufffd")):
             return list(ids[:stop]), text
         longer = text
     return [], ""
+
+
+def _after_opening(record: Preference | PromptOnly, text: str) -> Preference | PromptOnly:
+    """Returns the record with its prompt cut to `text`; completions that were no continuation become one."""
+    if isinstance(record, PromptOnly):
+        return record._replace(prompt=text)
+    blank = "" if text[-1:].isspace() else " "
+    return Preference(text, blank + record.chosen, blank + record.rejected, record.prompt_tokens)
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -8,8 +8,9 @@
 | prompt_only       | prompt                           | prompt_only                    |
 | labelled          | text, label (0 or 1)             | preference                     |
 
-The prompt of a preference without a prompt column is what both texts begin with. Text as prompt_completion has
-an empty prompt; text as prompt_only has its first data.prompt_tokens tokens as prompt, cut where tokens are made.
+The prompt of a preference without a prompt column is what both texts begin with. Text as prompt_completion
+has an empty prompt; text as prompt_only has its first data.prompt_tokens tokens as prompt, cut where tokens
+are made.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Preference(NamedTuple):
     prompt: str
     chosen: str
     rejected: str
-    prompt_tokens: int = 0  # the prompt is the first so many tokens of `prompt`; 0: all of it
+    prompt_tokens: int = 0  # the prompt is the first so many tokens of `prompt`, then a blank; 0: all of it
 
 
 class PromptOnly(NamedTuple):
@@ -125,7 +126,7 @@ def read_records(
 
 
 def reward_columns(records: Sequence[PromptOnly]) -> dict[str, list[object]]:
-    """Returns the records' other columns as lists, an entry per record; None where a record lacks a column."""
+    """Returns the records' other columns as lists, an entry per record; None where a record has none."""
     names = dict.fromkeys(name for record in records for name in record.columns)
     return {name: [record.columns.get(name) for record in records] for name in names}
 
@@ -148,9 +149,9 @@ def implicit_prompt(chosen: str, rejected: str) -> str:
 def detokenize(text: str) -> str:
     """Returns the text of an old, lower-cased corpus as prose.
 
-    `it 's good , is n't it ?` becomes `It's good, isn't it?`: undoes the Penn Treebank's spacing (contractions,
-    punctuation, brackets, quotation marks), and capitalises `i` and the beginning of sentences; names stay as they
-    are.
+    `it 's good , is n't it ?` becomes `It's good, isn't it?`: undoes the Penn Treebank's spacing
+    (contractions, punctuation, brackets, quotation marks), and capitalises `i` and the beginning of
+    sentences; names stay as they are.
     """
     prose = ""
     glue_next, sentence_starts, quote_open = True, True, False
@@ -204,7 +205,7 @@ class _Reader:
         there = ", ".join(self.present)
         raise ValueError(
             f"{self.where}: no column {name!r} ({why}); columns present: {there}"
-            f"{nearest(name, self.present)}; map other names with data.columns, such as {prompt: question}"
+            f"{nearest(name, self.present)}; map other names with data.columns, such as {{prompt: question}}"
         )
 
     def read(
@@ -226,8 +227,8 @@ class _Reader:
             return cell
         if isinstance(cell, (list, dict)):
             raise ValueError(
-                f"{self.where}: record {number}: column {name!r} holds chat messages or other nested data; only "
-                "plain text is read: render it to text beforehand"
+                f"{self.where}: record {number}: column {name!r} holds chat messages or other nested data; "
+                "only plain text is read: render it to text beforehand"
             )
         raise ValueError(
             f"{self.where}: record {number}: column {name!r} is {cell!r} ({type(cell).__name__}), "
@@ -258,8 +259,8 @@ def _resolve_format(reader: _Reader, kind: Kind, cfg: DataConfig) -> Format:
         return cfg.format
     if "messages" in reader.present and not reader.has("text"):
         raise ValueError(
-            f"{reader.where}: holds chat messages (column 'messages'); only plain text is read: render it to text "
-            "beforehand"
+            f"{reader.where}: holds chat messages (column 'messages'); only plain text is read: "
+            "render it to text beforehand"
         )
     found = [format for format, usual in COLUMNS.items() if all(map(reader.has, usual))]
     for format in found:
@@ -303,8 +304,8 @@ def _pair_labelled(
 ) -> list[AnyRecord]:
     """Returns pairs of a text with label 1 against one with label 0; each text is used at most once.
 
-    Pair i follows the beginning of prompt text i (counted round), which is cut where tokens are made; both its
-    texts then start with a space.
+    Pair i follows the beginning of prompt text i (counted round); it is cut, and a blank put between, where
+    tokens are made.
     """
     texts: dict[int, list[str]] = {0: [], 1: []}
     for number, record in enumerate(source, start=1):
@@ -331,6 +332,6 @@ def _pair_labelled(
         prompt_reader.missing("text", "prompts are the beginnings of texts")
     openings = [text for (text,), _ in prompt_reader.read(prompts, ("text",))]
     return [
-        Preference(openings[i % len(openings)], " " + chosen, " " + rejected, cfg.prompt_tokens)
+        Preference(openings[i % len(openings)], chosen, rejected, cfg.prompt_tokens)
         for i, (chosen, rejected) in enumerate(pairs)
     ]

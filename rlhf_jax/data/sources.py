@@ -1,4 +1,4 @@
-"""A specification such as `stories.jsonl[:4000]` becomes a sequence of records; a record is a dict of columns."""
+"""A specification such as `stories.jsonl[:4000]` becomes a sequence of records, dicts of columns."""
 
 from __future__ import annotations
 

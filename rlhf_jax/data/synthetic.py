@@ -1,12 +1,12 @@
-"""The embedded task: a shop answers its customers, in readable text of a small grammar; nothing is downloaded.
+"""The embedded task: a shop answers its customers, in the readable text of a small grammar.
 
     Customer: the lamp I ordered arrived broken.
     Reply: I am sorry that your lamp arrived broken. We will send a new one today. Thank you for your letter.
 
-Replies of the grammar are anything between rude and kind, curt and rambling, helpful and beside the point, so that
-demonstrations leave room for improvement. What a good reply is, `gold_reward` alone knows: it labels the preference
-pairs, with noise, and otherwise only judges. Held-out prompts are combinations of item and problem that no
-training record has.
+Replies of the grammar are anything between rude and kind, curt and rambling, helpful and beside the point, so
+that demonstrations leave room for improvement. What a good reply is, `gold_reward` alone knows: it labels the
+preference pairs, with noise, and otherwise only judges. Held-out prompts are combinations of item and problem
+that no training record has.
 """
 
 from __future__ import annotations
@@ -100,10 +100,11 @@ WRONG_ITEM = 0.15  # how often a clerk has another item in mind
 def gold_reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """Returns how good each reply is, in [-3, 4].
 
-    Each credit counts once: 1 for an apology (sorry), 1 for naming the customer's item, 1.5 for the promise that
-    fits the problem, 0.5 for thanks. Each fault costs: 1 a rude word (2 at most), 0.75 another item's name, 0.75
-    another promise, 0.25 every four words in a row that were there before, 0.1 every word beyond ENOUGH_WORDS (1.5
-    at most), 1 a reply of fewer than four words, 0.5 one that does not end its last sentence. The sum is clipped.
+    Each credit counts once: 1 for an apology (sorry), 1 for naming the customer's item, 1.5 for the promise
+    that fits the problem, 0.5 for thanks. Each fault costs: 1 a rude word (2 at most), 0.75 another item's
+    name, 0.75 another promise, 0.25 every four words in a row that were there before, 0.1 every word beyond
+    ENOUGH_WORDS (1.5 at most), 1 a reply of fewer than four words, 0.5 one that does not end its last
+    sentence. The sum is clipped.
 
     Args:
         prompts: the customers' messages; a prompt that is none has neither item nor fitting promise.

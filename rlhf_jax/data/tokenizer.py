@@ -1,8 +1,8 @@
 """Text to token ids: a tokenizer that is loaded or trained, and the one way in which text is encoded.
 
-Prompt and completion are encoded apart and concatenated, in training as in sampling: the tokens of a prompt do
-not depend on what follows, and the first completion token is one that the sampler can choose. Encoding the joined
-text may give other tokens where the two meet.
+Prompt and completion are encoded apart and concatenated, in training as in sampling: the tokens of a prompt
+do not depend on what follows, and the first completion token is one that the sampler can choose. Encoding the
+joined text may give other tokens where the two meet.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def settle_special_tokens(
         if name not in vocabulary:
             raise ValueError(
                 f"tokenizer.{key}: {name!r} is not in the vocabulary of {path}"
-                f"{nearest(name, tuple(vocabulary))}; allowed: one of its {len(vocabulary)} tokens, such as {_examples(tokenizer)}"
+                f"{nearest(name, tuple(vocabulary))}; allowed: one of its {len(vocabulary)} tokens, such as "
+                f"{_examples(tokenizer)}"
             )
         setattr(tokenizer, key, name)
     if tokenizer.eos_token_id is None:
@@ -68,8 +69,8 @@ def settle_special_tokens(
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(
-            f"tokenizer.pad_token: the tokenizer of {path} names no padding token; set tokenizer.pad_token to a "
-            f"token of its vocabulary; {tokenizer.eos_token!r}, its EOS token, is allowed"
+            f"tokenizer.pad_token: the tokenizer of {path} names no padding token; set tokenizer.pad_token "
+            f"to a token of its vocabulary; {tokenizer.eos_token!r}, its EOS token, is allowed"
         )
     return tokenizer
 
@@ -77,8 +78,8 @@ def settle_special_tokens(
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Returns a byte-level BPE trained on the texts, a function of the texts and vocab_size alone.
 
-    Any text can be encoded. The vocabulary has vocab_size tokens at most, among them distinct ones for padding,
-    BOS and EOS with ids 0, 1, 2; it is smaller where the texts do not have so many pairs to merge.
+    Any text can be encoded. The vocabulary has vocab_size tokens at most, among them distinct ones for
+    padding, BOS and EOS with ids 0, 1, 2; it is smaller where the texts do not have so many pairs to merge.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
@@ -103,7 +104,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the prompt's ids: BOS once where the tokenizer has one, then the text without control tokens."""
+    """Returns the prompt's ids: BOS once where the tokenizer has one, then the text's."""
     return encode_prompts(tokenizer, [text])[0]
 
 
@@ -116,14 +117,14 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the completion's ids without control tokens; EOS is appended where rows are made.
 
-    A completion that begins with a word starts with its space. (Tokenizers that add a space to every text, such
-    as Llama 2's, have it anyway.)
+    A completion that begins with a word starts with its space. (Tokenizers that add a space to every text,
+    such as Llama 2's, have it anyway.)
     """
     return encode_completions(tokenizer, [text])[0]
 
 
 def encode_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Returns encode_completion of each text; a control token's name in a text is encoded as plain letters."""
+    """Returns encode_completion of each text; a control token's name in a text stays plain letters."""
     if not texts:
         return []
     encoded = tokenizer(

@@ -42,9 +42,7 @@ class Architecture:
         if not problems and self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         if not problems and self.head_dim % 2:
-            problems.append(
-                f"head_dim {self.head_dim} is odd; rotary positions turn pairs, so it must be even"
-            )
+            problems.append(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of numbers")
         if problems:
             raise ValueError("impossible architecture: " + "; ".join(problems))
 
@@ -95,8 +93,8 @@ class Architecture:
     def from_hf(cls, config: Mapping[str, Any]) -> Architecture:
         """Returns the architecture of a Hugging Face config.json, as read from JSON.
 
-        Keys that a Llama's config may leave out have the values that transformers gives them. Both spellings of
-        the rotary base are read: `rope_parameters` (transformers 5) and `rope_theta` (before).
+        Keys that a Llama's config may leave out have the values that transformers gives them. Both spellings
+        of the rotary base are read: `rope_parameters` (transformers 5) and `rope_theta` (before).
 
         Raises:
             ValueError: a model or an option that the transformer here does not compute; all in one message.
@@ -171,6 +169,7 @@ class Architecture:
         }
 
 
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 # What the transformer computes; another value of one of these would silently be another model.
 _SUPPORTED: dict[str, Any] = {
     "rope_scaling": None,

@@ -45,8 +45,10 @@ def causal_attention(q: Array, k: Array, v: Array) -> Array:
 
     Args:
         q: [B, T, H, h].
-        k, v: [B, T, K, h], K divides H.
-    Returns: [B, T, H, h].
+        k: [B, T, K, h], K divides H.
+        v: [B, T, K, h].
+    Returns:
+        [B, T, H, h].
     """
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
@@ -54,15 +56,20 @@ def causal_attention(q: Array, k: Array, v: Array) -> Array:
 def cached_attention(
     q: Array, prompt_k: Array, prompt_v: Array, k: Array, v: Array, prompt_lengths: Array, step: Array
 ) -> Array:
-    """Returns the attention of one new token per row to its prompt and to its completion so far, itself included.
+    """Returns the attention of one new token per row to its prompt and to its completion so far.
 
-    One softmax, in float32, over the scores of both regions.
+    One softmax, in float32, over the scores of both regions; the new token is the completion's last.
 
     Args:
         q: [B, H, h].
-        prompt_k, prompt_v: [B, K, P, h], of which prompt_lengths i32[B] columns are real.
-        k, v: [B, K, C, h], of which columns 0 .. step are real, step i32[].
-    Returns: [B, H, h].
+        prompt_k: [B, K, P, h].
+        prompt_v: [B, K, P, h].
+        k: [B, K, C, h].
+        v: [B, K, C, h].
+        prompt_lengths: i32[B], real columns of the prompt's region.
+        step: i32[]; columns 0 .. step of the completion's region are real.
+    Returns:
+        [B, H, h].
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, prompt_size, completion_size = k.shape[1], prompt_k.shape[2], k.shape[2]

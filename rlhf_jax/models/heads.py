@@ -1,4 +1,4 @@
-"""Score heads: one number from a hidden state. Value models read every column, reward models the last real one."""
+"""Score heads: one number from a hidden state, of every column (values) or of the last real one (rewards)."""
 
 from __future__ import annotations
 

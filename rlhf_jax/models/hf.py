@@ -26,12 +26,13 @@ from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import make_model
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_GENERATION = "generation_config.json"
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOAT_TYPES = ("F32", "BF16", "F16")
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 
-# Parameter: (tensor, number of leading dimensions that a product sums over). Theirs is [outputs, inputs], with heads
-# and head_dim in one; ours is [inputs ..., outputs ...]. 0: the tensor as it is. {} is the layer.
+# Parameter: (tensor, number of leading dimensions that a product sums over). Theirs is [outputs, inputs],
+# with heads and head_dim as one; ours is [inputs ..., outputs ...]. 0: the tensor as it is. {} is the layer.
 _TENSORS = {
     "trunk/embed/embedding": (_EMBEDDING, 0),
     "trunk/layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", 0),
@@ -105,8 +106,8 @@ def load_policy(directory: str | os.PathLike[str], architecture: Architecture, s
         architecture: the checkpoint's; see `read_architecture`.
         shardings: of the policy parameters, in their tree.
     Raises:
-        ValueError: no safetensors, a file that is damaged or outside the directory, or tensors that are missing,
-            not expected, of another shape or not of floats; these all in one table.
+        ValueError: no safetensors, a file that is damaged or outside the directory, or tensors that are
+            missing, not expected, of another shape or not of floats; these all in one table.
     """
     shapes = _policy_shapes(architecture)
     with ExitStack() as stack:
@@ -130,7 +131,7 @@ def save_policy(
     dtype: Literal["float32", "bfloat16"] = "float32",
     token_ids: Mapping[str, int] | None = None,
 ) -> None:
-    """Writes config.json and model.safetensors, which transformers loads as LlamaForCausalLM.
+    """Writes config.json, generation_config.json and model.safetensors, which transformers loads as LlamaForCausalLM.
 
     All processes call it, for parameters are gathered leaf by leaf; the first process writes.
 
@@ -162,11 +163,12 @@ def save_policy(
     _replace(path / _WEIGHTS, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
     config = json.dumps(architecture.to_hf(dtype, token_ids), indent=2)
     _replace(path / _CONFIG, lambda partial: partial.write_text(config + "\n"))
+    generation = json.dumps(dict(token_ids or {}), indent=2)
+    _replace(path / _GENERATION, lambda partial: partial.write_text(generation + "\n"))
 
 
 def _policy_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    abstract = jax.eval_shape(make_model(architecture).init_policy, jax.random.key(0))
-    return {name: leaf.shape for name, leaf in _flatten(abstract)}
+    return {name: leaf.shape for name, leaf in _flatten(make_model(architecture).policy_shapes)}
 
 
 def _flatten(params: Params) -> Iterator[tuple[str, Any]]:
@@ -186,21 +188,17 @@ def _tensors(parameter: str, shape: tuple[int, ...], embedding_name: str) -> lis
     return [_Tensor(embedding_name if name == _EMBEDDING else name, num_inputs, shape)]
 
 
-def _reader(
-    parameter: str, tensors: list[_Tensor], files: Mapping[str, Any]
-) -> Callable[[Slices], np.ndarray]:
+def _reader(parameter: str, tensors: list[_Tensor], files: Mapping[str, Any]) -> Callable[[Any], np.ndarray]:
     """Returns what reads a part of a parameter; a part that several devices hold is read once."""
 
+    def read_one(tensor: _Tensor, index: Slices) -> np.ndarray:
+        return tensor.read(files[tensor.name].get_slice(tensor.name), index)
+
     @cache
-    def read(index: Slices) -> np.ndarray:
-        if not _is_stacked(parameter):
-            return tensors[0].read(files[tensors[0].name].get_slice(tensors[0].name), index)
-        return np.stack(
-            [
-                tensor.read(files[tensor.name].get_slice(tensor.name), index[1:])
-                for tensor in tensors[index[0]]
-            ]
-        )
+    def read(index: Any) -> np.ndarray:
+        if _is_stacked(parameter):
+            return np.stack([read_one(tensor, index[1:]) for tensor in tensors[index[0]]])
+        return read_one(tensors[0], index)
 
     return read
 
@@ -229,7 +227,9 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
     if outside:
         raise ValueError(f"{directory / _INDEX} names files outside its directory: {sorted(outside)}")
     opened = {name: _open(directory / name, stack) for name in sorted(set(weight_map.values()))}
-    lost = [f"{tensor} ({name})" for tensor, name in weight_map.items() if tensor not in opened[name].keys()]
+    lost = [
+        f"{tensor} ({name})" for tensor, name in weight_map.items() if tensor not in set(opened[name].keys())
+    ]
     if lost:
         raise ValueError(
             f"{directory / _INDEX} names tensors that their files do not have: {', '.join(lost[:8])}"
@@ -255,9 +255,9 @@ def _no_safetensors(directory: Path) -> str:
     if not others:
         return f"{directory} has no {_WEIGHTS} and no {_INDEX}"
     return (
-        f"{directory} has weights only as {', '.join(others)}, and such files may run code when they are opened. Where "
-        "you trust them, convert them once with torch and transformers: AutoModelForCausalLM.from_pretrained"
-        f"({str(directory)!r}).save_pretrained({str(directory)!r})"
+        f"{directory} has weights only as {', '.join(others)}. Such files can run code when they are opened; "
+        "only safetensors are read. Where you trust them, convert them once, with torch and transformers: "
+        f"AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
     )
 
 

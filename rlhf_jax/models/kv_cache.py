@@ -1,15 +1,16 @@
 """Decoding with a key/value cache: prefill of the prompts, then one token per row and step.
 
-Caches are lists with one array per layer, [B, K, S, h], and decoding is unrolled over the layers: a stacked cache, or
-stacked weights sliced in a loop, would be copied whole at each step. All rows write the same column in a step, with
-one dynamic_update_slice; a scatter per row, or the length before the heads, makes a TPU copy the cache. Prompts have
-their own region, so there is no left padding.
+Caches are lists with one array per layer, [B, K, S, h], and decoding is unrolled over the layers: a stacked
+cache, or stacked weights sliced in a loop, would be copied whole at each step. All rows write the same column
+in a step, with one dynamic_update_slice; a scatter per row, or the length before the heads, makes a TPU copy
+the cache. Prompts have their own region, so there is no left padding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from rlhf_jax.batch import Params
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.attention import Rotation, cached_attention, causal_attention, rotation
 from rlhf_jax.models.heads import last_hidden
-from rlhf_jax.models.transformer import Block, RMSNorm, bind
+from rlhf_jax.models.transformer import Block, RMSNorm, bind, logits
 
 
 class KVCache(NamedTuple):
@@ -33,22 +34,19 @@ class KVCache(NamedTuple):
     prompt_lengths: Array  # i32[B]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["layers", "embedding", "final_norm", "unembedding"],
-    meta_fields=["architecture"],
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "layers"], meta_fields=["architecture"])
 @dataclass(frozen=True)
 class DecodeWeights:
     """Policy parameters in the layout for decoding, cast once to the compute dtype."""
 
+    params: Params  # the policy's, without the trunk's layers
     layers: list[Params]
-    embedding: Array  # [V, D]
-    final_norm: Params
-    unembedding: (
-        Array  # [D, V], also of tied embeddings: the thin product of a decode step is faster this way
-    )
     architecture: Architecture
+
+    @property
+    def embedding(self) -> Array:
+        """Returns [V, D]."""
+        return self.params["trunk"]["embed"]["embedding"]
 
 
 def unstack(policy_params: Params, architecture: Architecture, dtype: str) -> DecodeWeights:
@@ -60,19 +58,13 @@ def unstack(policy_params: Params, architecture: Architecture, dtype: str) -> De
         dtype: the compute dtype.
     """
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), policy_params)
-    trunk = params["trunk"]
-    embedding = trunk["embed"]["embedding"]
-    return DecodeWeights(
-        layers=[jax.tree.map(lambda leaf: leaf[i], trunk["layers"]) for i in range(architecture.num_layers)],
-        embedding=embedding,
-        final_norm=trunk["final_norm"],
-        unembedding=params["lm_head"]["kernel"] if "lm_head" in params else embedding.T,
-        architecture=architecture,
-    )
+    stacked = params["trunk"].pop("layers")
+    layers = [jax.tree.map(itemgetter(layer), stacked) for layer in range(architecture.num_layers)]
+    return DecodeWeights(params, layers, architecture)
 
 
 def prefill(weights: DecodeWeights, tokens: Array, lengths: Array, num_steps: int) -> tuple[Array, KVCache]:
-    """Returns the hidden state of each prompt's last token [B, D], and a cache with room for num_steps tokens.
+    """Returns the hidden state of each prompt's last token, [B, D], and a cache with room for C more tokens.
 
     Args:
         weights: of `unstack`.
@@ -85,8 +77,8 @@ def prefill(weights: DecodeWeights, tokens: Array, lengths: Array, num_steps: in
     limit = weights.architecture.context_length
     if tokens.shape[1] + num_steps > limit:
         raise ValueError(
-            f"prompts of up to {tokens.shape[1]} tokens and completions of up to {num_steps} do not fit the model's "
-            f"context length of {limit}; shorten one of them"
+            f"prompts of up to {tokens.shape[1]} tokens and completions of up to {num_steps} do not fit the "
+            f"model's context length of {limit}; shorten one of them"
         )
     keys, values, empty_k, empty_v = [], [], [], []
 
@@ -102,7 +94,7 @@ def prefill(weights: DecodeWeights, tokens: Array, lengths: Array, num_steps: in
         values.append(v_BKPh)
         empty_k.append(jnp.zeros((batch, num_kv_heads, num_steps, head_dim), k_BKPh.dtype))
         empty_v.append(jnp.zeros((batch, num_kv_heads, num_steps, head_dim), v_BKPh.dtype))
-    hidden_BD = bind(RMSNorm, weights.architecture, weights.final_norm)(last_hidden(x_BPD, lengths))
+    hidden_BD = _final_norm(weights, last_hidden(x_BPD, lengths))
     return hidden_BD, KVCache(keys, values, empty_k, empty_v, lengths)
 
 
@@ -130,14 +122,18 @@ def decode_step(weights: DecodeWeights, cache: KVCache, tokens: Array, step: Arr
     for i, layer in enumerate(weights.layers):
         x_B1D, written = bind(Block, weights.architecture, layer)(x_B1D, turn, partial(attend, i))
         columns.append(written)
-    hidden_BD = bind(RMSNorm, weights.architecture, weights.final_norm)(x_B1D[:, 0])
+    hidden_BD = _final_norm(weights, x_B1D[:, 0])
     return hidden_BD, cache._replace(k=[k for k, _ in columns], v=[v for _, v in columns])
 
 
 def decode_logits(weights: DecodeWeights, hidden: Array) -> Array:
     """Returns f32[B, V] of hidden states [B, D]."""
-    return jnp.einsum("bd,dv->bv", hidden, weights.unembedding, preferred_element_type=jnp.float32)
+    return logits(weights.params, hidden)
 
 
 def _rotation(weights: DecodeWeights, positions: Array) -> Rotation:
     return rotation(positions, weights.architecture.head_dim, weights.architecture.rope_theta)
+
+
+def _final_norm(weights: DecodeWeights, x: Array) -> Array:
+    return bind(RMSNorm, weights.architecture, weights.params["trunk"]["final_norm"])(x)

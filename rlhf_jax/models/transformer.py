@@ -19,9 +19,8 @@ from rlhf_jax.sharding import constrain
 
 INIT_STD = 0.02
 
-Attend = Callable[
-    [Array, Array, Array], tuple[Array, Any]
-]  # q, k, v -> attended like q, what the caller keeps
+# Of q, k, v: the attended values, shaped like q, and what the caller wants to keep.
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Model(NamedTuple):
@@ -35,7 +34,7 @@ class Model(NamedTuple):
     init_policy: Callable[[Array], Params]
     """Of a key: a fresh trunk, and an LM head where embeddings are not tied."""
     hidden: Callable[[Params, Array], Array]
-    """Of a trunk and tokens i32[B, T] (right-padded): states after the final norm [B, T, D], in the compute dtype."""
+    """Of a trunk and right-padded tokens i32[B, T]: final states [B, T, D] in the compute dtype."""
     logits: Callable[[Params, Array], Array]
     """Of policy parameters and hidden states [..., D]: f32[..., V]."""
     policy_axes: Params
@@ -48,17 +47,18 @@ class Model(NamedTuple):
     """The same for a trunk with a score head."""
 
 
+@cache
 def make_model(
     architecture: Architecture,
     dtype: Literal["float32", "bfloat16"] = "float32",
     remat: Literal["none", "dots", "full"] = "none",
 ) -> Model:
-    """Returns the pure functions of one architecture.
+    """Returns the pure functions of one architecture; for the same arguments the same functions.
 
     Args:
         architecture: sizes.
         dtype: of activations; parameters are float32 and are cast where they are used.
-        remat: what the backward pass recomputes of each block: nothing, all but the products with weights, all.
+        remat: what the backward pass recomputes of a block: nothing, all but products with weights, all.
     """
     trunk_axes = _axes(_abstract(Trunk, architecture)[1])
     policy_axes = {"trunk": trunk_axes}
@@ -79,8 +79,8 @@ def make_model(
     def hidden(trunk: Params, tokens: Array) -> Array:
         if tokens.shape[1] > architecture.context_length:
             raise ValueError(
-                f"rows of {tokens.shape[1]} tokens, but the model's context length is {architecture.context_length}; "
-                "shorten prompts or completions"
+                f"rows of {tokens.shape[1]} tokens do not fit the model's context length of "
+                f"{architecture.context_length}; shorten prompts or completions"
             )
         return bind(Trunk, architecture, trunk)(tokens, jnp.dtype(dtype), remat)
 
@@ -102,7 +102,7 @@ def make_model(
 
 
 def logits(policy_params: Params, hidden: Array) -> Array:
-    """Returns f32[..., V]: hidden [..., D] times the LM head, or times the embeddings where these are tied."""
+    """Returns f32[..., V]: hidden [..., D] times the LM head, or times the embeddings where they are tied."""
     if "lm_head" in policy_params:
         equation, weights = "...d,dv->...v", policy_params["lm_head"]["kernel"]
     else:
@@ -130,7 +130,7 @@ class Trunk(nnx.Module):
         make_blocks = nnx.vmap(lambda rngs: Block(architecture, rngs), in_axes=0, out_axes=0)
         self.architecture = architecture
         self.embed = Embed(architecture, rngs)
-        self.layers = make_blocks(rngs.fork(split=architecture.num_layers))
+        self.layers = make_blocks(rngs.split(architecture.num_layers))
         self.final_norm = RMSNorm(architecture, rngs)
 
     def __call__(self, tokens: Array, dtype: jnp.dtype, remat: str) -> Array:
@@ -231,7 +231,7 @@ def _weight(
 
 
 def _residual_std(architecture: Architecture) -> float:
-    """Returns the deviation of what writes to the residual stream: its variance then does not grow with depth.
+    """Returns the deviation of what writes to the residual stream, whose variance then is that of any depth.
 
     Source: Radford 2019 (GPT-2), section 2.3.
     """
@@ -239,15 +239,9 @@ def _residual_std(architecture: Architecture) -> float:
 
 
 def _axes(abstract: Any) -> Params:
-    """Returns the trunk's logical axes from its parameters' metadata; stacked layers have one more in front."""
-    axes = nnx.to_pure_dict(jax.tree.map(_variable_axes, abstract, is_leaf=_is_variable))
-    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
-    return axes | {"layers": jax.tree.map(lambda names: ("layers", *names), axes["layers"], is_leaf=is_axes)}
-
-
-def _variable_axes(variable: nnx.Variable) -> tuple[str, ...]:
-    return variable.get_metadata()["axes"]
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
+    """Returns the logical axes in the parameters' metadata; stacked layers have one more in front."""
+    axes = nnx.to_pure_dict(abstract, lambda variable: variable.get_metadata()["axes"])
+    stacked = jax.tree.map(
+        lambda names: ("layers", *names), axes["layers"], is_leaf=lambda x: isinstance(x, tuple)
+    )
+    return axes | {"layers": stacked}

@@ -14,7 +14,8 @@ def gae(rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float)
 
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   returns_t = A_t + V_t
 
-    t + 1 is the next token that the mask names, however many columns lie between; V and A are 0 after the last.
+    t + 1 is the next token that the mask names, however many columns lie between; V and A are 0 after the
+    last.
 
     Args:
         rewards: f32[B, T].
@@ -22,9 +23,10 @@ def gae(rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float)
         mask: bool[B, T], the tokens that the policy chose; what stands elsewhere is never read.
         gamma: discount per token.
         lam: 0 is the one-step error, 1 the discounted sum of rewards less the value.
+
     Returns:
         advantages and returns, f32[B, T], 0 where the mask is false.
-    Source: arXiv:1506.02438 eq. 11, 16. A truncated completion ends like a finished one (no bootstrap).
+    Source: arXiv:1506.02438 eq. 16. A truncated completion ends like a finished one (no bootstrap).
     """
 
     def step(

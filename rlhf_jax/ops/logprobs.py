@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens, and the one place of the shift by one.
 
 The hidden state at column t - 1 predicts token t. Everything that is computed from hidden states (logprobs,
-entropies, values) is computed on the C columns that predict a row's completion, and put back to where the tokens
-stand, so that column t of a [B, T] array speaks about token t.
+entropies, values) is computed on the C columns that predict a row's completion, and put back to where the
+tokens stand, so that column t of a [B, T] array speaks about token t.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jax import Array
 def gather_columns(hidden: Array, starts: Array, num_columns: int) -> Array:
     """Returns the columns that predict tokens starts, starts + 1, ...: [B, C] or [B, C, D].
 
-    Entry j is column starts - 1 + j. Columns beyond the row repeat its last one, and the column before the first is
-    the first: entries that predict no token of the row are for the caller's mask to drop.
+    Entry j is column starts - 1 + j. Columns beyond the row repeat its last one, and the column before the
+    first is the first: entries that predict no token of the row are for the caller's mask to drop.
 
     Args:
         hidden: [B, T, D] hidden states, or [B, T] values.
@@ -45,7 +45,8 @@ def gather_targets(tokens: Array, starts: Array, num_columns: int) -> Array:
 def put_columns(x: Array, starts: Array, num_tokens: int, fill: float = 0) -> Array:
     """Returns [B, T] with entry j of x at the token that it speaks about, starts + j, and fill elsewhere.
 
-    The inverse of `gather_columns` on the tokens of the row. Token 0 always gets the fill: nothing predicts it.
+    The inverse of `gather_columns` on the tokens of the row. Nothing predicts token 0: it always gets
+    the fill.
 
     Args:
         x: [B, C], one number for each gathered column.
@@ -76,10 +77,11 @@ def token_logprobs(
         hidden: [B, C, D], the columns that predict the targets.
         targets: i32[B, C].
         temperature: divides the logits, as it does when the tokens are sampled.
-        chunk: tokens whose logits exist at once, rounded to whole columns of B tokens (at least one); their logits
-            are computed again in the backward pass. 0: all at once. Chunks run along C, so that a batch that is
-            sharded over devices stays so in each.
+        chunk: tokens whose logits exist at once, rounded to whole columns of B tokens (at least one); their
+            logits are computed again in the backward pass. 0: all at once. Chunks run along C, so that a
+            batch that is sharded over devices stays so in each.
         with_entropy: entropy costs another pass over the logits.
+
     Returns:
         logprobs f32[B, C] in nats, and entropy f32[B, C] in nats, or None.
     """
@@ -107,7 +109,7 @@ def token_logprobs(
 
 
 def _logprobs_of_logits(logits: Array, targets: Array, with_entropy: bool) -> tuple[Array, Array | None]:
-    """Returns logprobs of the targets, and entropies; all relative to the largest logit, which keeps their digits."""
+    """Returns logprobs of the targets, and entropies; relative to the largest logit, which keeps digits."""
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     shifted = logits - largest[..., None]
     log_total = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))

@@ -30,7 +30,7 @@ def masked(x: Array, mask: Array) -> Mean:
 
 
 def masked_mean(x: Array, mask: Array) -> Array:
-    """Returns f32[], the mean of x over the true entries of a mask of the same shape; 0 where there are none."""
+    """Returns f32[], the mean of x over the true entries of a mask; 0 where there are none."""
     return masked(x, mask).value
 
 
@@ -55,7 +55,7 @@ def whiten(x: Array, mask: Array, *, keep_mean: bool = False) -> Array:
         x: f32[B, T] of the whole batch; whitening a part of it gives another result.
         mask: bool[B, T].
         keep_mean: scale around the mean and leave the mean where it was, as rewards are whitened.
-    Source: arXiv:2403.17031, details 13 and 19.
+    Source: arXiv:2403.17031, reward and advantage whitening.
     """
     mean = masked_mean(x, mask)
     whitened = (keep(x, mask) - mean) / jnp.sqrt(masked_var(x, mask) + WHITEN_EPS)

@@ -14,16 +14,18 @@ MissingEos = Literal["none", "subtract", "replace", "mask"]
 
 
 def apply_missing_eos(scores: Array, ended: Array, rule: MissingEos, value: float) -> tuple[Array, Array]:
-    """Returns the scores after the rule for completions that did not end, and the rows that stay in the batch.
+    """Returns the scores after the rule for completions without EOS, and the rows that stay in the batch.
 
     Args:
         scores: f32[B].
         ended: bool[B], the completion has its EOS.
-        rule: `none` leaves everything as it is; `subtract` takes value from the score; `replace` puts value in its
-            place; `mask` leaves the row out.
+        rule: `none` leaves everything as it is; `subtract` takes value from the score; `replace` puts value
+            in its place; `mask` leaves the row out.
         value: of `subtract` and `replace`.
+
     Returns:
         scores f32[B], and bool[B]: false for the rows that leave loss, whitening and metrics.
+
     Raises:
         ValueError: for another rule.
     """
@@ -56,7 +58,8 @@ def token_rewards(
 
     Args:
         scores: f32[B].
-        old_logprobs, ref_logprobs: f32[B, T], nats.
+        old_logprobs: f32[B, T], nats, under the policy that made the rollout.
+        ref_logprobs: f32[B, T], nats, under the reference.
         completion_mask: bool[B, T]; a row without any true entry gets no reward at all, whatever its score.
         kl_coef: f32[] or float.
     Source: arXiv:2009.01325 section 3.4, arXiv:2203.02155 eq. 2, spread over tokens as in their code.

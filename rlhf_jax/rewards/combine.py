@@ -40,7 +40,7 @@ def _mean(part: np.ndarray) -> Mean:
 
 
 class Judge:
-    """Combines the reward model's scores with those of the user's function, as the configuration weighs them."""
+    """Combines the reward model's scores with those of the user's function, as the configuration says."""
 
     def __init__(self, rewards: RewardsConfig, function: RewardFunction | None, *, has_model: bool) -> None:
         """Makes a judge.

@@ -1,7 +1,8 @@
 """Reward functions of the user: found by name, called on the host with text, their answers checked.
 
-A function is called as `fn(prompts=[...], completions=[...], **columns) -> list[float]`, one number per completion.
-It is given the other columns of the records that it names as parameters, or all of them when it takes **kwargs.
+A function is called as `fn(prompts=[...], completions=[...], **columns) -> list[float]`, one number per
+completion. It is given the other columns of the records that it names as parameters, or all of them when it
+takes **kwargs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class RewardFunction:
     function: Callable[..., Any]
 
     def __call__(self, records: Sequence[PromptOnly], completions: Sequence[str]) -> np.ndarray:
-        """Returns f32[B], the score of each completion of a record's prompt; RewardError where there is none."""
+        """Returns f32[B], the score of each record's completion; RewardError where one has none."""
         names = {name: None for record in records for name in record.columns}
         columns = {name: [record.columns.get(name) for record in records] for name in names}
         return call(self.function, self.name, [record.prompt for record in records], completions, columns)
@@ -58,8 +59,8 @@ def load_function(spec: str) -> RewardFunction:
         found = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
         raise ValueError(
-            f"reward function {spec!r}: cannot import {module_name}: {type(error).__name__}: {error}; a module is "
-            f"looked for in the current directory ({os.getcwd()}) and among the installed packages"
+            f"reward function {spec!r}: cannot import {module_name}: {type(error).__name__}: {error}; "
+            f"it is looked for in the current directory ({os.getcwd()}) and among the installed packages"
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -84,11 +85,13 @@ def call(
     Args:
         function: of the user.
         name: how messages call it.
-        prompts, completions: B texts each.
+        prompts: B texts.
+        completions: B texts.
         columns: B values each, by name; passed as far as the function takes them.
+
     Raises:
-        RewardError: the function raised (the original is the cause), needs a column that the records do not have, or
-            did not return B finite numbers; the message names the row and shows its completion.
+        RewardError: the function raised (the original is the cause), needs a column that the records do not
+            have, or did not return B finite numbers; the message names the row and shows its completion.
     """
     offered = {**columns, "prompts": prompts, "completions": completions}
     arguments = {key: list(offered[key]) for key in _accepted(function, name, offered)}
@@ -114,29 +117,35 @@ def _accepted(function: Callable[..., Any], name: str, offered: Mapping[str, Any
     if missing:
         raise RewardError(
             f"reward function {name} needs {', '.join(missing)}, which the records do not have; it is given "
-            f"{', '.join(offered)}: rename the parameter, give it a default, or map a column to it (data.columns)"
+            f"{', '.join(offered)}: rename the parameter, give it a default, or map a column (data.columns)"
         )
     return [key for key in offered if takes_all or key in by_name]
 
 
 def _checked(scores: Any, name: str, completions: Sequence[str]) -> np.ndarray:
-    """Returns the scores as f32[B]; RewardError where they are not B finite numbers."""
+    """Returns a list or a one-dimensional array of scores as f32[B].
+
+    Raises:
+        RewardError: they are not B finite numbers.
+    """
     wanted = f"it must return a list of {len(completions)} numbers, one per completion"
-    if isinstance(scores, (str, bytes, Mapping)) or not (
-        hasattr(scores, "__len__") and hasattr(scores, "__iter__")
-    ):
+    num_dimensions = getattr(scores, "ndim", 1 if isinstance(scores, (list, tuple)) else None)
+    if num_dimensions is None:
         kind = "None" if scores is None else f"a {type(scores).__name__}"
         raise RewardError(f"reward function {name} returned {kind}; {wanted}")
-    scores = list(scores)
+    if num_dimensions != 1:
+        raise RewardError(
+            f"reward function {name} returned an array of {num_dimensions} dimensions; {wanted}"
+        )
     if len(scores) != len(completions):
         raise RewardError(f"reward function {name} returned {len(scores)} scores; {wanted}")
-    checked = np.zeros(len(scores), np.float32)
+    checked = np.zeros(len(completions), np.float32)
     for row, (score, completion) in enumerate(zip(scores, completions, strict=True)):
         number = _number(score)
         if number is None or not np.isfinite(number):
             raise RewardError(
-                f"reward function {name} returned {_shorten(repr(score))} for row {row}, where a finite number must "
-                f"stand; the completion is {_shorten(repr(completion))}"
+                f"reward function {name} returned {_shorten(repr(score))} for row {row}, where a "
+                f"finite number must stand; the completion is {_shorten(repr(completion))}"
             )
         checked[row] = number
     return checked

@@ -40,9 +40,10 @@ def generate(
 ) -> Rollout:
     """Returns a completion of each prompt: sampled, or with the most likely token at each step.
 
-    A row's tokens depend on its prompt, the key and the prompt's index alone: not on its neighbours or its place
-    among them, and those of a smaller max_new_tokens are a prefix of those of a larger one. A completion ends with
-    EOS, or has max_new_tokens tokens. Rows of length 0 draw nothing and stay of length 0.
+    A row's tokens depend on its prompt, the key and the prompt's index alone: not on its neighbours or its
+    place among them, and those of a smaller max_new_tokens are a prefix of those of a larger one. A
+    completion ends with EOS, or has max_new_tokens tokens. Filling rows draw nothing: their length
+    stays 0.
 
     Args:
         model: reads architecture and compute dtype; params are the policy's.
@@ -54,8 +55,11 @@ def generate(
         greedy: static.
         eos_id: the token that ends a completion.
         pad_id: what stands behind the rows.
+
     Returns:
-        Rows of width P + C, the completion right behind the prompt; ended; sampler_logprobs, 0 outside completions.
+        Rows of width P + C, the completion right behind the prompt; ended; sampler_logprobs, 0 outside
+            completions.
+
     Raises:
         ValueError: P + C does not fit the model's context.
     """

@@ -1,8 +1,8 @@
 """One token per row from its logits, and the random number that chooses it.
 
-A draw needs one uniform number per row, and reads the logits twice (their maximum, their exponentials' sums by
-block): the cumulative distribution is inverted in two levels, first over blocks of the vocabulary, then within the
-block. Noise for every word, as jax.random.categorical makes it, costs as much as a small model.
+A draw needs one uniform number per row, and reads the logits twice (their maximum, their exponentials' sums
+by block): the cumulative distribution is inverted in two levels, first over blocks of the vocabulary, then
+within the block. Noise for every word, as jax.random.categorical makes it, costs as much as a small model.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def row_keys(key: Array, prompt_index: Array, sample_index: Array) -> Array:
 
 
 def uniforms(keys: Array, position: Array) -> Array:
-    """Returns f32[B] in (0, 1): the random number of token number `position` (i32[]) of each row's completion.
+    """Returns f32[B] in (0, 1): the random number of token `position` (i32[]) of each row's completion.
 
-    They are the middles of 2^23 equal intervals. Their left ends would have 0 among them, which draws the first word
-    of the vocabulary, however improbable, once in 2^23 tokens.
+    They are the middles of 2^23 equal intervals. Their left ends would have 0 among them, which draws the
+    first word of the vocabulary, however improbable, once in 2^23 tokens.
     """
     left_ends = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(keys)
     return left_ends + 2.0**-24
@@ -47,6 +47,7 @@ def sample(logits: Array, uniforms: Array, temperature: float) -> tuple[Array, A
         logits: f32[B, V].
         uniforms: f32[B] in [0, 1); their resolution is that of the probabilities.
         temperature: above 0.
+
     Returns:
         tokens i32[B], logprobs f32[B] in nats.
     """
@@ -72,6 +73,7 @@ def most_likely(logits: Array, temperature: float) -> tuple[Array, Array]:
     Args:
         logits: f32[B, V].
         temperature: above 0; it changes the log-probability alone.
+
     Returns:
         tokens i32[B], logprobs f32[B] in nats.
     """

@@ -3,6 +3,8 @@
 Gradients are read from Adam's first moment after one update, so that it is the compiled program that is tested.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from rlhf_jax.metrics import to_host
 from tests import tiny
 
 NAMES = sorted(ALGORITHMS)
+ONLINE = [name for name in NAMES if ALGORITHMS[name].records == "prompt_only"]
 GRADIENT = 1e-5  # of the leaf's norm
 VALUE = 1e-5
 
@@ -33,15 +36,18 @@ def batch_of(name: str, rows: Rows):
     return policy_batch(rows) if ALGORITHMS[name].records == "prompt_only" else rows
 
 
-def one_minibatch(name: str) -> dict:
-    return {"num_epochs": 1, "num_minibatches": 1} if name == "ppo" else {}
+@functools.cache
+def update_of(name, mesh, settings):
+    """Returns the compiled update of an algorithm, with one optimiser step; shared by the tests."""
+    one_minibatch = {"num_epochs": 1, "num_minibatches": 1} if name == "ppo" else {}
+    return tiny.programs(tiny.stage(name, settings=one_minibatch | dict(settings)), mesh)
 
 
 def updated(name, batch, mesh=None, **settings):
     """Returns the gradient (Adam's first moment, by role) and the metrics of one update."""
     mesh = mesh or tiny.mesh()
-    sizes = {"batch_size": batch_records(name, batch)}
-    programs = tiny.programs(tiny.stage(name, settings=sizes | one_minibatch(name) | settings), mesh)
+    settings = {"batch_size": batch_records(name, batch)} | settings
+    programs = update_of(name, mesh, tuple(settings.items()))
     trained, frozen = tiny.roles(name, mesh)
     state, metrics = programs.update(programs.init_state(trained), frozen, batch, jax.random.key(0))
     moments = {role: state.opt_state[role][1][0].mu for role in trained}
@@ -70,8 +76,8 @@ def reference(request):
 
 def test_the_gradient_is_not_zero(reference):
     _, _, (gradient, metrics) = reference
-    assert all(metrics[name] > 1e-3 for name in metrics if name.endswith("grad_norm"))
     for role, moments in gradient.items():
+        assert metrics[f"{role}/grad_norm"] > 1e-3
         assert np.linalg.norm(moments["trunk"]["embed"]["embedding"]) > 0, role
 
 
@@ -79,7 +85,8 @@ def test_padding_changes_nothing(reference):
     name, batch, expected = reference
 
     def longer(x):
-        return jnp.pad(x, ((0, 0), (0, 5)), constant_values=7) if x.ndim == 2 else x
+        garbage = False if x.dtype == bool else 7
+        return jnp.pad(x, ((0, 0), (0, 5)), constant_values=garbage) if x.ndim == 2 else x
 
     assert_same(updated(name, jax.tree.map(longer, batch)), expected)
 
@@ -114,26 +121,23 @@ def test_devices_change_nothing(reference, sizes):
 
 
 @pytest.mark.parametrize("poison", [1e6, np.nan])
-def test_garbage_outside_the_completions_changes_nothing(reference, poison):
-    name, batch, expected = reference
-    if isinstance(batch, Rows):
-        pytest.skip("tokens alone: there is no float to poison; padding is random tokens already")
+@pytest.mark.parametrize("name", ONLINE)
+def test_garbage_outside_the_completions_changes_nothing(name, poison):
+    batch = batch_of(name, tiny.rows())
     kept = batch.completion_mask
-    poisoned = batch._replace(
-        **{
-            field: jnp.where(kept, getattr(batch, field), poison)
-            for field in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
-        }
-    )
-    assert_same(updated(name, poisoned), expected)
+    fields = ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
+    poisoned = batch._replace(**{field: jnp.where(kept, getattr(batch, field), poison) for field in fields})
+    assert_same(updated(name, poisoned), updated(name, batch))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if ALGORITHMS[name].records == "prompt_only"])
+@pytest.mark.parametrize("name", ONLINE)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_first_ratio_is_one(name, temperature):
     """Rollout, score, advantages, update: the same temperature everywhere, so old equals new before the first step."""
     mesh = tiny.mesh()
-    programs = tiny.programs(tiny.stage(name, rollout={"max_new_tokens": 8, "temperature": temperature}), mesh)
+    programs = tiny.programs(
+        tiny.stage(name, rollout={"max_new_tokens": 8, "temperature": temperature}), mesh
+    )
     trained, frozen = tiny.roles(name, mesh)
     state = programs.init_state(trained)
     rollout = programs.rollout(state.params["policy"], tiny.prompts(), jax.random.key(1))

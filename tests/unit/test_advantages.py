@@ -53,7 +53,9 @@ def test_against_plain_python_with_gaps(gamma, lam, poison):
 def test_padding_to_the_right_changes_nothing():
     rewards, values = jax.random.normal(jax.random.key(0), (2, 3, 5))
     mask = jnp.ones((3, 5), bool)
-    wide = [jnp.pad(x, ((0, 0), (2, 4)), constant_values=c) for x, c in ((rewards, 7), (values, 7), (mask, False))]
+    wide = [
+        jnp.pad(x, ((0, 0), (2, 4)), constant_values=c) for x, c in ((rewards, 7), (values, 7), (mask, False))
+    ]
     for narrow, padded in zip(
         gae(rewards, values, mask, gamma=0.9, lam=0.9), gae(*wide, gamma=0.9, lam=0.9), strict=True
     ):

@@ -26,7 +26,7 @@ def test_expectations_are_the_exact_divergence():
 
 
 def test_gradients_of_the_losses():
-    """On policy, k2's expected gradient is the reverse KL's, k3's is the forward KL's (both by the logits)."""
+    """On policy, k2's expected gradient is the reverse KL's, k3's the forward KL's (by the logits)."""
     logits, log_q = jnp.log(P), jnp.log(Q)
 
     def expected(estimator):  # samples are fixed, so the sampling probabilities have no gradient

@@ -178,9 +178,10 @@ def test_empty_prompt_is_bos(tokenizer):
     [
         ("abcde fg", "abcde"),
         ("ab. c def", "ab. c"),
-        ("abc defg", "abc"),  # never within a word
+        ("abc defg", "abc "),  # never within a word
         ("abcd. ef", "abcd"),  # nor with a sentence
         ("abc. efg", "abc"),  # nor with the blank after it
+        ("ab, , efg", "ab, ,"),
         (",,,,é", ",,,,"),  # nor within a character
         ("abcde", ""),  # nothing is left to complete
         ("..... abc", ""),
@@ -203,6 +204,18 @@ def test_opening_becomes_the_prompt_of_plain_text(tokenizer):
     with pytest.raises(ValueError, match=r"no text has more than data.prompt_tokens = 9 tokens; lower it"):
         records = [PromptOnly("ab", {}, 9)]
         tokenize_records(records, "prompt_only", tokenizer, DataConfig(prompt_tokens=9))
+
+
+def test_blank_stands_between_opening_and_text(tokenizer):
+    pairs = [Preference("abc defg", "Good", "Bad", 3), Preference("abc defg", "Good", "Bad", 4)]
+    examples = tokenize_records(pairs, "preference", tokenizer, DataConfig())
+    assert [record[:3] for record in examples.records] == [("abc", " Good", " Bad"), ("abc ", "Good", "Bad")]
+    assert (
+        tokenizer.decode(examples.rows[0].ids)
+        == tokenizer.decode(examples.rows[2].ids)
+        == "<|bos|>abc Good<|eos|>"
+    )
+    assert [row.prompt_length for row in examples.rows] == [4, 4, 5, 5]
 
 
 def test_examples_from_files(tokenizer, tmp_path):
@@ -247,7 +260,7 @@ def test_real_stories_give_rows_and_openings(test_data):
     assert len(openings) > 3990 and openings.length == 25
     for record, row in zip(openings.records[:200], openings.rows, strict=False):
         assert row.ids[0] == tokenizer.bos_token_id and len(row.ids) <= 25
-        assert record.prompt[-1] not in ".!? \n"
+        assert record.prompt.rstrip()[-1] not in ".!?"
     pairs = DataConfig(
         train=str(test_data / "sentiment" / "sst2_dev.jsonl.gz"),
         prompts=path,

@@ -48,7 +48,9 @@ def inputs():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk", [0, 1, 4, 6, 7, 12, 15, 1000])  # 6: two columns of three rows, 5 is no multiple
+@pytest.mark.parametrize(
+    "chunk", [0, 1, 4, 6, 7, 12, 15, 1000]
+)  # 6: two columns of three rows, 5 is no multiple
 def test_values_and_gradients_are_those_of_log_softmax(inputs, chunk, temperature):
     hidden, kernel, targets = inputs
 
@@ -78,7 +80,7 @@ def test_forward_mode_passes(inputs, chunk):
     hidden, kernel, targets = inputs
 
     def total(kernel):
-        settings = dict(temperature=1.0, chunk=chunk, with_entropy=False)
+        settings = {"temperature": 1.0, "chunk": chunk, "with_entropy": False}
         return jnp.sum(token_logprobs(lambda h: h @ kernel, hidden, targets, **settings)[0])
 
     direction = jax.random.normal(jax.random.key(3), kernel.shape)
@@ -88,7 +90,7 @@ def test_forward_mode_passes(inputs, chunk):
 
 def test_entropy_only_when_asked(inputs):
     hidden, kernel, targets = inputs
-    settings = dict(temperature=1.0, chunk=3)
+    settings = {"temperature": 1.0, "chunk": 3}
     plain, none = token_logprobs(lambda h: h @ kernel, hidden, targets, with_entropy=False, **settings)
     assert none is None
     np.testing.assert_array_equal(

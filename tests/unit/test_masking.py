@@ -1,4 +1,4 @@
-"""Masked statistics on hand-worked numbers; what stands in masked slots changes nothing, gradients included."""
+"""Masked statistics on hand-worked numbers; what stands in masked slots changes nothing, nor a gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,7 @@ def test_whiten_by_hand():
     deviation = np.sqrt(2 / 3)
     expected = np.array([[-1, 0, 0], [1, 0, 0]]) / deviation
     np.testing.assert_allclose(whiten(X, MASK), expected, atol=1e-6)
-    np.testing.assert_allclose(
-        whiten(X, MASK, keep_mean=True), np.where(MASK, expected + 2, 0), atol=1e-6
-    )
+    np.testing.assert_allclose(whiten(X, MASK, keep_mean=True), np.where(MASK, expected + 2, 0), atol=1e-6)
 
 
 def test_whiten_of_equal_entries_is_zero_and_finite():

@@ -176,7 +176,6 @@ def test_labelled_pairs_share_a_prompt():
     cfg = DataConfig(prompts="stories.jsonl", prompt_tokens=7)
     pairs = read_records(LABELLED, "preference", cfg, "w", prompts=[{"text": "one"}, {"text": "two"}])
     assert [(pair.prompt, pair.prompt_tokens) for pair in pairs] == [("one", 7), ("two", 7), ("one", 7)]
-    assert all(pair.chosen.startswith(" good") and pair.rejected.startswith(" bad") for pair in pairs)
     with pytest.raises(ValueError, match=r"data.prompts: is set, but data.prompt_tokens is 0"):
         read_records(LABELLED, "preference", DataConfig(prompts="a.jsonl"), "w", prompts=[{"text": "one"}])
     with pytest.raises(ValueError, match=r"data.prompts: a.jsonl: no column 'text'"):

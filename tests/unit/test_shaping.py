@@ -26,7 +26,7 @@ def test_missing_eos(rule, scores, kept):
 
 
 def test_an_unknown_rule_is_named():
-    with pytest.raises(ValueError, match="'drop'.*none, subtract, replace or mask"):
+    with pytest.raises(ValueError, match=r"'drop'.*none, subtract, replace or mask"):
         apply_missing_eos(SCORES, ENDED, "drop", 1.0)
 
 

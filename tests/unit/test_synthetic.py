@@ -84,7 +84,7 @@ def test_labels_are_noisy_to_a_known_degree(seed):
 
 
 def test_labels_follow_bradley_terry():
-    pairs = preferences(0, 20_000, "train")
+    pairs = preferences(0, 10_000, "train")
     prompts = [pair.prompt for pair in pairs]
     chosen = np.array(gold_reward(prompts, [pair.chosen for pair in pairs]))
     rejected = np.array(gold_reward(prompts, [pair.rejected for pair in pairs]))

@@ -1,0 +1,219 @@
+"""What the benchmarks share: shapes, parts on random weights, timing, the JSON line.
+
+Every benchmark warms up, blocks until the device is ready, and prints one JSON line with the median and the share of the
+ceiling, the matrix rate measured in the same process. Shapes and sizes are the usual ones of CPU comparisons: 16 prompts
+of 32 random tokens, 64 new tokens, no early end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_jax import config
+from rlhf_jax.algos.registry import ALGORITHMS
+from rlhf_jax.batch import Params, Prompts
+from rlhf_jax.data.collate import collate_prompts
+from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.heads import init_score_head
+from rlhf_jax.models.transformer import Model, make_model
+from rlhf_jax.programs import Programs, TokenIds, build_programs, role_shardings
+from rlhf_jax.sharding import make_mesh
+
+SHAPES = {  # width, layers, heads, kv heads, mlp, vocabulary; embeddings tied
+    "tiny": (32, 2, 4, 2, 64, 512),
+    "15m": (288, 6, 6, 6, 768, 32000),
+    "60m": (576, 12, 9, 3, 1536, 32000),
+}
+PAD, FIRST_WORD = 0, 4
+NEVER = TokenIds(eos=-1, pad=PAD)  # no token is EOS: every completion has its full length
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Returns the command line that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--shape", choices=SHAPES, default="15m")
+    parser.add_argument("--batch", type=int, default=16, help="prompts")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens of a completion")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--minibatches", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    return parser.parse_args()
+
+
+def make_architecture(shape: str, context_length: int) -> Architecture:
+    """Returns the architecture of a shape."""
+    width, layers, heads, kv_heads, mlp, vocabulary = SHAPES[shape]
+    return Architecture(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=width // heads,
+        mlp_size=mlp,
+        context_length=context_length,
+        rope_theta=10000.0,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+    )
+
+
+class Bench:
+    """A PPO stage on random weights."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Builds the programs; nothing is compiled yet."""
+        self.args = args
+        architecture = make_architecture(args.shape, args.prompt + args.new)
+        self.architecture = architecture
+        self.mesh: Mesh = make_mesh(config.MeshConfig())
+        self.model: Model = make_model(architecture, args.dtype)
+        sections = {
+            f: getattr(config, f"{f.title()}Config")()
+            for f in ("tokenizer", "data", "mesh", "rewards", "checkpoint")
+        }
+        self.stage = config.StageConfig(
+            name="ppo",
+            algorithm="ppo",
+            start_from="",
+            reward_from="",
+            settings=config.PPOConfig(
+                batch_size=args.batch, num_epochs=args.epochs, num_minibatches=args.minibatches
+            ),
+            model=config.ModelConfig(dtype=args.dtype),
+            optimizer=config.OptimizerConfig(learning_rate=1e-6),
+            rollout=config.RolloutConfig(max_new_tokens=args.new),
+            run=config.RunConfig(dir="unused"),
+            **sections,
+        )
+        self.programs: Programs = build_programs(
+            self.stage, ALGORITHMS["ppo"], self.model, self.mesh, args.new, NEVER
+        )
+
+    def weights(self, role: str, seed: int) -> Params:
+        """Returns random parameters of a role."""
+        params = self.model.init_policy(jax.random.key(seed))
+        if role in ("value", "reward"):
+            head = init_score_head(jax.random.key(seed), self.architecture.hidden_size)
+            params = {"trunk": params["trunk"], "score_head": head}
+        return jax.device_put(params, role_shardings(self.model, self.mesh, role))
+
+    def roles(self) -> tuple[Params, Params]:
+        """Returns (trained, frozen)."""
+        algorithm = ALGORITHMS["ppo"]
+        trained = {role: self.weights(role, i) for i, role in enumerate(algorithm.trains)}
+        return trained, {role: self.weights(role, 8 + i) for i, role in enumerate(algorithm.reads)}
+
+    def prompts(self, seed: int = 0) -> Prompts:
+        """Returns a batch of random prompts on the host."""
+        rng = np.random.default_rng(seed)
+        shape = (self.args.batch, self.args.prompt)
+        ids = rng.integers(FIRST_WORD, self.architecture.vocab_size, shape)
+        return collate_prompts(ids.tolist(), range(self.args.batch), self.args.prompt, PAD, self.args.batch)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Returns a word-level tokenizer: token i is the word w<i>."""
+        words = {"<pad>": PAD, "<s>": 1, "</s>": 2, "<unk>": 3}
+        words |= {f"w{i}": i for i in range(FIRST_WORD, self.architecture.vocab_size)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Returns (all, without the embedding), the tied embedding counted once."""
+        everything = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.model.policy_shapes))
+        return everything, everything - self.architecture.vocab_size * self.architecture.hidden_size
+
+    def useful_flops(self, task: str) -> float:
+        """Returns operations of one step by 2ND forward, 6ND forward and backward; no credit for waste.
+
+        The embedding counts as the head's product in the policy, not at all in models with a score head.
+        """
+        n, body = self.num_parameters()
+        args = self.args
+        tokens = args.batch * (args.prompt + args.new)
+        generate = 2 * n * args.batch * args.new + 2 * body * args.batch * args.prompt
+        update = args.epochs * 6 * (n + body) * tokens
+        return {
+            "generate": generate,
+            "ppo_update": update,
+            "train_step": generate + (2 * n + 4 * body) * tokens + update,
+        }[task]
+
+    def report(self, task: str, step: Callable[[int], Any], tokens: int) -> None:
+        """Times step(i) and prints the JSON line; the step returns what has to be ready."""
+        args = self.args
+        start = time.perf_counter()
+        for i in range(args.warmup):
+            jax.block_until_ready(step(i))
+        warm = time.perf_counter() - start
+        seconds = []
+        for i in range(args.steps):
+            start = time.perf_counter()
+            jax.block_until_ready(step(args.warmup + i))
+            seconds.append(time.perf_counter() - start)
+        median = statistics.median(seconds)
+        ceiling = matrix_rate(args.dtype)
+        rate = self.useful_flops(task) / median / 1e9
+        line = {
+            "bench": task,
+            "commit": _commit(),
+            "device": jax.devices()[0].device_kind,
+            "mesh": dict(self.mesh.shape),
+            "shape": args.shape,
+            "batch": args.batch,
+            "prompt": args.prompt,
+            "new": args.new,
+            "epochs": args.epochs,
+            "minibatches": args.minibatches,
+            "dtype": args.dtype,
+            "ms": round(1000 * median, 1),
+            "ms_min": round(1000 * min(seconds), 1),
+            "ms_max": round(1000 * max(seconds), 1),
+            "tokens_per_s": round(tokens / median, 1),
+            "useful_gflops": round(rate, 1),
+            "ceiling_gflops": round(ceiling, 1),
+            "share_of_ceiling": round(rate / ceiling, 3),
+            "warmup_s": round(warm, 1),
+            "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "load_1m": round(os.getloadavg()[0], 2),
+        }
+        print(json.dumps(line), flush=True)
+
+
+def matrix_rate(dtype: str, size: int = 2048, repeats: int = 5) -> float:
+    """Returns GFLOP/s of a square matrix product: the best of several."""
+    product = jax.jit(jnp.matmul)
+    x = jnp.ones((size, size), dtype)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"

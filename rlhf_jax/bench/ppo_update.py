@@ -1,0 +1,34 @@
+"""Times the PPO update: all epochs and minibatches of a rollout. `python -m rlhf_jax.bench.ppo_update --shape 15m`."""
+
+from __future__ import annotations
+
+import jax
+
+from rlhf_jax.batch import Metrics
+from rlhf_jax.bench.harness import Bench, arguments
+from rlhf_jax.sharding import place_rows
+
+
+def main() -> None:
+    """One rollout is made and scored; the update on it is repeated, the state donated from one to the next."""
+    bench = Bench(arguments(__doc__ or ""))
+    programs = bench.programs
+    trained, frozen = bench.roles()
+    state = programs.init_state(trained)
+    rollout = programs.rollout(
+        state.params["policy"], place_rows(bench.mesh, bench.prompts()), jax.random.key(0)
+    )
+    scored, _ = programs.score(state.params, frozen, rollout)
+    batch, _ = programs.advantages(scored, state.aux)
+
+    def step(i: int) -> Metrics:
+        nonlocal state
+        state, metrics = programs.update(state, frozen, batch, jax.random.key(i))
+        return metrics
+
+    args = bench.args
+    bench.report("ppo_update", step, tokens=args.batch * (args.prompt + args.new) * args.epochs)
+
+
+if __name__ == "__main__":
+    main()

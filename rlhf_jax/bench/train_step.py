@@ -1,0 +1,35 @@
+"""Times a whole PPO iteration: rollout, text, scores, advantages, update. `python -m rlhf_jax.bench.train_step`."""
+
+from __future__ import annotations
+
+import jax
+
+from rlhf_jax.batch import Metrics
+from rlhf_jax.bench.harness import Bench, arguments
+from rlhf_jax.data.records import PromptOnly
+from rlhf_jax.experience import Collector
+from rlhf_jax.rewards.combine import Judge
+
+
+def main() -> None:
+    """The parts of the trainer's loop, with a reward model, on new random prompts in each iteration."""
+    bench = Bench(arguments(__doc__ or ""))
+    programs, args = bench.programs, bench.args
+    trained, frozen = bench.roles()
+    state = programs.init_state(trained)
+    judge = Judge(bench.stage.rewards, None, has_model=True)
+    collector = Collector(programs, judge, bench.tokenizer(), bench.mesh)
+    records = [PromptOnly(f"prompt {i}") for i in range(args.batch)]
+
+    def step(i: int) -> Metrics:
+        nonlocal state
+        experience = collector.collect(state.params, frozen, bench.prompts(i), records, jax.random.key(i))
+        batch, _ = programs.advantages(experience.scored, state.aux)
+        state, metrics = programs.update(state, frozen, batch, jax.random.key(i))
+        return metrics
+
+    bench.report("train_step", step, tokens=args.batch * args.new)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The whole chain by the real command line, shortened: what a user finds in the run directory afterwards."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+SHORT = """
+run: {{dir: {dir}, log_every: 1}}
+stages:
+  - {{name: sft, algorithm: sft}}
+  - {{name: reward, algorithm: reward_model, from: sft}}
+  - {{name: ppo, algorithm: ppo, from: sft, reward_from: reward}}
+model: {{hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, mlp_size: 48, context_length: 96}}
+tokenizer: {{vocab_size: 400}}
+data: {{max_prompt_length: 32, max_length: 96, max_eval_records: 32}}
+rewards: {{gold: "rlhf_jax.data.synthetic:gold_reward"}}
+sft: {{num_steps: 6, batch_size: 16, eval_every: 4}}
+reward_model: {{num_steps: 5, batch_size: 16}}
+rollout: {{max_new_tokens: 12}}
+ppo: {{num_iterations: 4, batch_size: 16, num_epochs: 1, num_minibatches: 2, eval_every: 2}}
+checkpoint: {{every: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(run_train, tmp_path_factory):
+    """Returns (run directory, configuration file, what the command wrote)."""
+    directory = tmp_path_factory.mktemp("quickstart")
+    config = directory / "short.yaml"
+    config.write_text(SHORT.format(dir=directory / "run"))
+    done = run_train(["--config", config, "--json"])
+    assert done.returncode == 0, done.stderr
+    return directory / "run", config, done
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_summary_has_the_documented_names(finished):
+    run, _, done = finished
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"eval_perplexity_before", "eval_perplexity_after", "seconds"} <= summary["sft"].keys()
+    assert {"eval_accuracy", "accuracy_ceiling", "seconds"} <= summary["reward"].keys()
+    assert {"gold_before", "gold_after", "kl", "seconds"} <= summary["ppo"].keys()
+    assert 0.7 < summary["reward"]["accuracy_ceiling"] < 1
+    assert summary["sft"]["eval_perplexity_after"] < summary["sft"]["eval_perplexity_before"]
+    assert json.loads(done.stdout) == {"run": str(run), "summary": summary}
+    for words in ("eval perplexity", "accuracy ceiling", "gold", "kl", "seconds", str(run)):
+        assert words in done.stderr
+
+
+def test_every_step_is_logged_once(finished):
+    run, _, _ = finished
+    counts = Counter((line["stage"], line["step"]) for line in lines(run))
+    expected = (
+        {("sft", s) for s in range(7)} | {("reward", s) for s in range(6)} | {("ppo", s) for s in range(5)}
+    )
+    assert counts == Counter(expected)
+
+
+def test_metrics_of_ppo(finished):
+    run, _, _ = finished
+    last = [line for line in lines(run) if line["stage"] == "ppo"][-1]
+    for name in (
+        "policy/kl", "policy/kl_per_token", "policy/approx_kl", "policy/ratio", "policy/ratio_gap",
+        "policy/clip_frac", "policy/entropy", "policy/grad_norm", "policy/sampler_gap", "value/explained_variance",
+        "value/grad_norm", "loss/policy", "loss/value", "reward/score", "reward/score_std", "reward/length_correlation",
+        "rollout/eos_rate", "rollout/length", "rollout/length_p95", "rollout/distinct_2", "perf/tokens_per_s",
+        "perf/rollout_seconds", "perf/score_seconds", "eval/gold", "eval/score", "eval/policy/kl",
+    ):  # fmt: skip
+        assert isinstance(last[name], float), name
+    assert last["policy/ratio_gap_first"] < 1e-5
+    assert last["policy/sampler_gap_max"] < 1e-4
+
+
+def test_samples(finished):
+    run, _, _ = finished
+    files = sorted(path.name for path in (run / "samples").iterdir())
+    assert files == ["ppo-000000.jsonl", "ppo-000002.jsonl", "ppo-000004.jsonl"]
+    rows = [json.loads(line) for line in (run / "samples" / files[-1]).read_text().splitlines()]
+    assert len(rows) == 8
+    assert all({"stage", "step", "prompt", "completion", "score", "gold"} <= row.keys() for row in rows)
+    assert all("Customer:" in row["prompt"] for row in rows)
+
+
+def test_export_is_a_hugging_face_directory(finished):
+    run, _, _ = finished
+    config = AutoConfig.from_pretrained(run / "export")
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    assert config.model_type == "llama" and config.num_key_value_heads == 1
+    assert len(tokenizer) <= config.vocab_size == 400
+    assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert (run / "export" / "generation_config.json").exists()
+
+
+def test_the_same_command_again_trains_nothing(finished, run_train):
+    run, config, first = finished
+    before = (run / "metrics.jsonl").read_text()
+    done = run_train(["--config", config, "--json"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == first.stdout
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_another_run_starts_from_this_ones_stages(finished, run_train, tmp_path):
+    """A stage in a directory of its own serves as `from` and `reward_from`; its first evaluation is the same."""
+    run, _, _ = finished
+    config = tmp_path / "ppo.yaml"
+    text = SHORT.format(dir=tmp_path / "run")
+    start = f"  - {{name: ppo, algorithm: ppo, from: {run}/sft, reward_from: {run}/reward}}\n"
+    text = "".join(
+        start if "name: ppo" in line else line
+        for line in text.splitlines(keepends=True)
+        if not line.startswith(
+            ("model", "tokenizer", "sft", "reward_model", "  - {name: sft", "  - {name: reward")
+        )
+    )
+    config.write_text(text)
+    done = run_train(["--config", config, "--ppo.num_iterations", "1"])
+    assert done.returncode == 0, done.stderr
+    first, again = (
+        [line for line in lines(where) if line["stage"] == "ppo"][0] for where in (run, tmp_path / "run")
+    )
+    for name in ("eval/score", "eval/policy/nll", "eval/rollout/length"):
+        assert again[name] == pytest.approx(first[name], rel=0.2), name
+    assert np.isclose(again["eval/policy/kl"], 0, atol=1e-4)
+
+
+def test_a_run_directory_of_another_configuration_is_refused(finished, run_train):
+    run, config, _ = finished
+    done = run_train(["--config", config, "--ppo.clip_eps", "0.3"])
+    assert done.returncode == 2
+    assert "ppo.clip_eps" in done.stderr and "run.dir" in done.stderr and "Traceback" not in done.stderr

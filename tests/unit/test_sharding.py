@@ -1,0 +1,171 @@
+"""The mesh, the table of logical axes, and what does not fit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from rlhf_jax import sharding
+from rlhf_jax.config import MeshConfig
+from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.transformer import make_model
+from rlhf_jax.sharding import (
+    batch_sharding,
+    check_batch,
+    constrain,
+    decode_shardings,
+    make_mesh,
+    param_shardings,
+    partition_spec,
+)
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 4,
+    "mlp_size": 24,
+    "context_length": 32,
+    "rope_theta": 10000.0,
+    "norm_eps": 1e-5,
+    "tie_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def struct(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def test_one_size_may_be_what_is_left():
+    assert dict(make_mesh(MeshConfig(data=-1, fsdp=2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert make_mesh(MeshConfig(data=1), devices=jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3, "fsdp": -1}, "data=3, mesh.fsdp=-1, .*number of devices, 8"),
+        ({"data": 2, "fsdp": 2}, "mesh.tensor=1 does not fit the number of devices, 8"),
+        ({"data": -1, "fsdp": -1}, "one alone may be -1"),
+        ({"data": 0}, "mesh.data=0, .*at least 1"),
+        ({"data": -1, "tensor": -2}, "mesh.tensor=-2: each size must be at least 1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(MeshConfig(**sizes))
+
+
+def test_logical_axes_become_mesh_axes():
+    assert partition_spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(
+        None, "fsdp", "tensor", None
+    )
+    assert partition_spec(("batch", "length")) == PartitionSpec(("data", "fsdp"), None)
+
+
+def test_two_dimensions_on_one_mesh_axis_are_refused():
+    with pytest.raises(ValueError, match=r"two dimensions of \('heads', 'mlp'\) fall on one mesh axis"):
+        partition_spec(("heads", "mlp"))
+    with pytest.raises(ValueError, match="fall on one mesh axis"):
+        partition_spec(("batch", "embed"))
+
+
+def test_an_unknown_logical_axis_is_refused():
+    with pytest.raises(ValueError, match=r"unknown logical axes \['hedas'\].*known: .*'heads'"):
+        partition_spec(("embed", "hedas"))
+
+
+def test_parameters_lie_as_their_axes_say(mesh):
+    model = make_model(Architecture(**SIZES))
+    shardings = param_shardings(mesh, model.policy_axes, model.policy_shapes)
+    assert shardings["trunk"]["layers"]["attention"]["o"].spec == PartitionSpec(None, "tensor", None, "fsdp")
+    assert shardings["lm_head"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
+    assert shardings["trunk"]["final_norm"]["scale"].is_fully_replicated
+    for_decoding = decode_shardings(mesh, model.policy_axes, model.policy_shapes)
+    assert for_decoding["lm_head"]["kernel"].spec == PartitionSpec(None, "tensor")
+
+
+def test_all_parameters_that_do_not_fit_are_named(mesh):
+    model = make_model(Architecture(**SIZES | {"num_heads": 3, "num_kv_heads": 3, "vocab_size": 31}))
+    with pytest.raises(ValueError, match="does not fit the mesh") as caught:
+        param_shardings(mesh, model.policy_axes, model.policy_shapes)
+    title, *lines = str(caught.value).splitlines()
+    assert title == "the model does not fit the mesh (data=2, fsdp=2, tensor=2):"
+    assert sorted(line.split()[0] for line in lines) == [
+        "lm_head/kernel",
+        "trunk/embed/embedding",
+        *(f"trunk/layers/attention/{name}" for name in "koqv"),
+    ]
+    (q,) = (line.strip() for line in lines if "attention/q" in line)
+    assert q == (
+        "trunk/layers/attention/q (2, 16, 3, 4), spec P(None, 'fsdp', 'tensor', None): "
+        "'heads' of size 3 is not a multiple of 2, the size of mesh.tensor"
+    )
+
+
+def test_axes_of_another_rank_are_refused(mesh):
+    with pytest.raises(ValueError, match=r"a: 1 logical axes \('embed',\) for the shape \(4, 4\)"):
+        param_shardings(mesh, {"a": ("embed",)}, {"a": struct(4, 4)})
+
+
+def test_rows_divide_over_data_and_fsdp(mesh):
+    check_batch(mesh, 8, "ppo.batch_size")
+    with pytest.raises(ValueError, match="ppo.batch_size is 6; it must be a multiple of 4"):
+        check_batch(mesh, 6, "ppo.batch_size")
+    assert batch_sharding(mesh).shard_shape((8, 3)) == (2, 3)
+
+
+def test_a_constraint_needs_a_mesh(mesh):
+    x = jnp.zeros((8, 4))
+    assert constrain(x, ("batch", "width")) is x
+    with jax.set_mesh(mesh):
+        held = jax.jit(lambda x: constrain(x, ("batch", "width")))(x)
+    assert held.sharding.shard_shape(x.shape) == (2, 4)
+
+
+def test_every_mesh_axis_of_the_table_exists():
+    named = {axis for part in sharding.LOGICAL_AXES.values() for axis in sharding._mesh_axes(part)}
+    assert named == set(sharding.MESH_AXES)
+
+
+def test_activations_are_divided_by_rows_not_like_the_parameters(mesh):
+    model = make_model(Architecture(**SIZES))
+    held = param_shardings(mesh, model.policy_axes, model.policy_shapes)
+    params = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), model.policy_shapes, held
+    )
+    tokens = jax.ShapeDtypeStruct((8, 12), jnp.int32, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(model.hidden).lower(params["trunk"], tokens).compile()
+    assert compiled.output_shardings.shard_shape((8, 12, 16)) == (2, 12, 16)
+
+
+@pytest.mark.parametrize("set_mesh", [False, True])
+def test_a_sharded_forward_equals_one_device(mesh, set_mesh):
+    model = make_model(Architecture(**SIZES))
+    params = jax.jit(model.init_policy)(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (8, 12), 0, 32)
+
+    def loss(params, tokens):
+        logits = model.logits(params, model.hidden(params["trunk"], tokens))
+        return jnp.mean(jax.nn.logsumexp(logits, -1) ** 2), logits
+
+    run = jax.value_and_grad(loss, has_aux=True)
+    (_, expected), gradient = jax.jit(run)(params, tokens)
+    held = jax.device_put(params, param_shardings(mesh, model.policy_axes, model.policy_shapes))
+    rows = jax.device_put(tokens, batch_sharding(mesh))
+    with jax.set_mesh(mesh if set_mesh else jax.sharding.get_mesh()):
+        (_, got), sharded_gradient = jax.jit(run)(held, rows)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    for ours, alone in zip(jax.tree.leaves(sharded_gradient), jax.tree.leaves(gradient), strict=True):
+        assert np.linalg.norm(ours - alone) <= 1e-5 * np.linalg.norm(alone)
