@@ -37,7 +37,7 @@ class Max(NamedTuple):
     value: Array  # f32[]
 
 
-Metrics = dict[str, Mean | Max | Array]
+Metrics = dict[str, Mean | Max | Array | float]  # a float is the host's own, such as seconds
 
 
 class Rows(NamedTuple):
@@ -125,9 +125,9 @@ def num_rows(batch: object) -> int:
 
 
 def reduce_metrics(stacked: Metrics) -> Metrics:
-    """Returns metrics over a leading axis: sums of the parts of means, maxima of maxima, averages of plain arrays."""
+    """Returns metrics over a leading axis: sums of means' parts, maxima of maxima, averages of the rest."""
 
-    def reduce(metric: Mean | Max | Array) -> Mean | Max | Array:
+    def reduce(metric: Mean | Max | Array | float) -> Mean | Max | Array:
         if isinstance(metric, Mean):
             return Mean(jnp.sum(metric.total, axis=0), jnp.sum(metric.weight, axis=0))
         return Max(jnp.max(metric.value, axis=0)) if isinstance(metric, Max) else jnp.mean(metric, axis=0)

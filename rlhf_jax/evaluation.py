@@ -12,8 +12,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax.batch import Metrics, Params, reduce_metrics
+from rlhf_jax.batch import Metrics, Params, Prompts, Rows, reduce_metrics
 from rlhf_jax.data.loader import Loader
+from rlhf_jax.data.records import AnyRecord, PromptOnly
 from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import to_host
 from rlhf_jax.programs import Programs
@@ -32,8 +33,8 @@ class Evaluation(NamedTuple):
 Evaluate = Callable[[Params, Params], Evaluation]
 
 
-def evaluate_records(programs: Programs, loader: Loader, mesh: Mesh) -> Evaluate:
-    """Returns the evaluation of an offline stage: means over all held-out records, eval/nll as perplexity too."""
+def evaluate_records(programs: Programs, loader: Loader[Rows, AnyRecord], mesh: Mesh) -> Evaluate:
+    """Returns the evaluation of an offline stage: means over held-out records, eval/nll as perplexity too."""
 
     def evaluate(params: Params, frozen: Params) -> Evaluation:
         batches = (place_rows(mesh, batch) for batch, _ in loader.eval_batches())
@@ -46,12 +47,16 @@ def evaluate_records(programs: Programs, loader: Loader, mesh: Mesh) -> Evaluate
 
 
 def evaluate_prompts(
-    collector: Collector, loader: Loader, key: Array, num_samples: int, gold: RewardFunction | None
+    collector: Collector,
+    loader: Loader[Prompts, PromptOnly],
+    key: Array,
+    num_samples: int,
+    gold: RewardFunction | None,
 ) -> Evaluate:
-    """Returns the evaluation of an online stage: completions of held-out prompts, sampled with the same key each time.
+    """Returns the evaluation of an online stage: held-out prompts, completed with the same key each time.
 
-    The metrics are those of a rollout under eval/, with the gold function's mean score and its deviation where there
-    is one. eval/ref_perplexity is the completions' perplexity under the reference.
+    The metrics are those of a rollout under eval/, with mean and deviation of the gold function's scores
+    where there is one. eval/ref_perplexity is the completions' perplexity under the reference.
     """
 
     def evaluate(params: Params, frozen: Params) -> Evaluation:
@@ -65,7 +70,8 @@ def evaluate_prompts(
                 for record, completion, score in zip(records, experience.completions, scores, strict=True)
             ]
             if gold is not None:
-                for sample, score in zip(samples[-len(records) :], gold(records, experience.completions)):
+                gold_scores = gold(records, experience.completions)
+                for sample, score in zip(samples[-len(records) :], gold_scores, strict=True):
                     sample["gold"] = float(score)
         found = {
             f"eval/{name}": x for name, x in _over_batches(metrics).items() if not name.startswith("perf/")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.batch import Metrics, Params, Prompts, Rows, Scored
 from rlhf_jax.data.records import PromptOnly
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.programs import Programs
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.sharding import place_rows
@@ -32,7 +33,7 @@ class Experience(NamedTuple):
 class Collector:
     """Makes experience with one set of programs; keeps the host side: tokenizer and judge."""
 
-    def __init__(self, programs: Programs, judge: Judge, tokenizer: Any, mesh: Mesh) -> None:
+    def __init__(self, programs: Programs, judge: Judge, tokenizer: Tokenizer, mesh: Mesh) -> None:
         self._programs = programs
         self._judge = judge
         self._tokenizer = tokenizer
@@ -74,32 +75,33 @@ class Collector:
         scores[: len(records)] = verdict.scores
         scored = scored._replace(scores=place_rows(self._mesh, scores))
         ended = time.perf_counter()
-        metrics = metrics | verdict.metrics | {"rollout/distinct_2": np.float32(distinct_n(rows, 2))}
+        metrics = metrics | verdict.metrics
         metrics |= {
-            "perf/rollout_seconds": np.float32(sampled - start),
-            "perf/score_seconds": np.float32(ended - sampled),
+            "rollout/distinct_2": distinct_n(rows, 2),
+            "perf/rollout_seconds": sampled - start,
+            "perf/score_seconds": ended - sampled,
         }
         return Experience(scored, metrics, completions)
 
 
 def completion_ids(rows: Rows, row: int) -> np.ndarray:
-    """Returns the token ids of one row's completion, its EOS included when it has one; rows are on the host."""
+    """Returns the token ids of a row's completion, its EOS included when it has one; rows are on the host."""
     return np.asarray(rows.tokens[row, rows.prompt_lengths[row] : rows.lengths[row]])
 
 
-def decode_completions(tokenizer: Any, rows: Rows, num_rows: int) -> list[str]:
+def decode_completions(tokenizer: Tokenizer, rows: Rows, num_rows: int) -> list[str]:
     """Returns the text of the first num_rows completions, special tokens left out."""
     ids = [completion_ids(rows, row).tolist() for row in range(num_rows)]
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def distinct_n(rows: Rows, n: int) -> float:
-    """Returns the share of different n-grams among all n-grams of the completions' tokens; 0 where there are none.
+    """Returns the share of different n-grams among those of the completions' tokens; 0 where there are none.
 
     Source: arXiv:1510.03055 (distinct-1, distinct-2), on tokens instead of words.
     """
     grams = []
-    for row in np.flatnonzero(rows.lengths):
+    for row in np.flatnonzero(rows.lengths).tolist():
         ids = completion_ids(rows, row)
         if len(ids) >= n:
             grams.append(np.lib.stride_tricks.sliding_window_view(ids, n))

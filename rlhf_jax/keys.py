@@ -1,7 +1,8 @@
 """Random keys by name: root -> iteration -> use -> prompt index -> sample index -> token position.
 
-No key is stored or used twice; a key is a function of what it is used for, so that a completion depends neither
-on the batch size, nor on the mesh, nor on a resume. The last three foldings are in `rollout/sampling.py`.
+No key is stored or used twice; a key is a function of what it is used for, so that a completion depends
+neither on the batch size, nor on the mesh, nor on a resume. The last three foldings are in
+`rollout/sampling.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the host can know of a run before a device is touched: tokenizer, data, architectures, reward functions.
+"""What the host knows of a run before a device is touched: tokenizer, data, architectures, reward functions.
 
 Whatever is wrong with them is found here, all of it at once.
 """
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.config import Config, StageConfig
-from rlhf_jax.data.loader import Examples, load_examples, training_texts
+from rlhf_jax.config import Config, RewardModelConfig, SFTConfig, StageConfig
+from rlhf_jax.data.loader import Examples, Split, load_examples, training_texts
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.rewards.functions import RewardFunction, load_function
@@ -55,7 +55,11 @@ class Plan(NamedTuple):
 
 
 def plan_stages(config: Config, tokenizer: Tokenizer) -> list[Plan]:
-    """Returns a plan per stage. Raises ValueError with every problem: data, lengths, vocabulary, reward functions."""
+    """Returns a plan per stage.
+
+    Raises:
+        ValueError: every problem at once: data, lengths, vocabulary, reward functions.
+    """
     plans: list[Plan] = []
     problems: list[str] = []
     for number, stage in enumerate(config.stages):
@@ -75,9 +79,9 @@ def _plan(stage: StageConfig, number: int, tokenizer: Tokenizer, earlier: dict[s
     where = origins(stage, set(earlier))
     architecture = _architecture(stage, where, tokenizer, earlier)
 
-    def examples(of: StageConfig, split: str) -> Examples:
+    def examples(of: StageConfig, split: Split) -> Examples:
         kind = ALGORITHMS[of.algorithm].records
-        loss_on = getattr(of.settings, "loss_on", "completion")
+        loss_on = of.settings.loss_on if isinstance(of.settings, SFTConfig) else "completion"
         return load_examples(of.data, kind, split, tokenizer, of.run.seed, loss_on=loss_on)
 
     longest = stage.data.max_length
@@ -85,13 +89,16 @@ def _plan(stage: StageConfig, number: int, tokenizer: Tokenizer, earlier: dict[s
         longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
     if longest > architecture.context_length:
         raise ValueError(
-            f"rows of up to {longest} tokens do not fit the model's context of {architecture.context_length}; lower "
-            "data.max_length, or for PPO data.max_prompt_length or rollout.max_new_tokens"
+            f"rows of up to {longest} tokens do not fit the model's context of "
+            f"{architecture.context_length}; lower data.max_length, or for PPO data.max_prompt_length or "
+            "rollout.max_new_tokens"
         )
     demonstrations = None
-    if algorithm.normalizes_scores and stage.settings.normalizer != "none":
-        wants = stage.settings.normalize_on == "demonstrations"
-        demonstrations = earlier[stage.start_from].train if wants else examples(stage, "train")
+    if algorithm.normalizes_scores:
+        assert isinstance(stage.settings, RewardModelConfig)
+        if stage.settings.normalizer != "none":
+            wants = stage.settings.normalize_on == "demonstrations"
+            demonstrations = earlier[stage.start_from].train if wants else examples(stage, "train")
     train, held_out = examples(stage, "train"), examples(stage, "eval")
     length = max(train.length, held_out.length)  # one shape, so that programs compile once
     return Plan(
@@ -120,8 +127,8 @@ def _architecture(
         architecture = Architecture.from_config(stage.model, vocab_size=len(tokenizer))
     if len(tokenizer) > architecture.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has {architecture.vocab_size}; "
-            "use the tokenizer that the model was trained with (tokenizer.path)"
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has "
+            f"{architecture.vocab_size}; use the tokenizer that the model was trained with (tokenizer.path)"
         )
     if where.reward is not None and stage.reward_from not in earlier:
         of_reward = stored_architecture(where.reward)
@@ -136,8 +143,8 @@ def _architecture(
 def prepare_tokenizer(config: Config) -> Tokenizer:
     """Returns the run's tokenizer: the one it already has, the one that is named, the model's, or a new one.
 
-    A tokenizer is trained on the texts of the first stage when neither the configuration nor what the stages start from
-    brings one.
+    A tokenizer is trained on the texts of the first stage when neither the configuration nor what the stages
+    start from brings one.
 
     Raises:
         ValueError: no such tokenizer; it lacks EOS or pad; its training texts cannot be read.

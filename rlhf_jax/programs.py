@@ -1,7 +1,7 @@
 """The jitted programs of a stage: rollout, score, advantages, update, and held-out evaluation.
 
-The only place of `jax.jit`, beside initialisation. Each program can be called on its own; shapes are static for a
-whole stage, so that each is compiled once.
+The only place of `jax.jit`, beside initialisation. Each program can be called on its own; shapes are static
+for a whole stage, so that each is compiled once.
 """
 
 from __future__ import annotations
@@ -77,25 +77,21 @@ def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
 
 def state_shardings(model: Model, mesh: Mesh, optimizers: Optimizers, aux: dict[str, float]) -> TrainState:
     """Returns the sharding of every leaf of the train state; moments lie as their parameters do."""
-    everywhere = replicated(mesh)
-    params = {role: role_shardings(model, mesh, role) for role in optimizers}
     shapes = {r: model.score_shapes if r in ("value", "reward") else model.policy_shapes for r in optimizers}
-    return TrainState(
-        step=everywhere,
-        position=everywhere,
-        params=params,
-        opt_state={
-            role: optax.tree.map_params(
-                optimizer,
-                lambda _, sharding: sharding,
-                jax.eval_shape(optimizer.init, shapes[role]),
-                params[role],
-                transform_non_params=lambda _: everywhere,
-            )
-            for role, optimizer in optimizers.items()
-        },
-        aux={name: everywhere for name in aux},
-    )
+    params = {role: role_shardings(model, mesh, role) for role in optimizers}
+    state = jax.eval_shape(partial(init_state, optimizers=optimizers, aux=aux), shapes)
+    opt_state = {
+        role: optax.tree.map_params(
+            optimizer,
+            lambda _, sharding: sharding,
+            state.opt_state[role],
+            params[role],
+            transform_non_params=lambda _: replicated(mesh),
+        )
+        for role, optimizer in optimizers.items()
+    }
+    everywhere = jax.tree.map(lambda _: replicated(mesh), state)
+    return everywhere._replace(params=params, opt_state=opt_state)
 
 
 def build_programs(
@@ -198,8 +194,8 @@ def rollout_metrics(scored: Scored, rows_counted: Array) -> Metrics:
 
     Args:
         scored: a rollout that the models have scored.
-        rows_counted: bool[B]; the others, fillings and rows that the missing-EOS rule leaves out, only count in the
-            share of completions that ended.
+        rows_counted: bool[B]; the others, fillings and rows that the missing-EOS rule leaves out, count only
+            in the share of completions that ended.
     """
     rollout, rows = scored.rollout, scored.rollout.rows
     mask = rows.completion_mask & rows_counted[:, None]

@@ -1,4 +1,4 @@
-"""Where the parameters of each role come from: a stage of this or another run, a checkpoint, or a fresh start."""
+"""Where each role's parameters come from: a stage of this or another run, a checkpoint, or a fresh start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlhf_jax.programs import role_shardings
 
 
 class Origins(NamedTuple):
-    """Directories that a stage starts from: a stage's, a Hugging Face checkpoint's, or none (from scratch)."""
+    """Directories that a stage starts from: a stage's, a Hugging Face checkpoint's, or none: from scratch."""
 
     policy: Path | None
     reward: Path | None
@@ -48,7 +48,7 @@ def origins(stage: StageConfig, stage_names: set[str]) -> Origins:
 
 
 def stored_architecture(path: Path) -> Architecture:
-    """Returns the architecture of a stage's or a Hugging Face directory. Raises ValueError where there is none."""
+    """Returns the architecture of a stage's or a Hugging Face directory; ValueError where there is none."""
     if is_stage_dir(path):
         return Architecture.from_dict(load_info(path)["architecture"])
     return hf.read_architecture(path)
@@ -61,8 +61,8 @@ def load_roles(
 
     policy     the stage or checkpoint that this stage starts from, or fresh
     reference  a copy of that policy
-    reward     to be read: the reward stage's, its normaliser folded into the head; to be trained: the policy's trunk
-               with a fresh head
+    reward     to be read: the reward stage's, its normaliser folded into the head;
+               to be trained: the policy's trunk with a fresh head
     value      a copy of that reward model, or without one the policy's trunk with a zero head
     """
     key = keys.named(root, "init")

@@ -1,4 +1,4 @@
-"""What the roles say of a rollout: log-probabilities of policy and reference, values, learned scores, in one pass."""
+"""What the roles say of a rollout, in one pass: log-probabilities of policy and reference, values, scores."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -12,8 +12,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import keys
-from rlhf_jax.batch import Params, TrainState
+from rlhf_jax.batch import Params, Prompts, TrainState
 from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
+from rlhf_jax.config import RewardModelConfig
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import Preference, PromptOnly
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
@@ -44,7 +45,7 @@ def run_stage(plan: Plan, mesh: Mesh) -> dict[str, Any]:
     model = make_model(plan.architecture, stage.model.dtype, stage.model.remat)
     is_online = algorithm.records == "prompt_only"
     num_completion = stage.rollout.max_new_tokens if is_online else _longest_completion(plan)
-    ids = TokenIds(eos=plan.tokenizer.eos_token_id, pad=plan.tokenizer.pad_token_id)
+    ids = TokenIds(eos=cast(int, plan.tokenizer.eos_token_id), pad=cast(int, plan.tokenizer.pad_token_id))
     programs = build_programs(stage, algorithm, model, mesh, num_completion, ids)
     trained, frozen = load_roles(stage, algorithm, plan.origins, model, mesh, root)
     source, evaluate = (
@@ -85,9 +86,7 @@ def _offline(plan: Plan, programs: Programs, mesh: Mesh) -> tuple[Source, Evalua
 
     def source(state: TrainState, position: int, key: Array) -> NextBatch:
         batch, position = loader.batch(position)
-        return NextBatch(
-            place_rows(mesh, batch), position, {"perf/tokens": np.float32(np.sum(batch.lengths))}
-        )
+        return NextBatch(place_rows(mesh, batch), position, {"perf/tokens": float(np.sum(batch.lengths))})
 
     return source, evaluate_records(programs, Loader(plan.held_out, settings.batch_size, seed), mesh)
 
@@ -97,7 +96,7 @@ def _online(
 ) -> tuple[Source, Evaluate]:
     """Returns where batches of experience come from, and the evaluation on held-out prompts."""
     stage = plan.stage
-    loader = Loader(plan.train, stage.settings.batch_size, stage.run.seed)
+    loader = Loader[Prompts, PromptOnly](plan.train, stage.settings.batch_size, stage.run.seed)
     judge = Judge(stage.rewards, plan.function, has_model="reward" in frozen)
     collector = Collector(programs, judge, plan.tokenizer, mesh)
 
@@ -115,20 +114,21 @@ def _online(
 
 def _normalized(plan: Plan, programs: Programs, state: TrainState, mesh: Mesh) -> TrainState:
     """Returns the state with mean and deviation of the scores on demonstrations in aux."""
-    assert plan.demonstrations is not None
-    loader = Loader(plan.demonstrations, plan.stage.settings.batch_size, plan.stage.run.seed)
+    settings = plan.stage.settings
+    assert plan.demonstrations is not None and isinstance(settings, RewardModelConfig)
+    loader = Loader(plan.demonstrations, settings.batch_size, plan.stage.run.seed)
     scores = []
     for batch, _ in loader.eval_batches():
         found = np.asarray(programs.scores(state.params, {}, place_rows(mesh, batch)))
         scores.append(found[np.asarray(batch.lengths) > 0][:: plan.demonstrations.rows_per_record])
     every = np.concatenate(scores)
-    std = every.std() if plan.stage.settings.normalizer == "mean_std" else 1.0
+    std = every.std() if settings.normalizer == "mean_std" else 1.0
     aux = {"normalizer_mean": np.float32(every.mean()), "normalizer_std": np.float32(max(std, 1e-6))}
     return state._replace(aux=jax.device_put(aux, jax.tree.map(lambda x: x.sharding, state.aux)))
 
 
 def _result(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:
-    """Returns the figures of summary.json: what the algorithm reports, before and after, and the seconds it took."""
+    """Returns the figures of summary.json: what the algorithm reports, before and after, and its seconds."""
     before, after = info["before"], info["after"]
     result: dict[str, Any] = {}
     for measure in plan.algorithm.reports:
@@ -145,7 +145,7 @@ def _result(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gold_accuracy(plan: Plan) -> float:
-    """Returns the gold function's own accuracy on the held-out pairs: what their noise lets a perfect model reach."""
+    """Returns the gold function's accuracy on the held-out pairs: what noise lets a perfect model reach."""
     assert plan.gold is not None
     pairs = [record for record in plan.held_out.records if isinstance(record, Preference)]
     prompts = [PromptOnly(pair.prompt) for pair in pairs]
@@ -156,7 +156,7 @@ def _gold_accuracy(plan: Plan) -> float:
 
 
 def export_policy(plans: Sequence[Plan], mesh: Mesh, directory: Path) -> None:
-    """Writes the last trained policy as a Hugging Face directory, with the tokenizer; nothing where none was trained."""
+    """Writes the last trained policy, if there is one, as a Hugging Face directory with the tokenizer."""
     trained = [plan for plan in plans if "policy" in plan.algorithm.trains]
     if not trained or (directory / "generation_config.json").exists():
         return

@@ -1,4 +1,4 @@
-"""The update: minibatches, accumulation, clipping, one optimiser step; skipped where anything is not finite."""
+"""The update: minibatches, accumulation, clipping, one optimiser step; skipped where it is not finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from rlhf_jax.algos.algorithm import Algorithm, Term
+from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Max, Mean, Metrics, Params, TrainState, num_rows, reduce_metrics
 from rlhf_jax.models.forward import Forward, blank_forward
 
@@ -44,8 +44,8 @@ def make_update(
     """Returns update(state, frozen, batch, key) -> (state, metrics), one program for all epochs of a batch.
 
     Scan over epochs and minibatches of scan over microbatches. Losses are sums over microbatches divided by
-    weights of the whole minibatch, so that the number of microbatches does not change the result. A step whose loss
-    or gradient is not finite leaves parameters and optimiser untouched and counts as update/skipped.
+    weights of the whole minibatch, so that the number of microbatches does not change the result. A step
+    whose loss or gradient is not finite leaves parameters and optimiser alone and counts as update/skipped.
 
     Args:
         algorithm: gives the loss, the roles and the rule for aux.
@@ -62,7 +62,7 @@ def make_update(
         blank_terms, _ = algorithm.loss(blank_forward(), params, frozen, minibatch, settings)
         weights = {name: jnp.maximum(term.mean.weight, 1e-8) for name, term in blank_terms.items()}
 
-        def objective(params: Params, microbatch: Any) -> tuple[Array, tuple[dict[str, Term], Metrics]]:
+        def objective(params: Params, microbatch: Any) -> tuple[Array, tuple[dict[str, Mean], Metrics]]:
             terms, metrics = algorithm.loss(forward, params, frozen, microbatch, settings)
             total = sum(term.coef * term.mean.total / weights[name] for name, term in terms.items())
             return jnp.asarray(total), ({name: term.mean for name, term in terms.items()}, metrics)
@@ -80,7 +80,8 @@ def make_update(
             return jax.tree.map(jnp.add, grads, more), (means, metrics)
 
         grads, (means, metrics) = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), microbatches)
-        return grads, reduce_metrics(means), reduce_metrics(metrics)
+        means = jax.tree.map(lambda parts: jnp.sum(parts, axis=0), means)
+        return grads, means, reduce_metrics(metrics)
 
     def optimizer_step(
         carry: tuple[Params, Params], frozen: Params, minibatch: Any

@@ -48,7 +48,7 @@ def write_summary(run_dir: Path | str, results: Mapping[str, Result]) -> Path:
 
 
 def comparisons(run_dir: Path | str, count: int = 2) -> list[Sample]:
-    """Returns prompts completed at the first and at the last evaluation of the last stage that wrote samples."""
+    """Returns prompts completed at the first and the last evaluation of the last stage that wrote samples."""
     files = sorted((Path(run_dir) / "samples").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     if not files:
         return []

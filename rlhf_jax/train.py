@@ -1,7 +1,7 @@
-"""The entry: configuration -> parts -> run. `python -m rlhf_jax.train --config FILE [--section.key value ...]`.
+"""Configuration -> parts -> run: `python -m rlhf_jax.train --config FILE [--section.key value ...]`.
 
-The same command resumes an interrupted run. Exit codes: 0 done; 2 the configuration, the data or a checkpoint is
-wrong, and each problem is named; 1 the run itself failed.
+The same command resumes an interrupted run. Exit codes: 0 done; 2 the configuration, the data or a checkpoint
+is wrong, and each problem is named; 1 the run itself failed.
 """
 
 from __future__ import annotations

@@ -162,8 +162,8 @@ class Trainer:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
         if self._skipped_in_a_row >= self._stage.run.max_skipped_updates:
             raise NotFiniteError(
-                f"stage {self._stage.name}, step {step}: {self._skipped_in_a_row} updates in a row were not finite; "
-                f"the first bad quantity is {bad[0]}. The parameters are those before these updates; "
+                f"stage {self._stage.name}, step {step}: {self._skipped_in_a_row} updates in a row were not "
+                f"finite; the first bad quantity is {bad[0]}. The parameters are those before these updates; "
                 "lower optimizer.learning_rate, or look at the data of these steps"
             )
 

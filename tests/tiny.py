@@ -70,16 +70,15 @@ def model() -> Model:
 def weights(role: str, on: Mesh, seed: int = 0) -> Params:
     """Returns fresh parameters of a role, the same on any mesh; heads are not zero, so that values differ."""
     params = model().init_policy(jax.random.key(seed))
-    params = jax.tree.map(
-        lambda x: 3 * x if x.ndim > 1 else x, params
-    )  # far enough from uniform to tell tokens apart
+    # Far enough from uniform to tell tokens apart.
+    params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
     if role in ("value", "reward"):
         params = {"trunk": params["trunk"], "score_head": init_score_head(jax.random.key(seed + 9), 32)}
     return jax.device_put(params, role_shardings(model(), on, role))
 
 
 def roles(algorithm: str, on: Mesh) -> tuple[Params, Params]:
-    """Returns (trained, frozen) of an algorithm; the reference differs from the policy, as it does after a while."""
+    """Returns (trained, frozen) of an algorithm; the reference differs from the policy, as after a while."""
     seeds = {"policy": 0, "reference": 1, "value": 2, "reward": 3}
     spec = ALGORITHMS[algorithm]
     trained = {role: weights(role, on, seeds[role]) for role in spec.trains}

@@ -1,4 +1,4 @@
-"""What an algorithm is: a value that names its data, its roles, its loss and the few places where it has a say."""
+"""What an algorithm is: a value that names its data, its roles, its loss and where else it has a say."""
 
 from __future__ import annotations
 

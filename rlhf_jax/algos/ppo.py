@@ -78,8 +78,8 @@ def loss(
 def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch, Metrics]:
     """Returns the batch that the update reads, and what the rollout says of the policy.
 
-    The order of NUMERICS: score, missing-EOS rule, KL term, reward whitening (mean kept), GAE, returns, advantage
-    whitening; all statistics over the valid tokens of the whole batch. Everything is float32.
+    The order of NUMERICS: score, missing-EOS rule, KL term, reward whitening (mean kept), GAE, returns,
+    advantage whitening; all statistics over the valid tokens of the whole batch. Everything is float32.
     """
     rollout, rows = scored.rollout, scored.rollout.rows
     scores, stays = apply_missing_eos(

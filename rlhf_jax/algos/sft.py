@@ -14,7 +14,7 @@ def loss(
 ) -> tuple[Terms, Metrics]:
     """Returns the mean negative log-likelihood of the tokens that carry loss, nats per token.
 
-    Which tokens carry loss is in the rows: with `loss_on: all` the loader calls only the first token the prompt.
+    Which tokens carry loss is in the rows: with `loss_on: all` their first token alone counts as prompt.
     """
     logprobs, entropy = forward.logprobs(params, frozen, batch)
     nll = masked(-logprobs, batch.completion_mask)

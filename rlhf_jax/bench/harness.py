@@ -1,8 +1,8 @@
 """What the benchmarks share: shapes, parts on random weights, timing, the JSON line.
 
-Every benchmark warms up, blocks until the device is ready, and prints one JSON line with the median and the share of the
-ceiling, the matrix rate measured in the same process. Shapes and sizes are the usual ones of CPU comparisons: 16 prompts
-of 32 random tokens, 64 new tokens, no early end.
+Every benchmark warms up, blocks until the device is ready, and prints one JSON line with the median and the
+share of the ceiling, the matrix rate measured in the same process. Shapes and sizes are the usual ones of CPU
+comparisons: 16 prompts of 32 random tokens, 64 new tokens, no early end.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from jax.sharding import Mesh
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import models, pre_tokenizers
 
 from rlhf_jax import config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params, Prompts
 from rlhf_jax.data.collate import collate_prompts
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import init_score_head
 from rlhf_jax.models.transformer import Model, make_model
@@ -130,13 +131,15 @@ class Bench:
         ids = rng.integers(FIRST_WORD, self.architecture.vocab_size, shape)
         return collate_prompts(ids.tolist(), range(self.args.batch), self.args.prompt, PAD, self.args.batch)
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def tokenizer(self) -> Tokenizer:
         """Returns a word-level tokenizer: token i is the word w<i>."""
+        from transformers import PreTrainedTokenizerFast
+
         words = {"<pad>": PAD, "<s>": 1, "</s>": 2, "<unk>": 3}
         words |= {f"w{i}": i for i in range(FIRST_WORD, self.architecture.vocab_size)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+        backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+        return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
 
     def num_parameters(self) -> tuple[int, int]:
         """Returns (all, without the embedding), the tied embedding counted once."""

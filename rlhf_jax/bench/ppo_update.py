@@ -1,4 +1,4 @@
-"""Times the PPO update: all epochs and minibatches of a rollout. `python -m rlhf_jax.bench.ppo_update --shape 15m`."""
+"""Times the PPO update, all epochs of a rollout. `python -m rlhf_jax.bench.ppo_update --shape 15m`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf_jax.sharding import place_rows
 
 
 def main() -> None:
-    """One rollout is made and scored; the update on it is repeated, the state donated from one to the next."""
+    """One rollout is made and scored; the update on it is repeated, each time on the state of the last."""
     bench = Bench(arguments(__doc__ or ""))
     programs = bench.programs
     trained, frozen = bench.roles()

@@ -1,6 +1,6 @@
 """Runs a configuration with several seeds and prints what each gained: `python -m rlhf_jax.bench.seeds`.
 
-One JSON line per seed: gold reward before and after, KL, reward accuracy against its ceiling, seconds, peak memory.
+A JSON line per seed: gold reward before and after, KL, reward accuracy and its ceiling, seconds, peak memory.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m rlhf_jax.bench.stories --run runs/stories --data DIRECTORY
 
-A bag-of-words logistic regression is fitted on those rt_polarity sentences whose letters are in neither sst2_train nor
-sst2_dev (the sets overlap). Its log-odds of "positive", on the completions before and after PPO of the same prompts,
-tell whether stories really became happier. Prints one JSON line.
+A bag-of-words logistic regression is fitted on those rt_polarity sentences whose letters are in neither
+sst2_train nor sst2_dev (the sets overlap). Its log-odds of "positive", on completions of the same prompts
+before and after PPO, tell whether stories really became happier. Prints one JSON line.
 """
 
 from __future__ import annotations

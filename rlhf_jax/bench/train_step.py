@@ -1,4 +1,4 @@
-"""Times a whole PPO iteration: rollout, text, scores, advantages, update. `python -m rlhf_jax.bench.train_step`."""
+"""Times a PPO iteration: rollout, text, scores, advantages, update. `python -m rlhf_jax.bench.train_step`."""
 
 from __future__ import annotations
 

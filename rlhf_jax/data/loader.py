@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, cast
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.config import DataConfig
@@ -27,7 +26,7 @@ from rlhf_jax.data.records import (
 )
 from rlhf_jax.data.sources import open_source
 from rlhf_jax.data.synthetic import synthetic_records
-from rlhf_jax.data.tokenizer import encode_completions, encode_prompts
+from rlhf_jax.data.tokenizer import Tokenizer, encode_completions, encode_prompts
 
 Split = Literal["train", "eval"]
 SYNTHETIC = "synthetic"
@@ -67,8 +66,12 @@ class Examples:
         return collate_rows(rows, self.length, self.pad_id, per * num_records)
 
 
-class Loader:
-    """Batches of examples in an order that is reshuffled for every epoch."""
+class Loader[Batch: Rows | Prompts, Taken: AnyRecord]:
+    """Batches of examples in an order that is reshuffled for every epoch.
+
+    The type parameters say what the examples' kind only tells at run time: Loader[Prompts, PromptOnly] gives
+    prompts to sample from.
+    """
 
     def __init__(self, examples: Examples, batch_size: int, seed: int):
         """batch_size counts records: a batch of preferences has twice as many rows."""
@@ -76,24 +79,29 @@ class Loader:
         self.batch_size = batch_size
         self._seed = seed
 
-    def batch(self, position: int) -> tuple[Rows | Prompts, int]:
+    def batch(self, position: int) -> tuple[Batch, int]:
         """Returns the batch at a position, always full, and the next position.
 
         The sequence of records does not depend on the batch size; a batch may reach into the next epoch.
         """
         end = position + self.batch_size
-        return self.examples.collate(self._numbers(position), range(position, end), self.batch_size), end
+        return self._collated(self._numbers(position), range(position, end)), end
 
-    def records(self, position: int) -> list[AnyRecord]:
+    def records(self, position: int) -> list[Taken]:
         """Returns the records of batch(position), as text, for reward functions and samples."""
-        return [self.examples.records[number] for number in self._numbers(position)]
+        return self._taken(self._numbers(position))
 
-    def eval_batches(self) -> Iterator[tuple[Rows | Prompts, list[AnyRecord]]]:
+    def eval_batches(self) -> Iterator[tuple[Batch, list[Taken]]]:
         """Yields all examples once, in their own order: batches, the last filled up with rows of length 0."""
         for start in range(0, len(self.examples), self.batch_size):
             numbers = range(start, min(start + self.batch_size, len(self.examples)))
-            batch = self.examples.collate(numbers, numbers, self.batch_size)
-            yield batch, [self.examples.records[number] for number in numbers]
+            yield self._collated(numbers, numbers), self._taken(numbers)
+
+    def _collated(self, numbers: Sequence[int], index: Sequence[int]) -> Batch:
+        return cast(Batch, self.examples.collate(numbers, index, self.batch_size))
+
+    def _taken(self, numbers: Sequence[int]) -> list[Taken]:
+        return [cast(Taken, self.examples.records[number]) for number in numbers]
 
     def _numbers(self, position: int) -> list[int]:
         count = len(self.examples)
@@ -113,7 +121,7 @@ def load_examples(
     cfg: DataConfig,
     kind: Kind,
     split: Split,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     seed: int,
     *,
     loss_on: Literal["completion", "all"] = "completion",
@@ -163,7 +171,7 @@ def training_texts(cfg: DataConfig, kind: Kind, seed: int) -> Iterator[str]:
 def tokenize_records(
     records: Sequence[AnyRecord],
     kind: Kind,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     cfg: DataConfig,
     *,
     loss_on: Literal["completion", "all"] = "completion",
@@ -229,7 +237,7 @@ def tokenize_records(
     )
 
 
-def opening(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], num_tokens: int) -> tuple[list[int], str]:
+def opening(tokenizer: Tokenizer, ids: Sequence[int], num_tokens: int) -> tuple[list[int], str]:
     """Returns the first num_tokens tokens of a text as prompt, BOS not counted, and how they read.
 
     The cut moves left to where the next token neither begins a sentence nor goes on with a word: after a
@@ -259,7 +267,7 @@ def _after_opening(record: Preference | PromptOnly, text: str) -> Preference | P
     return Preference(text, blank + record.chosen, blank + record.rejected, record.prompt_tokens)
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def _read(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 

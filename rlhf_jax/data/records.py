@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, NoReturn
 
 from rlhf_jax.config import DataConfig
-from rlhf_jax.data.sources import nearest
+from rlhf_jax.options import did_you_mean
 
 Kind = Literal["prompt_completion", "preference", "prompt_only"]
 Format = Literal["text", "prompt_completion", "preference", "prompt_only", "labelled"]
@@ -186,10 +186,8 @@ class _Reader:
         self.present = tuple(first)
         for usual in names:
             if usual not in USUAL_COLUMNS:
-                known = ", ".join(USUAL_COLUMNS)
-                raise ValueError(
-                    f"data.columns: no usual column {usual!r}{nearest(usual, USUAL_COLUMNS)}; known: {known}"
-                )
+                known = ", ".join(USUAL_COLUMNS) + did_you_mean(usual, USUAL_COLUMNS)
+                raise ValueError(f"data.columns: no usual column {usual!r}; known: {known}")
         self._names = names
         for usual, name in names.items():
             if name not in first:
@@ -204,8 +202,8 @@ class _Reader:
     def missing(self, name: str, why: str) -> NoReturn:
         there = ", ".join(self.present)
         raise ValueError(
-            f"{self.where}: no column {name!r} ({why}); columns present: {there}"
-            f"{nearest(name, self.present)}; map other names with data.columns, such as {{prompt: question}}"
+            f"{self.where}: no column {name!r} ({why}); columns present: {there}; map other names with "
+            f"data.columns, such as {{prompt: question}}{did_you_mean(name, self.present)}"
         )
 
     def read(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast, overload
+
+from rlhf_jax.options import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,12 +66,6 @@ def open_source(spec: str, *, where: str = "data.train") -> Sequence[Record]:
     return taken
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
-    """Returns ` (nearest: NAME)` for a message, or nothing where no name is near."""
-    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (nearest: {matches[0]})" if matches else ""
-
-
 def _split_slice(spec: str, where: str) -> tuple[str, slice]:
     if not spec.endswith("]") or "[" not in spec:
         return spec, slice(None)
@@ -89,7 +84,7 @@ def _read_path(path: Path, where: str) -> Sequence[Record]:
         if not path.parent.is_dir():
             raise ValueError(f"{where}: no such file: {path}; there is no directory {path.parent} either")
         names = sorted(entry.name for entry in path.parent.iterdir())
-        raise ValueError(f"{where}: no such file: {path}{nearest(path.name, names)}")
+        raise ValueError(f"{where}: no such file: {path}{did_you_mean(path.name, names)}")
     if path.is_dir():
         return _read_directory(path, where)
     for suffix, reader in READERS.items():

@@ -7,20 +7,28 @@ joined text may give other tokens where the two meet.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+# Keeps advice off the terminal, such as to install PyTorch, which nothing here needs; warnings still show.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_jax.config import TokenizerConfig
-from rlhf_jax.data.sources import nearest
+from rlhf_jax.options import did_you_mean
+
+Tokenizer = PreTrainedTokenizerBase
+"""Other modules import the type from here, so that the line above runs before transformers is imported."""
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 
 
-def load_tokenizer(cfg: TokenizerConfig, model_path: str = "") -> PreTrainedTokenizerBase:
+def load_tokenizer(cfg: TokenizerConfig, model_path: str = "") -> Tokenizer:
     """Returns the tokenizer of cfg.path, or else of model_path, with its EOS and padding token settled.
 
     Args:
@@ -44,9 +52,7 @@ def load_tokenizer(cfg: TokenizerConfig, model_path: str = "") -> PreTrainedToke
     return settle_special_tokens(tokenizer, cfg, path)
 
 
-def settle_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, cfg: TokenizerConfig, path: str
-) -> PreTrainedTokenizerBase:
+def settle_special_tokens(tokenizer: Tokenizer, cfg: TokenizerConfig, path: str) -> Tokenizer:
     """Returns the tokenizer with cfg's EOS and padding token; ValueError where one is missing or unknown.
 
     The padding token may equal EOS: masks come from lengths, so nothing is lost by it.
@@ -57,9 +63,8 @@ def settle_special_tokens(
         vocabulary = tokenizer.get_vocab()
         if name not in vocabulary:
             raise ValueError(
-                f"tokenizer.{key}: {name!r} is not in the vocabulary of {path}"
-                f"{nearest(name, tuple(vocabulary))}; allowed: one of its {len(vocabulary)} tokens, such as "
-                f"{_examples(tokenizer)}"
+                f"tokenizer.{key}: {name!r} is not in the vocabulary of {path}; allowed: one of its "
+                f"{len(vocabulary)} tokens, such as {_examples(tokenizer)}{did_you_mean(name, vocabulary)}"
             )
         setattr(tokenizer, key, name)
     if tokenizer.eos_token_id is None:
@@ -81,7 +86,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Any text can be encoded. The vocabulary has vocab_size tokens at most, among them distinct ones for
     padding, BOS and EOS with ids 0, 1, 2; it is smaller where the texts do not have so many pairs to merge.
     """
-    backend = Tokenizer(models.BPE())
+    backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     backend.decoder = decoders.ByteLevel()  # pyright: ignore
     trainer = trainers.BpeTrainer(
@@ -103,18 +108,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Returns the prompt's ids: BOS once where the tokenizer has one, then the text's."""
     return encode_prompts(tokenizer, [text])[0]
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Returns encode_prompt of each text."""
     start = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     return [start + ids for ids in encode_completions(tokenizer, texts)]
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_completion(tokenizer: Tokenizer, text: str) -> list[int]:
     """Returns the completion's ids without control tokens; EOS is appended where rows are made.
 
     A completion that begins with a word starts with its space. (Tokenizers that add a space to every text,
@@ -123,7 +128,7 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
     return encode_completions(tokenizer, [text])[0]
 
 
-def encode_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def encode_completions(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Returns encode_completion of each text; a control token's name in a text stays plain letters."""
     if not texts:
         return []
@@ -144,9 +149,9 @@ def _check_directory(path: str, key: str) -> None:
     if directory.is_dir() or not (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         return
     siblings = sorted(entry.name for entry in directory.parent.iterdir()) if directory.parent.is_dir() else []
-    raise ValueError(f"{key}: no such directory: {path}{nearest(directory.name, siblings)}")
+    raise ValueError(f"{key}: no such directory: {path}{did_you_mean(directory.name, siblings)}")
 
 
-def _examples(tokenizer: PreTrainedTokenizerBase) -> str:
+def _examples(tokenizer: Tokenizer) -> str:
     names = tokenizer.all_special_tokens or list(tokenizer.get_vocab())
     return ", ".join(repr(name) for name in names[:3])

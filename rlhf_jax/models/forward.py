@@ -41,7 +41,7 @@ def make_forward(
 
     Args:
         model: the transformer's pure functions.
-        num_completion: C, the static maximum of completion tokens of a row; the LM head runs on so many columns.
+        num_completion: C, the static maximum of completion tokens of a row; the LM head runs on C columns.
         temperature: divides the logits of policy and reference.
         logprob_chunk: tokens whose logits exist at once; 0: all.
     """
@@ -84,7 +84,7 @@ def make_forward(
 
 
 def blank_forward() -> Forward:
-    """Returns a forward of zeros: what a loss makes of it are its weights, which depend on masks and data alone."""
+    """Returns a forward of zeros: it gives a loss's weights, which depend on masks and data alone."""
 
     def per_token(params: Params, frozen: Params, rows: Rows) -> Array:
         return jnp.zeros(rows.tokens.shape, jnp.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from rlhf_jax.batch import Params
 
@@ -55,6 +56,6 @@ def last_hidden(hidden: Array, lengths: Array) -> Array:
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
-def fold_normalizer(head: Params, mean: Array | float, std: Array | float = 1.0) -> Params:
+def fold_normalizer(head: Params, mean: ArrayLike, std: ArrayLike = 1.0) -> Params:
     """Returns the head whose scores are (score - mean) / std."""
     return {"kernel": head["kernel"] / std, "bias": (head["bias"] - mean) / std}

@@ -131,7 +131,7 @@ def save_policy(
     dtype: Literal["float32", "bfloat16"] = "float32",
     token_ids: Mapping[str, int] | None = None,
 ) -> None:
-    """Writes config.json, generation_config.json and model.safetensors, which transformers loads as LlamaForCausalLM.
+    """Writes config.json, generation_config.json and model.safetensors for transformers' LlamaForCausalLM.
 
     All processes call it, for parameters are gathered leaf by leaf; the first process writes.
 

@@ -7,7 +7,6 @@ takes **kwargs.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data.records import PromptOnly
+from rlhf_jax.options import did_you_mean
 
 SHOWN_CHARACTERS = 80
 
@@ -64,8 +64,7 @@ def load_function(spec: str) -> RewardFunction:
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(part, dir(found))
             raise ValueError(f"reward function {spec!r}: {module_name} has no {part}{hint}")
         found = getattr(found, part)
     if not callable(found):

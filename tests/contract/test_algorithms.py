@@ -1,6 +1,6 @@
 """What every algorithm keeps, whatever its mathematics: NUMERICS 3, 4, 7, 11, 27.
 
-Gradients are read from Adam's first moment after one update, so that it is the compiled program that is tested.
+Gradients are read from Adam's first moment after one update: it is the compiled program that is tested.
 """
 
 import functools
@@ -133,7 +133,7 @@ def test_garbage_outside_the_completions_changes_nothing(name, poison):
 @pytest.mark.parametrize("name", ONLINE)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_first_ratio_is_one(name, temperature):
-    """Rollout, score, advantages, update: the same temperature everywhere, so old equals new before the first step."""
+    """Rollout, score, advantages, update have one temperature, so old equals new before the first step."""
     mesh = tiny.mesh()
     programs = tiny.programs(
         tiny.stage(name, rollout={"max_new_tokens": 8, "temperature": temperature}), mesh

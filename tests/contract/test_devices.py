@@ -1,4 +1,4 @@
-"""The same chain on one and on eight devices: every logged figure of SFT and reward, and PPO's first iterations."""
+"""The same chain on one and eight devices: every logged figure of SFT, reward and PPO's first iterations."""
 
 import json
 
@@ -46,7 +46,8 @@ def test_ppo_from_the_same_models(run_train, tmp_path):
     chain = run_train(["--config", config])
     assert chain.returncode == 0, chain.stderr
     lines = SHORT.splitlines(keepends=True)
-    start = f"  - {{{{name: ppo, algorithm: ppo, from: {tmp_path}/chain/sft, reward_from: {tmp_path}/chain/reward}}}}\n"
+    sft, reward = tmp_path / "chain" / "sft", tmp_path / "chain" / "reward"
+    start = f"  - {{{{name: ppo, algorithm: ppo, from: {sft}, reward_from: {reward}}}}}\n"
     own = ("model:", "tokenizer:", "sft:", "reward_model:", "  - {{name: sft", "  - {{name: reward")
     text = "".join(start if "name: ppo" in line else line for line in lines if not line.startswith(own))
     for name, devices in (("one", "1"), ("eight", "8")):

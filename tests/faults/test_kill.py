@@ -1,4 +1,4 @@
-"""Killing a run anywhere and repeating the command finishes it; each step is logged once, and nothing is lost."""
+"""Killing a run anywhere and repeating the command finishes it: each step is logged once, nothing is lost."""
 
 import json
 import os

@@ -67,10 +67,12 @@ def test_metrics_of_ppo(finished):
     last = [line for line in lines(run) if line["stage"] == "ppo"][-1]
     for name in (
         "policy/kl", "policy/kl_per_token", "policy/approx_kl", "policy/ratio", "policy/ratio_gap",
-        "policy/clip_frac", "policy/entropy", "policy/grad_norm", "policy/sampler_gap", "value/explained_variance",
-        "value/grad_norm", "loss/policy", "loss/value", "reward/score", "reward/score_std", "reward/length_correlation",
-        "rollout/eos_rate", "rollout/length", "rollout/length_p95", "rollout/distinct_2", "perf/tokens_per_s",
-        "perf/rollout_seconds", "perf/score_seconds", "eval/gold", "eval/score", "eval/policy/kl",
+        "policy/clip_frac", "policy/entropy", "policy/grad_norm", "policy/sampler_gap", "value/grad_norm",
+        "value/explained_variance", "loss/policy", "loss/value",
+        "reward/score", "reward/score_std", "reward/length_correlation",
+        "rollout/eos_rate", "rollout/length", "rollout/length_p95", "rollout/distinct_2",
+        "perf/tokens_per_s", "perf/rollout_seconds", "perf/score_seconds",
+        "eval/gold", "eval/score", "eval/policy/kl",
     ):  # fmt: skip
         assert isinstance(last[name], float), name
     assert last["policy/ratio_gap_first"] < 1e-5
@@ -107,7 +109,7 @@ def test_the_same_command_again_trains_nothing(finished, run_train):
 
 
 def test_another_run_starts_from_this_ones_stages(finished, run_train, tmp_path):
-    """A stage in a directory of its own serves as `from` and `reward_from`; its first evaluation is the same."""
+    """A stage in another run's directory serves as `from` and `reward_from`: the first evaluation agrees."""
     run, _, _ = finished
     config = tmp_path / "ppo.yaml"
     text = SHORT.format(dir=tmp_path / "run")
@@ -123,7 +125,7 @@ def test_another_run_starts_from_this_ones_stages(finished, run_train, tmp_path)
     done = run_train(["--config", config, "--ppo.num_iterations", "1"])
     assert done.returncode == 0, done.stderr
     first, again = (
-        [line for line in lines(where) if line["stage"] == "ppo"][0] for where in (run, tmp_path / "run")
+        next(line for line in lines(where) if line["stage"] == "ppo") for where in (run, tmp_path / "run")
     )
     for name in ("eval/score", "eval/policy/nll", "eval/rollout/length"):
         assert again[name] == pytest.approx(first[name], rel=0.2), name
@@ -131,7 +133,7 @@ def test_another_run_starts_from_this_ones_stages(finished, run_train, tmp_path)
 
 
 def test_a_run_directory_of_another_configuration_is_refused(finished, run_train):
-    run, config, _ = finished
+    _, config, _ = finished
     done = run_train(["--config", config, "--ppo.clip_eps", "0.3"])
     assert done.returncode == 2
     assert "ppo.clip_eps" in done.stderr and "run.dir" in done.stderr and "Traceback" not in done.stderr

@@ -352,7 +352,7 @@ def test_jax_is_not_imported_before_the_configuration_is_known(write):
         (
             "rewards: {gold: 'math:sinn'}",
             [],
-            "rewards.gold: reward function 'math:sinn': math has no sinn; did you mean sin?",
+            "rewards.gold: reward function 'math:sinn': math has no sinn; did you mean 'sin'?",
         ),
         # options that would be ignored
         ("ppo: {kl_target: 6}", [], "ppo.kl_target: would be ignored: ppo.kl_controller is 'fixed'"),

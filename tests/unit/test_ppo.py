@@ -72,9 +72,8 @@ def scored_rollout(seed=0, num_rows=6, length=9):
     rng = np.random.default_rng(seed)
     prompt_lengths = np.array([1, 2, 3, 2, 1, 0])
     lengths = np.array([4, 9, 5, 6, 2, 0])
-    rows = Rows(
-        jnp.asarray(rng.integers(0, 50, (num_rows, length))), jnp.asarray(prompt_lengths), jnp.asarray(lengths)
-    )
+    tokens = rng.integers(0, 50, (num_rows, length))
+    rows = Rows(jnp.asarray(tokens), jnp.asarray(prompt_lengths), jnp.asarray(lengths))
 
     def noise():
         return jnp.asarray(rng.normal(size=(num_rows, length)), jnp.float32)
@@ -106,7 +105,8 @@ def prepare_in_python(scored, settings, kl_coef):
         mean, std = np.mean(list(rewards.values())), np.sqrt(np.var(list(rewards.values())) + 1e-8)
         rewards = {at: (r - mean) / std + mean for at, r in rewards.items()}
     for b, t in reversed(kept):
-        value, next_value = float(scored.values[b, t]), float(scored.values[b, t + 1]) if (b, t + 1) in rewards else 0
+        value = float(scored.values[b, t])
+        next_value = float(scored.values[b, t + 1]) if (b, t + 1) in rewards else 0.0
         delta = rewards[b, t] + settings.gamma * next_value - value
         advantages[b, t] = delta + settings.gamma * settings.gae_lambda * advantages.get((b, t + 1), 0.0)
         returns[b, t] = advantages[b, t] + value
@@ -120,7 +120,11 @@ def prepare_in_python(scored, settings, kl_coef):
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_prepare_follows_the_order_of_operations(missing_eos, whiten_rewards):
     settings = PPOConfig(
-        missing_eos=missing_eos, missing_eos_value=0.7, whiten_rewards=whiten_rewards, gamma=0.9, gae_lambda=0.8
+        missing_eos=missing_eos,
+        missing_eos_value=0.7,
+        whiten_rewards=whiten_rewards,
+        gamma=0.9,
+        gae_lambda=0.8,
     )
     scored = scored_rollout()
     batch, _ = ppo.prepare(scored, {"kl_coef": jnp.float32(0.3)}, settings)
@@ -166,7 +170,8 @@ def test_adaptive_coefficient_follows_the_rollouts_kl():
     settings = PPOConfig(kl_controller="adaptive", kl_target=2.0, kl_horizon=100, batch_size=2)
     rows = Rows(jnp.zeros((2, 3), jnp.int32), jnp.array([1, 1]), jnp.array([3, 2]))
     zeros = jnp.zeros((2, 3))
-    old = zeros.at[0, 1:].set(1.5).at[1, 1].set(1.4)  # 3.0 and 1.4 nats: mean 2.2, ten per cent above the target
+    # 3.0 and 1.4 nats: mean 2.2, ten per cent above the target.
+    old = zeros.at[0, 1:].set(1.5).at[1, 1].set(1.4)
     batch = PolicyBatch(rows, rows.completion_mask, old, zeros, zeros, zeros, zeros)
     aux = ppo.update_aux({"kl_coef": jnp.float32(0.5)}, batch, settings)
     assert aux["kl_coef"] == pytest.approx(0.5 * (1 + 0.1 * 2 / 100), rel=1e-6)

@@ -96,14 +96,16 @@ def test_implicit_prompt_is_what_both_texts_begin_with(chosen, rejected, prompt)
             "prompt_completion",
             {"columns": {"prompt": "qestion"}},
             "data.train: a.jsonl: no column 'qestion' (data.columns maps 'prompt' to it); columns present: "
-            "question, completion (nearest: question)",
+            "question, completion; map other names with data.columns, such as {prompt: question}; "
+            "did you mean 'question'?",
         ),
         (
             {"prompts": "q", "completion": "a"},
             "prompt_completion",
             {},
             "no column 'prompt' (this stage reads prompt_completion: columns text or prompt + completion); "
-            "columns present: prompts, completion (nearest: prompts)",
+            "columns present: prompts, completion; map other names with data.columns, such as "
+            "{prompt: question}; did you mean 'prompts'?",
         ),
         ({"chosen": "a"}, "preference", {}, "no column 'rejected' (this stage reads preference"),
         (
@@ -138,7 +140,8 @@ def test_implicit_prompt_is_what_both_texts_begin_with(chosen, rejected, prompt)
             {"text": "t"},
             "prompt_completion",
             {"columns": {"promt": "text"}},
-            "data.columns: no usual column 'promt' (nearest: prompt)",
+            "data.columns: no usual column 'promt'; known: prompt, completion, chosen, rejected, text, "
+            "label; did you mean 'prompt'?",
         ),
         ({"text": "t", "label": "1"}, "preference", {}, "record 1: label is '1', must be 0 or 1"),
         ({"text": "t", "label": 1}, "preference", {}, "1 texts have label 1 and 0 label 0; pairs need both"),

@@ -47,7 +47,7 @@ def test_a_module_of_the_current_directory_is_found(in_directory):
             "no_such_module_here:score",
             "cannot import no_such_module_here: ModuleNotFoundError.*current directory",
         ),
-        ("math:sqr", "math has no sqr; did you mean sqrt?"),
+        ("math:sqr", "math has no sqr; did you mean 'sqrt'?"),
         ("math:pi", "is a float, not a function"),
     ],
 )

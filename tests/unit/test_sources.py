@@ -97,7 +97,7 @@ def test_missing_file_names_the_nearest(tmp_path):
     write_lines(tmp_path / "stories_train.jsonl")
     fails(
         tmp_path / "storys_train.jsonl",
-        f"no such file: {tmp_path}/storys_train.jsonl (nearest: stories_train.jsonl)",
+        f"no such file: {tmp_path}/storys_train.jsonl; did you mean 'stories_train.jsonl'?",
     )
     fails(tmp_path / "nowhere" / "a.jsonl", f"there is no directory {tmp_path}/nowhere either")
 

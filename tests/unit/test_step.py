@@ -29,7 +29,10 @@ def square_loss(forward, params, frozen, batch, settings):
 
 
 FORWARD = Forward(
-    logprobs=None, ref_logprobs=None, values=None, scores=lambda p, f, b: p["policy"]["w"] * jnp.ones(b.x.shape)
+    logprobs=None,
+    ref_logprobs=None,
+    values=None,
+    scores=lambda p, f, b: p["policy"]["w"] * jnp.ones(b.x.shape),
 )
 ALGORITHM = Algorithm(records="prompt_only", trains=("policy",), reads=(), reports=(), loss=square_loss)
 
@@ -75,7 +78,8 @@ def test_every_row_is_used_once_in_each_epoch(forward):
     points = batch()._replace(mask=jnp.ones(8, bool))
     _, metrics = run(forward, points, optax.sgd(0.0), num_epochs=3, num_minibatches=4)
     assert metrics["w"].weight == 24
-    assert metrics["loss/first"].value == pytest.approx(np.mean((0.7 * np.asarray(points.x) - 1) ** 2), rel=1e-5)
+    expected = np.mean((0.7 * np.asarray(points.x) - 1) ** 2)
+    assert metrics["loss/first"].value == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(forward):
