@@ -145,8 +145,8 @@ class OptimizerConfig:
     """Decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the second moment."""
-    eps: PositiveFloat = 1e-5
-    """Adam's epsilon."""
+    eps: NonNegativeFloat = 0.0
+    """Adam's epsilon; 0: the algorithm's own, 1e-5 for PPO and 1e-8 otherwise."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients of a role are clipped to this global norm."""
 

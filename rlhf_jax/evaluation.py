@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rlhf_jax.batch import Metrics, Params, Prompts, Rows, reduce_metrics
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import AnyRecord, PromptOnly
-from rlhf_jax.experience import Collector
+from rlhf_jax.experience import Collector, text_metrics
 from rlhf_jax.metrics import to_host
 from rlhf_jax.programs import Programs
 from rlhf_jax.rewards.functions import RewardFunction
@@ -60,10 +60,11 @@ def evaluate_prompts(
     """
 
     def evaluate(params: Params, frozen: Params) -> Evaluation:
-        metrics, samples = [], []
+        metrics, samples, ids = [], [], []
         for prompts, records in loader.eval_batches():
             experience = collector.collect(params, frozen, prompts, records, key)
             metrics.append(experience.metrics)
+            ids += experience.ids
             scores = np.asarray(experience.scored.scores)[: len(records)]
             samples += [
                 {"prompt": record.prompt, "completion": completion, "score": float(score)}
@@ -73,9 +74,8 @@ def evaluate_prompts(
                 gold_scores = gold(records, experience.completions)
                 for sample, score in zip(samples[-len(records) :], gold_scores, strict=True):
                     sample["gold"] = float(score)
-        found = {
-            f"eval/{name}": x for name, x in _over_batches(metrics).items() if not name.startswith("perf/")
-        }
+        over_all = _over_batches(metrics) | text_metrics(ids)
+        found = {f"eval/{name}": x for name, x in over_all.items() if not name.startswith("perf/")}
         found["eval/ref_perplexity"] = _perplexity(found["eval/policy/ref_nll"])
         found |= _mean_and_deviation("eval/score", [sample["score"] for sample in samples])
         if gold is not None:

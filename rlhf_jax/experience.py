@@ -28,6 +28,8 @@ class Experience(NamedTuple):
     """Of the rollout, the judges, and the seconds that each phase took."""
     completions: list[str]
     """Text of each completion, without its EOS."""
+    ids: list[np.ndarray]
+    """Tokens of each completion, with its EOS when it has one."""
 
 
 class Collector:
@@ -46,8 +48,6 @@ class Collector:
         prompts: Prompts,
         records: Sequence[PromptOnly],
         key: Array,
-        *,
-        greedy: bool = False,
     ) -> Experience:
         """Returns completions of the prompts by the policy, scored by the models and the judge's functions.
 
@@ -58,30 +58,31 @@ class Collector:
             prompts: a batch on the host; rows of length 0 fill it up.
             records: the prompts' records, one for each row that is no filling.
             key: of this rollout.
-            greedy: take the likeliest token instead of sampling.
         Raises:
             RewardError: where a reward function fails.
         """
         start = time.perf_counter()
-        sample = self._programs.greedy if greedy else self._programs.rollout
-        rollout = sample(params["policy"], place_rows(self._mesh, prompts), key)
+        rollout = self._programs.rollout(params["policy"], place_rows(self._mesh, prompts), key)
         rows = jax.device_get(rollout.rows)
         sampled = time.perf_counter()
 
-        scored, metrics = self._programs.score(params, frozen, rollout)
-        completions = decode_completions(self._tokenizer, rows, len(records))
-        verdict = self._judge(records, completions, np.asarray(scored.scores)[: len(records)])
+        scored, metrics = self._programs.score(
+            params, frozen, rollout
+        )  # runs while the functions read the text
+        ids = [completion_ids(rows, row) for row in range(len(records))]
+        completions = self._tokenizer.batch_decode(
+            [row_ids.tolist() for row_ids in ids],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        verdict = self._judge(records, completions, scored.scores)
         scores = np.zeros(rows.lengths.shape, np.float32)
         scores[: len(records)] = verdict.scores
         scored = scored._replace(scores=place_rows(self._mesh, scores))
         ended = time.perf_counter()
-        metrics = metrics | verdict.metrics
-        metrics |= {
-            "rollout/distinct_2": distinct_n(rows, 2),
-            "perf/rollout_seconds": sampled - start,
-            "perf/score_seconds": ended - sampled,
-        }
-        return Experience(scored, metrics, completions)
+        metrics = metrics | verdict.metrics | text_metrics(ids)
+        metrics |= {"perf/rollout_seconds": sampled - start, "perf/score_seconds": ended - sampled}
+        return Experience(scored, metrics, completions, ids)
 
 
 def completion_ids(rows: Rows, row: int) -> np.ndarray:
@@ -89,22 +90,21 @@ def completion_ids(rows: Rows, row: int) -> np.ndarray:
     return np.asarray(rows.tokens[row, rows.prompt_lengths[row] : rows.lengths[row]])
 
 
-def decode_completions(tokenizer: Tokenizer, rows: Rows, num_rows: int) -> list[str]:
-    """Returns the text of the first num_rows completions, special tokens left out."""
-    ids = [completion_ids(rows, row).tolist() for row in range(num_rows)]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def text_metrics(ids: Sequence[np.ndarray]) -> dict[str, float]:
+    """Returns what only all completions together can tell: the 95th percentile of lengths, and distinct-2."""
+    lengths = [len(row_ids) for row_ids in ids]
+    return {
+        "rollout/length_p95": float(np.percentile(lengths, 95)),
+        "rollout/distinct_2": distinct_n(ids, 2),
+    }
 
 
-def distinct_n(rows: Rows, n: int) -> float:
-    """Returns the share of different n-grams among those of the completions' tokens; 0 where there are none.
+def distinct_n(ids: Sequence[np.ndarray], n: int) -> float:
+    """Returns the share of different n-grams among all n-grams of the completions' tokens; 0 without any.
 
     Source: arXiv:1510.03055 (distinct-1, distinct-2), on tokens instead of words.
     """
-    grams = []
-    for row in np.flatnonzero(rows.lengths).tolist():
-        ids = completion_ids(rows, row)
-        if len(ids) >= n:
-            grams.append(np.lib.stride_tricks.sliding_window_view(ids, n))
+    grams = [np.lib.stride_tricks.sliding_window_view(row_ids, n) for row_ids in ids if len(row_ids) >= n]
     if not grams:
         return 0.0
     every = np.concatenate(grams)

@@ -55,7 +55,7 @@ def make_schedule(cfg: OptimizerConfig, num_steps: int, learning_rate: float | N
 
 
 def make_optimizer(
-    cfg: OptimizerConfig, num_steps: int, learning_rate: float | None = None
+    cfg: OptimizerConfig, num_steps: int, learning_rate: float | None = None, *, eps: float = 1e-8
 ) -> optax.GradientTransformation:
     """Returns clipping by global norm, then AdamW; the updates are for optax.apply_updates.
 
@@ -71,6 +71,7 @@ def make_optimizer(
         cfg: every field.
         num_steps: see make_schedule.
         learning_rate: see make_schedule.
+        eps: where cfg.eps is 0.
     Source: arXiv:1711.05101 algorithm 2, but weight decay is multiplied by the learning rate, as in PyTorch.
     """
     return optax.chain(
@@ -79,7 +80,7 @@ def make_optimizer(
             make_schedule(cfg, num_steps, learning_rate),
             b1=cfg.beta1,
             b2=cfg.beta2,
-            eps=cfg.eps,
+            eps=cfg.eps or eps,
             mu_dtype=jnp.float32,
             weight_decay=cfg.weight_decay,
             mask=decay_mask,

@@ -18,10 +18,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Max, Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
-from rlhf_jax.config import PPOConfig, StageConfig
+from rlhf_jax.config import StageConfig
 from rlhf_jax.models.forward import make_forward
 from rlhf_jax.models.transformer import Model
-from rlhf_jax.ops.kl import sequence_kl
+from rlhf_jax.ops.kl import log_ratio, sequence_kl
 from rlhf_jax.ops.masking import masked, masked_mean, masked_var
 from rlhf_jax.optim import make_optimizer
 from rlhf_jax.rollout.generate import generate
@@ -44,8 +44,6 @@ class Programs(NamedTuple):
     """Parameters by role -> the state before the first step, on the mesh."""
     rollout: Callable[[Params, Prompts, Array], Rollout]
     """Policy parameters, prompts, key -> completions."""
-    greedy: Callable[[Params, Prompts, Array], Rollout]
-    """The same, always the likeliest token."""
     score: Callable[[Params, Params, Rollout], tuple[Scored, Metrics]]
     """Trained and frozen parameters, rollout -> what every role says, and metrics of the rollout."""
     advantages: Callable[[Scored, dict[str, Array]], tuple[PolicyBatch, Metrics]]
@@ -71,8 +69,11 @@ def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
     """Returns an optimiser per trained role; the schedule counts optimiser steps."""
     settings = stage.settings
     num_steps = settings.num_optimizer_steps
-    rates = {"value": settings.value_learning_rate or None} if isinstance(settings, PPOConfig) else {}
-    return {role: make_optimizer(stage.optimizer, num_steps, rates.get(role)) for role in algorithm.trains}
+    rates = algorithm.rates(settings)
+    return {
+        role: make_optimizer(stage.optimizer, num_steps, rates.get(role), eps=algorithm.adam_eps)
+        for role in algorithm.trains
+    }
 
 
 def state_shardings(model: Model, mesh: Mesh, optimizers: Optimizers, aux: dict[str, float]) -> TrainState:
@@ -117,7 +118,7 @@ def build_programs(
     constrain = partial(_constrain, sharding=rows_on)
     for_decoding = decode_shardings(mesh, model.policy_axes, model.policy_shapes)
 
-    def rollout(policy: Params, prompts: Prompts, key: Array, *, greedy: bool) -> Rollout:
+    def rollout(policy: Params, prompts: Prompts, key: Array) -> Rollout:
         completed = generate(
             model,
             jax.lax.with_sharding_constraint(policy, for_decoding),
@@ -125,15 +126,14 @@ def build_programs(
             key,
             max_new_tokens=stage.rollout.max_new_tokens,
             temperature=temperature,
-            greedy=greedy,
+            greedy=False,
             eos_id=ids.eos,
             pad_id=ids.pad,
         )
         return constrain(completed)
 
     def counted(rollout: Rollout) -> Array:
-        drops_unended = getattr(settings, "missing_eos", "none") == "mask"
-        return rollout.rows.row_mask & (rollout.ended if drops_unended else True)
+        return rollout.rows.row_mask & (rollout.ended if algorithm.leaves_out(settings) else True)
 
     def score(params: Params, frozen: Params, rollout: Rollout) -> tuple[Scored, Metrics]:
         scored = constrain(score_rollout(forward, params, frozen, rollout))
@@ -164,8 +164,7 @@ def build_programs(
         init_state=compiled(
             partial(init_state, optimizers=optimizers, aux=aux), donate_argnums=0, out_shardings=shardings
         ),
-        rollout=compiled(partial(rollout, greedy=False)),
-        greedy=compiled(partial(rollout, greedy=True)),
+        rollout=compiled(rollout),
         score=compiled(score),
         advantages=compiled(advantages),
         update=compiled(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
@@ -208,8 +207,10 @@ def rollout_metrics(scored: Scored, rows_counted: Array) -> Metrics:
         "policy/ref_nll": masked(-scored.ref_logprobs, mask),
         "policy/sampler_gap": masked(gap, mask),
         "policy/sampler_gap_max": Max(jnp.max(gap)),
+        "policy/sampler_ratio": masked(
+            jnp.exp(log_ratio(scored.old_logprobs, rollout.sampler_logprobs, mask)), mask
+        ),
         "rollout/length": masked(lengths, rows_counted),
-        "rollout/length_p95": jnp.nanpercentile(jnp.where(rows_counted, lengths, jnp.nan), 95),
         "rollout/eos_rate": masked(jnp.float32(rollout.ended), rows.row_mask),
         "perf/tokens": jnp.sum(lengths),
     }

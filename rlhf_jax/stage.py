@@ -116,7 +116,8 @@ def _normalized(plan: Plan, programs: Programs, state: TrainState, mesh: Mesh) -
     """Returns the state with mean and deviation of the scores on demonstrations in aux."""
     settings = plan.stage.settings
     assert plan.demonstrations is not None and isinstance(settings, RewardModelConfig)
-    loader = Loader(plan.demonstrations, settings.batch_size, plan.stage.run.seed)
+    rows = plan.algorithm.rows_per_record * settings.batch_size  # what the mesh is known to divide
+    loader = Loader(plan.demonstrations, rows // plan.demonstrations.rows_per_record, plan.stage.run.seed)
     scores = []
     for batch, _ in loader.eval_batches():
         found = np.asarray(programs.scores(state.params, {}, place_rows(mesh, batch)))

@@ -67,16 +67,16 @@ def make_update(
             total = sum(term.coef * term.mean.total / weights[name] for name, term in terms.items())
             return jnp.asarray(total), ({name: term.mean for name, term in terms.items()}, metrics)
 
-        def one(microbatch: Any) -> tuple[Params, dict[str, Mean], Metrics]:
+        def of_microbatch(microbatch: Any) -> tuple[Params, dict[str, Mean], Metrics]:
             grads, (means, metrics) = jax.grad(objective, has_aux=True)(params, microbatch)
             return grads, means, metrics
 
         if num_microbatches == 1:
-            return one(minibatch)
+            return of_microbatch(minibatch)
         microbatches = split_rows(minibatch, num_microbatches, algorithm.rows_per_record)
 
         def accumulate(grads: Params, microbatch: Any) -> tuple[Params, tuple[dict[str, Mean], Metrics]]:
-            more, means, metrics = one(constrain(microbatch))
+            more, means, metrics = of_microbatch(constrain(microbatch))
             return jax.tree.map(jnp.add, grads, more), (means, metrics)
 
         grads, (means, metrics) = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), microbatches)
@@ -109,6 +109,9 @@ def make_update(
 
     def update(state: TrainState, frozen: Params, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
         rows = num_rows(batch)
+        assert num_minibatches == 1 or algorithm.rows_per_record == 1, (
+            "minibatches would part the rows of a record"
+        )
 
         def minibatch_step(carry: Any, row_index: Array) -> Any:
             return optimizer_step(carry, frozen, constrain(jax.tree.map(lambda x: x[row_index], batch)))
@@ -128,7 +131,11 @@ def make_update(
         }
         metrics |= {f"{name}_first": maximum for name, maximum in maxima.items()}
         params, opt_state = carry
-        aux = algorithm.update_aux(state.aux, batch, settings)
+        aux = jax.tree.map(
+            lambda new, old: jnp.where(jnp.isfinite(new), new, old),
+            algorithm.update_aux(state.aux, batch, settings),
+            state.aux,
+        )
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state, aux=aux), metrics
 
     return update

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rlhf_jax import keys
+from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Metrics, Params, TrainState
 from rlhf_jax.checkpoint import Checkpointer
 from rlhf_jax.config import StageConfig
@@ -19,14 +22,9 @@ from rlhf_jax.metrics import MetricWriter, Progress, to_host, write_samples
 from rlhf_jax.programs import Programs
 from rlhf_jax.rewards.functions import RewardError
 
-FIGURES = (
-    "loss/nll",
-    "loss/bradley_terry",
-    "reward/score",
-    "reward/accuracy",
-    "policy/kl",
-    "rollout/eos_rate",
-)
+logger = logging.getLogger(__name__)
+
+NOT_FINITE = "not_finite/"  # metrics that say which quantity made an update be skipped
 
 
 class NextBatch(NamedTuple):
@@ -58,14 +56,17 @@ class Trainer:
         checkpointer: Checkpointer,
         info: dict,
     ) -> None:
-        """Args:
-        stage: settings and periods.
-        programs: of the stage.
-        source: makes the next batch.
-        evaluate: on held-out data.
-        writer: of metrics.jsonl.
-        checkpointer: of the stage's directory.
-        info: saved beside every checkpoint; `seconds` and `before` are kept up to date in it.
+        """Makes the trainer of a stage.
+
+        Args:
+            stage: settings and periods.
+            programs: of the stage.
+            source: makes the next batch.
+            evaluate: on held-out data.
+            writer: of metrics.jsonl.
+            checkpointer: of the stage's directory.
+            info: saved beside every checkpoint. `seconds`, `before` and `after` (evaluations), `evaluated`
+                (the step of `after`) and `skipped_in_a_row` are kept up to date in it.
         """
         self._stage = stage
         self._programs = programs
@@ -73,9 +74,10 @@ class Trainer:
         self._evaluate = evaluate
         self._writer = writer
         self._checkpointer = checkpointer
-        self.info = {"seconds": 0.0, "before": {}, "after": {}} | info
-        self._skipped_in_a_row = 0
-        self._clock = time.perf_counter()
+        empty = {"seconds": 0.0, "before": {}, "after": {}, "evaluated": 0, "skipped_in_a_row": 0}
+        self.info = empty | info
+        self._pending: tuple[int, Metrics] | None = None
+        self._clock = self._last_log = time.perf_counter()
 
     def train(self, state: TrainState, frozen: Params, root: Array) -> TrainState:
         """Returns the state after the last step; starts where the given state stands.
@@ -87,48 +89,41 @@ class Trainer:
             frozen: parameters of the roles that are only read.
             root: root key of the stage.
         Raises:
-            NotFiniteError: after run.max_skipped_updates updates in a row that were not finite.
+            NotFiniteError: an update was skipped in run.max_skipped_updates steps in a row.
+            RewardError: a reward function failed; what was trained until then is logged and saved.
         """
         settings, num_steps = self._stage.settings, self._stage.settings.num_updates
         start, position = int(state.step), int(state.position)
         if start == 0:
             self.info["before"] = self._evaluated(state, frozen, 0)
             self._writer.write(0, self.info["before"])
+        elif start == num_steps != self.info["evaluated"]:
+            self._evaluated(state, frozen, start)  # its reward function failed the last time
         self._last_log = time.perf_counter()
-        pending: tuple[int, Metrics] | None = None
         with Progress(self._stage.name, num_steps, start, self._stage.run.log_every) as progress:
-            for iteration in range(start, num_steps):
-                step, key = iteration + 1, keys.at_iteration(root, iteration)
-                try:
+            try:
+                for iteration in range(start, num_steps):
+                    step, key = iteration + 1, keys.at_iteration(root, iteration)
                     batch, position, gathered = self._source(state, position, keys.named(key, "rollout"))
-                except RewardError:
-                    self._keep(progress, pending, state)
-                    raise
-                state, metrics = self._programs.update(state, frozen, batch, keys.named(key, "update"))
-                state = at_position(state, position)
-                if pending:
-                    self._log(progress, *pending, {})
-                pending = (step, gathered | metrics)
-                is_last = step == num_steps
-                evaluates = is_last or step % settings.eval_every == 0
-                saves = not is_last and step % self._stage.checkpoint.every == 0
-                if evaluates or saves or is_last:
-                    jax.block_until_ready(state)
-                    found = self._evaluated(state, frozen, step) if evaluates else {}
-                    self.info["after"] = found or self.info["after"]
-                    self._log(progress, *pending, found)
-                    pending = None
-                if saves:
+                    state, metrics = self._programs.update(state, frozen, batch, keys.named(key, "update"))
+                    state = at_position(state, position)
+                    self._log_pending(progress)
+                    self._pending = (step, gathered | metrics)
+                    evaluates = step == num_steps or step % settings.eval_every == 0
+                    saves = step < num_steps and step % self._stage.checkpoint.every == 0
+                    if evaluates or saves:
+                        jax.block_until_ready(state)
+                        found = self._evaluated(state, frozen, step) if evaluates else {}
+                        self._log_pending(progress, found)
+                    if saves:
+                        self.save(state)
+            except RewardError:
+                self._log_pending(progress)
+                if int(state.step) > 0 and self._checkpointer.latest() != int(state.step):
                     self.save(state)
+                self._checkpointer.wait()
+                raise
         return state
-
-    def _keep(self, progress: Progress, pending: tuple[int, Metrics] | None, state: TrainState) -> None:
-        """Logs and saves what is there before an error ends the run."""
-        if pending:
-            self._log(progress, *pending, {})
-            if self._checkpointer.latest() != int(state.step):
-                self.save(state)
-        self._checkpointer.wait()
 
     def save(self, state: TrainState) -> None:
         """Saves the state and the info; returns before the files are written."""
@@ -142,14 +137,22 @@ class Trainer:
         metrics, samples = self._evaluate(state.params, frozen)
         if samples:
             write_samples(self._stage.run.dir, self._stage.name, step, samples)
+        self.info |= {"after": metrics, "evaluated": step}
         return metrics | {"perf/eval_seconds": time.perf_counter() - start}
 
-    def _log(self, progress: Progress, step: int, metrics: Metrics, evaluated: dict[str, float]) -> None:
+    def _log_pending(self, progress: Progress, evaluated: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Writes the line of the step that is not yet written, if there is one, with its evaluation."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
         found = to_host(metrics)
         bad = [
-            name.removeprefix("not_finite/") for name, x in found.items() if "not_finite/" in name and x > 0
+            name.removeprefix(NOT_FINITE)
+            for name, x in found.items()
+            if name.startswith(NOT_FINITE) and x > 0
         ]
-        found = {name: x for name, x in found.items() if "not_finite/" not in name}
+        found = {name: x for name, x in found.items() if not name.startswith(NOT_FINITE)}
         now = time.perf_counter()
         seconds = now - self._last_log - evaluated.get("perf/eval_seconds", 0.0)
         self._last_log = now
@@ -157,14 +160,33 @@ class Trainer:
             "perf/step_seconds": seconds,
             "perf/tokens_per_s": found["perf/tokens"] / max(seconds, 1e-9),
         }
-        self._writer.write(step, found | evaluated)
-        progress.update(step, {name: found[name] for name in FIGURES if name in found})
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
-        if self._skipped_in_a_row >= self._stage.run.max_skipped_updates:
+        self._writer.write(step, found | dict(evaluated))
+        algorithm = ALGORITHMS[self._stage.algorithm]
+        progress.update(step, {name: found[name] for name in algorithm.figures})
+        for name, limit in algorithm.alarms:
+            if found[name] > limit:
+                logger.warning(
+                    "stage %s, step %d: %s is %.3g, above %g",
+                    self._stage.name,
+                    step,
+                    name,
+                    found[name],
+                    limit,
+                )
+        self._watch(step, bad)
+
+    def _watch(self, step: int, bad: list[str]) -> None:
+        """Warns of a skipped update, and raises when it has become a habit."""
+        self.info["skipped_in_a_row"] = self.info["skipped_in_a_row"] + 1 if bad else 0
+        if not bad:
+            return
+        where = f"stage {self._stage.name}, step {step}"
+        logger.warning("%s: an update was skipped, for %s is not finite", where, bad[0])
+        if self.info["skipped_in_a_row"] >= self._stage.run.max_skipped_updates:
             raise NotFiniteError(
-                f"stage {self._stage.name}, step {step}: {self._skipped_in_a_row} updates in a row were not "
-                f"finite; the first bad quantity is {bad[0]}. The parameters are those before these updates; "
-                "lower optimizer.learning_rate, or look at the data of these steps"
+                f"{where}: updates were skipped in {self.info['skipped_in_a_row']} steps in a row; the first "
+                f"bad quantity is {bad[0]}. The last checkpoint is from before that; lower "
+                "optimizer.learning_rate, or look at the data of these steps"
             )
 
 

@@ -46,17 +46,27 @@ class Algorithm(NamedTuple):
     """Roles that are frozen."""
     reports: tuple[Measure, ...]
     """What the summary says of a stage; measures that an evaluation does not have are left out."""
+    figures: tuple[str, ...]
+    """The three or four metrics that the progress display shows."""
     loss: LossFunction
     """loss(forward, params, frozen, batch, settings) -> terms, metrics."""
     evaluate: Callable[[Forward, Params, Params, Any, Any], Metrics] | None = None
     """Offline: sums over one held-out batch, of the same arguments as the loss."""
     rows_per_record: int = 1
     """Rows of a batch that belong together and are never parted by a microbatch."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon where the configuration leaves it open."""
     init_aux: Callable[[Any], dict[str, float]] = lambda settings: {}
     """Named float32 scalars of the train state, and their first values."""
     prepare: Callable[[Scored, Aux, Any], tuple[PolicyBatch, Metrics]] | None = None
     """Online: a scored rollout -> what the loss reads, and metrics of the rollout."""
     update_aux: Callable[[Aux, Any, Any], Aux] = lambda aux, batch, settings: aux
     """The aux of the next iteration, from the batch of this one."""
+    alarms: tuple[tuple[str, float], ...] = ()
+    """Metrics, and the value above which something is wrong; a warning names them."""
+    leaves_out: Callable[[Any], bool] = lambda settings: False
+    """Online: whether completions without EOS leave the metrics, as they leave the loss."""
+    rates: Callable[[Any], dict[str, float]] = lambda settings: {}
+    """Learning rates of roles that have their own."""
     normalizes_scores: bool = False
     """After the last step, the mean and deviation of scores on demonstrations go into aux."""

@@ -34,6 +34,7 @@ def clipped_policy_loss(logprobs: Array, batch: PolicyBatch, clip_eps: float) ->
     return masked(jnp.maximum(plain, clipped), mask), {
         "policy/clip_frac": masked(jnp.float32(clipped > plain), mask),
         "policy/ratio": masked(ratio, mask),
+        "policy/ratio_max": Max(masked_max(ratio, mask)),
         "policy/ratio_gap": Max(masked_max(jnp.abs(ratio - 1), mask)),
         "policy/approx_kl": masked(k3(batch.old_logprobs, logprobs), mask),
     }
@@ -88,6 +89,7 @@ def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch,
     stays = stays & rows.row_mask
     mask = rows.completion_mask & stays[:, None]
     rewards = token_rewards(scores, scored.old_logprobs, scored.ref_logprobs, mask, aux["kl_coef"])
+    total = masked(jnp.sum(rewards, axis=1), stays)
     if settings.whiten_rewards:
         rewards = whiten(rewards, mask, keep_mean=True)
     advantages, returns = gae(rewards, scored.values, mask, gamma=settings.gamma, lam=settings.gae_lambda)
@@ -105,7 +107,7 @@ def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch,
     return_var = masked_var(returns, mask)
     residual_var = masked_var(returns - scored.values, mask)
     return batch, {
-        "reward/total": masked(jnp.sum(keep(rewards, mask), axis=1), stays),
+        "reward/total": total,
         "policy/kl_coef": aux["kl_coef"],
         "value/mean": masked(scored.values, mask),
         "value/explained_variance": 1 - residual_var / jnp.maximum(return_var, 1e-8),
@@ -132,6 +134,8 @@ PPO = Algorithm(
     trains=("policy", "value"),
     reads=("reference", "reward"),
     loss=loss,
+    adam_eps=1e-5,  # arXiv:2403.17031, detail 5
+    figures=("reward/score", "policy/kl", "rollout/length", "rollout/eos_rate"),
     reports=(
         Measure("gold", "eval/gold"),
         Measure("score", "eval/score"),
@@ -144,4 +148,7 @@ PPO = Algorithm(
     init_aux=lambda settings: {"kl_coef": settings.kl_coef},
     prepare=prepare,
     update_aux=update_aux,
+    alarms=(("policy/ratio_gap_first", 0.05),),  # old and new differ before anything was learned
+    leaves_out=lambda settings: settings.missing_eos == "mask",
+    rates=lambda settings: {"value": settings.value_learning_rate} if settings.value_learning_rate else {},
 )

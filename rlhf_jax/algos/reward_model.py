@@ -60,6 +60,7 @@ REWARD_MODEL = Algorithm(
     reads=(),
     loss=loss,
     evaluate=evaluate,
+    figures=("loss/bradley_terry", "reward/accuracy"),
     reports=(Measure("eval_accuracy", "eval/accuracy", is_compared=False),),
     rows_per_record=2,
     init_aux=lambda settings: {"normalizer_mean": 0.0, "normalizer_std": 1.0},

@@ -33,5 +33,6 @@ SFT = Algorithm(
     reads=(),
     loss=loss,
     evaluate=evaluate,
+    figures=("loss/nll",),
     reports=(Measure("eval_perplexity", "eval/perplexity"),),
 )

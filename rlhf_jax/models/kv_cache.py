@@ -57,7 +57,11 @@ def unstack(policy_params: Params, architecture: Architecture, dtype: str) -> De
         architecture: the policy's.
         dtype: the compute dtype.
     """
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), policy_params)
+
+    def cast(path: tuple, leaf: Array) -> Array:
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)  # norms multiply in float32
+
+    params = jax.tree.map_with_path(cast, policy_params)
     stacked = params["trunk"].pop("layers")
     layers = [jax.tree.map(itemgetter(layer), stacked) for layer in range(architecture.num_layers)]
     return DecodeWeights(params, layers, architecture)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from rlhf_jax.batch import Mean, Metrics
 from rlhf_jax.config import RewardsConfig
@@ -60,21 +61,22 @@ class Judge:
         self._weights = {"model": rewards.model_weight, "function": rewards.function_weight}
 
     def __call__(
-        self, records: Sequence[PromptOnly], completions: Sequence[str], learned_scores: np.ndarray
+        self, records: Sequence[PromptOnly], completions: Sequence[str], learned_scores: Array
     ) -> Verdict:
         """Returns the combined scores of the completions and the mean of each part.
 
         Args:
             records: B prompts with their columns.
             completions: B texts.
-            learned_scores: f32[B], the reward model's; not read where there is none.
+            learned_scores: f32[at least B], the reward model's, still on its way from the device while the
+                function reads the text; not read where there is no reward model.
 
         Raises:
             RewardError: the function failed.
         """
         parts: dict[str, np.ndarray] = {}
-        if self._has_model:
-            parts["model"] = learned_scores
         if self._function is not None:
             parts["function"] = self._function(records, completions)
+        if self._has_model:
+            parts["model"] = np.asarray(learned_scores)[: len(records)]
         return combine(parts, self._weights)

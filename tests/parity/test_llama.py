@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, GenerationConfig, LlamaConfig
 
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.models import hf, kv_cache
@@ -179,7 +179,21 @@ def test_save_and_load_keeps_every_bit(tmp_path, one_device_mesh, tied):
     read, loaded = load(tmp_path / "out", one_device_mesh)
     assert read == architecture
     assert_trees_equal(loaded, params)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    names = ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_transformers_generates_with_our_token_ids(tmp_path):
+    """Without generation_config.json, transformers would go on behind EOS where config.json has no such id."""
+    architecture = Architecture.from_hf(RANDOM | {"model_type": "llama"})
+    params = jax.jit(make_model(architecture).init_policy)(jax.random.key(0))
+    ids = {"bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 7}
+    hf.save_policy(tmp_path / "out", architecture, params, token_ids=ids)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == ids
+    theirs = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert {name: getattr(theirs, name) for name in ids} == ids
+    hf.save_policy(tmp_path / "out", architecture, params)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {}
 
 
 def test_loading_and_saving_gives_the_same_tensors(checkpoint, tmp_path, one_device_mesh):
