@@ -11,6 +11,7 @@ A stage that is done writes `STAGE/result.json`.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -27,6 +28,7 @@ from rlhf_jax.batch import Params
 from rlhf_jax.files import replace_file, to_json
 
 logger = logging.getLogger(__name__)
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs with a traceback what it raises as well
 
 FORMAT = 1  # of the manifest and of the leaf names
 MANIFEST = "manifest.json"
@@ -198,7 +200,10 @@ class Checkpointer(CheckpointReader):
         self.close()
 
     def _finish(self, written: Any, path: Path, manifest: dict[str, Any]) -> None:
-        written.result()
+        try:
+            written.result()
+        except ValueError as error:  # TensorStore raises nothing else where a file cannot be written
+            raise OSError(errno.EIO, f"cannot be saved: {error}", str(path)) from error
         if jax.process_index() == 0:
             replace_file(path / MANIFEST, to_json(manifest | {"files": _files(path)}, indent=1))
             older = [step for step in self._steps() if step < manifest["step"]]
@@ -320,6 +325,8 @@ def _check_match(path: Path, stored: dict[str, list], wanted: dict[str, list]) -
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Returns a checkpoint's manifest. Raises OSError or ValueError."""
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or not {"format", "info", "leaves", "files"} <= manifest.keys():
+        raise ValueError(f"{path / MANIFEST} is not a manifest of a checkpoint")
     if manifest["format"] != FORMAT:
         raise ValueError(f"{path / MANIFEST} has format {manifest['format']}; this version reads {FORMAT}")
     return manifest
@@ -328,10 +335,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _problem(path: Path) -> str | None:
     """Returns what is wrong with a checkpoint; None if it may be loaded."""
     try:
-        expected = _read_manifest(path)["files"]
+        expected = dict(_read_manifest(path)["files"])
     except FileNotFoundError:
         return f"incomplete: it has no {MANIFEST}"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         return f"unreadable {MANIFEST}: {error}"
     for name in expected:
         if not (path / name).is_file():

@@ -130,11 +130,12 @@ def read_tree(path: str) -> dict[str, Any]:
     """
     if not path:
         raise ValueError("--config: must be given: a YAML file, such as configs/quickstart.yaml")
-    if not Path(path).is_file():
-        what = "is a directory; name a file in it" if Path(path).is_dir() else "there is no such file"
+    file = Path(path).expanduser()
+    if not file.is_file():
+        what = "is a directory; name a file in it" if file.is_dir() else "there is no such file"
         raise ValueError(f"--config {path}: {what}")
     try:
-        tree = strict_yaml.load(Path(path).read_text(encoding="utf-8"), path)
+        tree = strict_yaml.load(file.read_text(encoding="utf-8"), path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not isinstance(tree, dict):

@@ -303,6 +303,11 @@ class PPOConfig:
         return self.num_iterations * self.num_epochs * self.num_minibatches
 
 
+RESERVED_NAMES = ("checkpoints", "export", "samples", "tensorboard", "tokenizer")
+"""Directories of a run that are not a stage's."""
+PATH_OPTIONS = ("run.dir", "tokenizer.path", "model.path", "data.train", "data.eval", "data.prompts")
+"""Options, as section.option, that may be paths; `from` and `reward_from` of a stage may be paths too."""
+
 # What a file may hold beside `stages`. The run has one of each of the first; the others a stage may override.
 RUN_SECTIONS = {"run": RunConfig, "tokenizer": TokenizerConfig, "mesh": MeshConfig}
 STAGE_SECTIONS = {

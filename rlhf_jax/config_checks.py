@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import strict_yaml
-from rlhf_jax.config import Config, PPOConfig, RewardModelConfig, StageConfig
+from rlhf_jax.config import PATH_OPTIONS, RESERVED_NAMES, Config, PPOConfig, RewardModelConfig, StageConfig
 from rlhf_jax.config_file import Resolved, Where, dump_config, ignored
 from rlhf_jax.data.records import SERVES, Kind
 from rlhf_jax.options import OPTIONS, did_you_mean, show
@@ -52,6 +52,8 @@ def problems(resolved: Resolved, file_alone: Resolved) -> list[str]:
         if not unreadable.intersection((stage.start_from, stage.reward_from)):
             sources = list(check_sources(stage, earlier, others))
             found += sources or check_normalizer(stage, earlier, path)
+        found += check_name(stage)
+        found += check_local(stage, path)
         found += check_batches(stage, path)
         found += check_architecture(stage, earlier, path)
         found += check_ppo(stage, path)
@@ -103,6 +105,29 @@ def check_sources(stage: StageConfig, earlier: dict[str, StageConfig], others: l
             )
     elif judge and (judge in others or not _is_directory(judge)):
         yield missing("reward_from", judge)
+
+
+def check_name(stage: StageConfig) -> Iterator[str]:
+    """Yields a name whose directory the run needs for something else."""
+    if stage.name in RESERVED_NAMES:
+        yield (
+            f"stages.{stage.name}.name: {stage.name!r} is a directory of the run itself, as are "
+            f"{', '.join(RESERVED_NAMES)}; choose another name"
+        )
+
+
+def check_local(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields addresses such as gs://bucket/file where a path stands: they are neither read nor written."""
+    places = {path(*option.split(".")): option.split(".") for option in PATH_OPTIONS}
+    values = {place: getattr(getattr(stage, section), key) for place, (section, key) in places.items()}
+    values |= {f"stages.{stage.name}.from": stage.start_from}
+    values |= {f"stages.{stage.name}.reward_from": stage.reward_from}
+    for place, value in values.items():
+        if _is_remote(value):
+            yield (
+                f"{place}: {value!r} is not on this machine; only local files and directories are read and "
+                "written: copy it, or mount it and give its path"
+            )
 
 
 def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
@@ -252,7 +277,7 @@ def check_paths(stage: StageConfig, path: PathOf) -> Iterator[str]:
     for option, spec in (("train", data.train), ("eval", data.eval), ("prompts", data.prompts)):
         file = re.sub(r"\[[^\[\]]*\]$", "", spec)
         is_local = file and file != "synthetic" and not file.startswith("hub:") and not _is_remote(file)
-        if is_local and not Path(file).expanduser().exists():
+        if is_local and not Path(file).exists():
             yield f"{path('data', option)}: there is no file or directory {file!r}{_similar_file(file)}"
     if not data.train:
         yield f"{path('data', 'train')}: must not be empty; 'synthetic' is the embedded task"
@@ -264,7 +289,7 @@ def check_paths(stage: StageConfig, path: PathOf) -> Iterator[str]:
         elif not (Path(model.path) / "config.json").is_file():
             yield f"{path('model', 'path')}: no Hugging Face checkpoint: {model.path!r} has no config.json"
     tokenizer = stage.tokenizer.path
-    if tokenizer.startswith(("/", ".", "~")) and not _is_directory(tokenizer):
+    if tokenizer.startswith(("/", ".")) and not _is_directory(tokenizer):
         yield f"tokenizer.path: there is no directory {tokenizer!r}"
 
 
@@ -314,8 +339,6 @@ def check_ignored(resolved: Resolved, file_alone: Resolved) -> Iterator[str]:
 def check_run_directory(cfg: Config) -> Iterator[str]:
     """Yields that the run directory belongs to another configuration, with the options that differ."""
     directory = cfg.run.dir
-    if _is_remote(directory):
-        return
     if Path(directory).exists() and not Path(directory).is_dir():
         yield f"run.dir: {directory!r} is not a directory"
         return
@@ -372,7 +395,7 @@ def _is_remote(path: str) -> bool:
 
 
 def _is_directory(path: str) -> bool:
-    return _is_remote(path) or Path(path).expanduser().is_dir()
+    return _is_remote(path) or Path(path).is_dir()
 
 
 def _similar_file(file: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from rlhf_jax import strict_yaml
 from rlhf_jax.config import (
     ALGORITHM_SECTIONS,
+    PATH_OPTIONS,
     RUN_SECTIONS,
     STAGE_SECTIONS,
     Config,
@@ -248,7 +249,9 @@ class _Reader:
                 self.unknown(f"{path}.{key}", "option", OPTIONS[section])
                 continue
             try:
-                valid[key] = OPTIONS[section][key].read(_expanded(value))
+                option = OPTIONS[section][key].read(_expanded(value))
+                is_path = f"{section}.{key}" in PATH_OPTIONS
+                valid[key] = os.path.expanduser(option) if is_path else option
                 self.explicit.add((stage, section, key))
             except _UnsetVariable as error:
                 self.unset.setdefault(error.name, []).append(f"{path}.{key}")
@@ -310,7 +313,8 @@ class _Reader:
             self.problem(path, f"must be given: {STAGE_FIELDS[field].kind}")
             return None
         try:
-            return STAGE_FIELDS[field].read(_expanded(entry[key]))
+            value = STAGE_FIELDS[field].read(_expanded(entry[key]))
+            return os.path.expanduser(value) if key in ("from", "reward_from") else value
         except _UnsetVariable as error:
             self.unset.setdefault(error.name, []).append(path)
             return None

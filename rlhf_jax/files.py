@@ -1,10 +1,13 @@
-"""Text files that are either whole or not there, and JSON that every reader accepts."""
+"""Files and directories that are either whole or not there, and JSON that every reader accepts."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,20 @@ def replace_file(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Gives an empty directory to fill, which becomes `path` when the block ends: `path` is whole or absent.
+
+    What a killed run left of an earlier attempt is removed. There must be no `path` yet.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
     os.replace(temporary, path)
 
 

@@ -1,22 +1,30 @@
 """What the host knows of a run before a device is touched: tokenizer, data, architectures, reward functions.
 
-Whatever is wrong with them is found here, all of it at once.
+Whatever is wrong with them is found here, all of it at once; then, given the mesh, what does not divide over
+it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
+
+from jax.sharding import Mesh
 
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.config import Config, RewardModelConfig, SFTConfig, StageConfig
-from rlhf_jax.data.loader import Examples, Split, load_examples, training_texts
+from rlhf_jax.config import Config, RewardModelConfig, SFTConfig, StageConfig, TokenizerConfig
+from rlhf_jax.data.loader import Examples, Split, load_examples, load_records, prompt_limit, training_texts
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.transformer import make_model
+from rlhf_jax.programs import role_shardings
 from rlhf_jax.rewards.functions import RewardFunction, load_function
 from rlhf_jax.roles import Origins, is_stage_dir, origins, stored_architecture
+from rlhf_jax.sharding import check_batch
 
 TOKENIZER = "tokenizer"  # RUN/tokenizer
 
@@ -53,54 +61,85 @@ class Plan(NamedTuple):
             "microbatch_size": per_record * (settings.microbatch_size or minibatch),
         }
 
+    def losses(self) -> list[str]:
+        """Returns a line for each split of which records are dropped or rows cut."""
+        data, lines = self.stage.data, []
+        for name, of in (("train", self.train), ("eval", self.held_out)):
+            total, parts = len(of) + of.num_dropped, []
+            if of.num_dropped:
+                why = f"prompt longer than {prompt_limit(data, of.kind)} tokens"
+                if data.prompt_tokens:
+                    why += f", or text too short for one of {data.prompt_tokens}"
+                parts.append(f"{of.num_dropped} of {total} records dropped ({why})")
+            if of.num_cut:
+                parts.append(f"{of.num_cut} of {len(of.rows)} rows cut at {data.max_length} tokens")
+            if parts:
+                warning = "WARNING: more than half is lost: " if 2 * of.num_dropped > total else ""
+                lines.append(f"[{self.stage.name}] {warning}data.{name}: {', '.join(parts)}")
+        return lines
+
 
 def plan_stages(config: Config, tokenizer: Tokenizer) -> list[Plan]:
     """Returns a plan per stage.
 
     Raises:
-        ValueError: every problem at once: data, lengths, vocabulary, reward functions.
+        ValueError: every problem at once: data, lengths, vocabulary, reward functions. A stage that starts
+            from one with problems is not judged.
     """
-    plans: list[Plan] = []
+    plans: dict[str, Plan] = {}
+    failed: set[str] = set()
     problems: list[str] = []
     for number, stage in enumerate(config.stages):
-        try:
-            plans.append(_plan(stage, number, tokenizer, {plan.stage.name: plan for plan in plans}))
-        except ValueError as error:
-            problems.append(f"stage {stage.name}: {error}")
-            if any(later.start_from == stage.name for later in config.stages):
-                break  # what follows from it cannot be judged
+        found: list[str] = []
+        rests_on_failed = bool(failed & {stage.start_from, stage.reward_from})
+        plan = None if rests_on_failed else _plan(stage, number, tokenizer, plans, found)
+        problems += [f"stage {stage.name}: {problem}" for problem in dict.fromkeys(found)]
+        if plan is None:
+            failed.add(stage.name)
+        else:
+            plans[stage.name] = plan
     if problems:
         raise ValueError("\n".join(problems))
-    return plans
+    return list(plans.values())
 
 
-def _plan(stage: StageConfig, number: int, tokenizer: Tokenizer, earlier: dict[str, Plan]) -> Plan:
+def _plan(
+    stage: StageConfig, number: int, tokenizer: Tokenizer, earlier: dict[str, Plan], problems: list[str]
+) -> Plan | None:
+    """Returns the stage's plan, or None where it has problems, which are added to the list."""
     algorithm = ALGORITHMS[stage.algorithm]
     where = origins(stage, set(earlier))
-    architecture = _architecture(stage, where, tokenizer, earlier)
+    loss_on = stage.settings.loss_on if isinstance(stage.settings, SFTConfig) else "completion"
 
-    def examples(of: StageConfig, split: Split) -> Examples:
-        kind = ALGORITHMS[of.algorithm].records
-        loss_on = of.settings.loss_on if isinstance(of.settings, SFTConfig) else "completion"
-        return load_examples(of.data, kind, split, tokenizer, of.run.seed, loss_on=loss_on)
+    attempt = partial(_attempt, problems)
 
-    longest = stage.data.max_length
-    if algorithm.records == "prompt_only":
-        longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
-    if longest > architecture.context_length:
-        raise ValueError(
-            f"rows of up to {longest} tokens do not fit the model's context of "
-            f"{architecture.context_length}; lower data.max_length, or for PPO data.max_prompt_length or "
-            "rollout.max_new_tokens"
-        )
+    def examples(split: Split) -> Examples | None:
+        records, seed = algorithm.records, stage.run.seed
+        return attempt(load_examples, stage.data, records, split, tokenizer, seed, loss_on=loss_on)
+
+    def judge(spec: str, *judged: Examples | None) -> RewardFunction | None:
+        function = attempt(load_function, spec) if spec else None
+        for of in judged:
+            if function and of:  # the judges of preferences are given prompts and completions alone
+                attempt(function.check_columns, getattr(of.records[0], "columns", {}))
+        return function
+
+    architecture = attempt(_architecture, stage, where, tokenizer, earlier)
+    if architecture is not None:
+        attempt(_check_length, stage, algorithm, architecture)
+    train, held_out = examples("train"), examples("eval")
+    function = judge(stage.rewards.function, train, held_out)
+    gold = judge(stage.rewards.gold, held_out)
+    if problems or architecture is None or train is None or held_out is None:
+        return None
+    length = max(train.length, held_out.length)  # one shape, so that programs compile once
+    train, held_out = (dataclasses.replace(of, length=length) for of in (train, held_out))
     demonstrations = None
     if algorithm.normalizes_scores:
         assert isinstance(stage.settings, RewardModelConfig)
         if stage.settings.normalizer != "none":
             wants = stage.settings.normalize_on == "demonstrations"
-            demonstrations = earlier[stage.start_from].train if wants else examples(stage, "train")
-    train, held_out = examples(stage, "train"), examples(stage, "eval")
-    length = max(train.length, held_out.length)  # one shape, so that programs compile once
+            demonstrations = earlier[stage.start_from].train if wants else train
     return Plan(
         stage=stage,
         number=number,
@@ -108,21 +147,35 @@ def _plan(stage: StageConfig, number: int, tokenizer: Tokenizer, earlier: dict[s
         architecture=architecture,
         origins=where,
         tokenizer=tokenizer,
-        train=dataclasses.replace(train, length=length),
-        held_out=dataclasses.replace(held_out, length=length),
+        train=train,
+        held_out=held_out,
         demonstrations=demonstrations,
-        function=load_function(stage.rewards.function) if stage.rewards.function else None,
-        gold=load_function(stage.rewards.gold) if stage.rewards.gold else None,
+        function=function,
+        gold=gold,
     )
+
+
+def _check_length(stage: StageConfig, algorithm: Algorithm, architecture: Architecture) -> None:
+    longest, options = stage.data.max_length, "data.max_length"
+    if algorithm.records == "prompt_only":
+        longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
+        options = "data.max_prompt_length or rollout.max_new_tokens"
+    if longest > architecture.context_length:
+        raise ValueError(
+            f"rows of up to {longest} tokens do not fit the model's context of "
+            f"{architecture.context_length}; lower {options}"
+        )
 
 
 def _architecture(
     stage: StageConfig, where: Origins, tokenizer: Tokenizer, earlier: dict[str, Plan]
 ) -> Architecture:
+    """Returns what the stage's models look like; ValueError where what it starts from does not fit."""
     if stage.start_from in earlier:
         architecture = earlier[stage.start_from].architecture
     elif where.policy is not None:
-        architecture = stored_architecture(where.policy)
+        architecture = stored_architecture(where.policy, "policy")
+        _check_vocabulary(where.policy, tokenizer)
     else:
         architecture = Architecture.from_config(stage.model, vocab_size=len(tokenizer))
     if len(tokenizer) > architecture.vocab_size:
@@ -130,14 +183,60 @@ def _architecture(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has "
             f"{architecture.vocab_size}; use the tokenizer that the model was trained with (tokenizer.path)"
         )
-    if where.reward is not None and stage.reward_from not in earlier:
-        of_reward = stored_architecture(where.reward)
-        if of_reward != architecture:
-            raise ValueError(
-                f"the reward model of {where.reward} has another architecture ({of_reward}) than the policy "
-                f"({architecture}); train the reward model from the same model"
-            )
+    if where.reward is None:
+        return architecture
+    if stage.reward_from in earlier:
+        of_reward = earlier[stage.reward_from].architecture
+    else:
+        of_reward = stored_architecture(where.reward, "reward")
+        _check_vocabulary(where.reward, tokenizer)
+    ours, theirs = architecture.to_dict(), of_reward.to_dict()
+    differing = [f"{name} {theirs[name]} and {ours[name]}" for name in ours if ours[name] != theirs[name]]
+    if differing:
+        raise ValueError(
+            f"the reward model of {where.reward} and the policy have other architectures: "
+            f"{', '.join(differing)}; train the reward model from the same model"
+        )
     return architecture
+
+
+def _check_vocabulary(start: Path, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a stage of another run gave its tokens other ids."""
+    if not is_stage_dir(start):
+        return
+    beside = start.parent / TOKENIZER
+    if not beside.is_dir():
+        raise ValueError(f"{start} is of a run without a tokenizer: there is no {beside}; copy the whole run")
+    ours = tokenizer.get_vocab()
+    theirs = load_tokenizer(TokenizerConfig(path=str(beside))).get_vocab()
+    if ours != theirs:
+        differing = sum(ours.get(token) != theirs.get(token) for token in ours | theirs)
+        raise ValueError(
+            f"{start} was trained with another tokenizer: {differing} tokens have other ids in {beside} than "
+            "in this run's; use models that were trained with one tokenizer (tokenizer.path)"
+        )
+
+
+def check_mesh(plans: Sequence[Plan], mesh: Mesh) -> None:
+    """Raises ValueError with all rows of batches and all parameters that do not divide over the mesh."""
+    problems: list[str] = []
+    for plan in plans:
+        model, algorithm = make_model(plan.architecture), plan.algorithm
+        for name, size in plan.row_counts().items():
+            _attempt(problems, check_batch, mesh, size, f"{plan.stage.algorithm}.{name}")
+        for role in (*algorithm.trains, *algorithm.reads):
+            _attempt(problems, role_shardings, model, mesh, role)
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+
+
+def _attempt[T](problems: list[str], make: Callable[..., T], *args: Any, **options: Any) -> T | None:
+    """Returns what a function makes, or None where it raises ValueError, whose message joins the problems."""
+    try:
+        return make(*args, **options)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
 
 
 def prepare_tokenizer(config: Config) -> Tokenizer:
@@ -159,5 +258,20 @@ def prepare_tokenizer(config: Config) -> Tokenizer:
         start = Path(first.start_from)
         beside = start.parent / TOKENIZER if is_stage_dir(start) else start
         return load_tokenizer(dataclasses.replace(first.tokenizer, path=str(beside)))
-    texts = training_texts(first.data, ALGORITHMS[first.algorithm].records, first.run.seed)
+    try:
+        texts = list(training_texts(first.data, ALGORITHMS[first.algorithm].records, first.run.seed))
+    except ValueError:
+        raise ValueError("\n".join(_unreadable(config))) from None
     return train_tokenizer(texts, first.tokenizer.vocab_size)
+
+
+def _unreadable(config: Config) -> list[str]:
+    """Returns a line for each split of a stage whose records cannot be read."""
+    lines = []
+    for stage in config.stages:
+        problems: list[str] = []
+        for split in get_args(Split):
+            records = ALGORITHMS[stage.algorithm].records
+            _attempt(problems, load_records, stage.data, records, split, stage.run.seed)
+        lines += [f"stage {stage.name}: {problem}" for problem in problems]
+    return lines

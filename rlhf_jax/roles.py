@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import keys
 from rlhf_jax.algos.algorithm import Algorithm
+from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params
 from rlhf_jax.checkpoint import load_aux, load_info, load_params
 from rlhf_jax.config import StageConfig
@@ -47,10 +48,33 @@ def origins(stage: StageConfig, stage_names: set[str]) -> Origins:
     return Origins(start, directory(stage.reward_from))
 
 
-def stored_architecture(path: Path) -> Architecture:
-    """Returns the architecture of a stage's or a Hugging Face directory; ValueError where there is none."""
+def stored_architecture(path: Path, role: str) -> Architecture:
+    """Returns the architecture of the policy or reward model in a stage's or a Hugging Face directory.
+
+    Args:
+        path: the directory.
+        role: policy or reward: what is to be found there.
+
+    Raises:
+        ValueError: there is no such model; the message names the stages of a run's directory.
+    """
     if is_stage_dir(path):
-        return Architecture.from_dict(load_info(path)["architecture"])
+        info = load_info(path)
+        algorithm = ALGORITHMS.get(str(info.get("algorithm")))
+        if algorithm is None or not isinstance(info.get("architecture"), dict):
+            raise ValueError(f"the checkpoints in {path} are not those of a stage that this version can read")
+        if role not in algorithm.trains:
+            fitting = " or ".join(name for name, of in ALGORITHMS.items() if role in of.trains)
+            raise ValueError(
+                f"{path} is the result of {info['algorithm']}, which trains no {role}; "
+                f"name the directory of a stage that runs {fitting}"
+            )
+        return Architecture.from_dict(info["architecture"])
+    stages = sorted(str(entry) for entry in path.iterdir() if is_stage_dir(entry)) if path.is_dir() else []
+    if stages:
+        raise ValueError(f"{path} is a whole run; name one of its stages: {', '.join(stages)}")
+    if role != "policy":
+        raise ValueError(f"{path} is no stage's directory; a {role} model is named as RUN/STAGE")
     return hf.read_architecture(path)
 
 

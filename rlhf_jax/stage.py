@@ -19,6 +19,7 @@ from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import Preference, PromptOnly
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
 from rlhf_jax.experience import Collector
+from rlhf_jax.files import new_directory
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models import hf
 from rlhf_jax.models.transformer import make_model
@@ -157,14 +158,18 @@ def _gold_accuracy(plan: Plan) -> float:
 
 
 def export_policy(plans: Sequence[Plan], mesh: Mesh, directory: Path) -> None:
-    """Writes the last trained policy, if there is one, as a Hugging Face directory with the tokenizer."""
+    """Writes the last trained policy, if there is one, as a Hugging Face directory with the tokenizer.
+
+    The directory appears when it is whole; one that is there is left as it is.
+    """
     trained = [plan for plan in plans if "policy" in plan.algorithm.trains]
-    if not trained or (directory / "generation_config.json").exists():
+    if not trained or directory.exists():
         return
     plan = trained[-1]
     model = make_model(plan.architecture)
     policy = load_policy(plan.directory, model, mesh)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: id_ for name in names if (id_ := getattr(plan.tokenizer, name)) is not None}
-    hf.save_policy(directory, plan.architecture, policy, token_ids=ids)
-    plan.tokenizer.save_pretrained(str(directory))
+    with new_directory(directory) as unfinished:
+        hf.save_policy(unfinished, plan.architecture, policy, token_ids=ids)
+        plan.tokenizer.save_pretrained(str(unfinished))

@@ -1,74 +1,106 @@
 """Configuration -> parts -> run: `python -m rlhf_jax.train --config FILE [--section.key value ...]`.
 
 The same command resumes an interrupted run. Exit codes: 0 done; 2 the configuration, the data or a checkpoint
-is wrong, and each problem is named; 1 the run itself failed.
+is wrong, or nothing can be written to the run directory, and each problem is named; 1 the run itself failed.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_jax.command_line import ConfigError, dump_config, read_command_line
 from rlhf_jax.config import Config
-from rlhf_jax.files import replace_file
+from rlhf_jax.files import new_directory, replace_file, to_json
+from rlhf_jax.host_memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from rlhf_jax.plan import Plan
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the stages of a configuration; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    keep_freed_memory()
     try:
         config, wants_json = read_command_line(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        return _failed(_reason(error, "--config"), 2)
 
     # Only now, so that a wrong configuration is told at once, and before any device is touched.
     from rlhf_jax.rewards.functions import RewardError
     from rlhf_jax.trainer import NotFiniteError
 
+    has_begun = False
     try:
-        results = run(config)
-    except (RewardError, NotFiniteError) as error:
-        print(
-            f"rlhf_jax: {error}\nWhat was trained before is saved; the same command goes on.", file=sys.stderr
+        plans, mesh = prepare(config)
+        has_begun = True
+        results = run(plans, mesh, Path(config.run.dir))
+    except RewardError as error:
+        return _failed(f"{error}\nWhat was trained before is saved; the same command goes on.", 1)
+    except NotFiniteError as error:
+        return _failed(
+            f"{error}\nThe last saved checkpoint stays, but the same command would come to the same end: "
+            "change the configuration and give it another run.dir.",
+            1,
         )
-        return 1
     except ValueError as error:
-        print(f"rlhf_jax: {error}", file=sys.stderr)
-        return 2
+        return _failed(error, 2)
+    except OSError as error:
+        return _failed(_reason(error, config.run.dir), 1 if has_begun else 2)
     except KeyboardInterrupt:
-        print(f"\nrlhf_jax: interrupted; the same command goes on from {config.run.dir}", file=sys.stderr)
-        return 130
+        print(file=sys.stderr)
+        return _failed(f"interrupted; the same command goes on from {config.run.dir}", 130)
     if wants_json:
-        print(json.dumps({"run": config.run.dir, "summary": results}))
+        print(to_json({"run": config.run.dir, "summary": results}))
     return 0
 
 
-def run(config: Config) -> dict[str, dict]:
-    """Returns the figures of every stage by name; trains those that are not yet done.
+def prepare(config: Config) -> tuple[list[Plan], Mesh]:
+    """Returns the plans and the mesh of a run, its configuration and tokenizer written to its directory.
 
     Raises:
-        ValueError: data, lengths, mesh or a checkpoint do not fit; all that the host can tell, at once.
-        RewardError, NotFiniteError: the run failed; what was trained is saved.
+        ValueError: data, lengths, models or mesh do not fit; all that the host can tell, at once.
+        OSError: the run directory cannot be written.
     """
-    from rlhf_jax.plan import TOKENIZER, plan_stages, prepare_tokenizer
-    from rlhf_jax.sharding import check_batch, make_mesh
-    from rlhf_jax.stage import export_policy, run_stage
-    from rlhf_jax.summary import comparisons, render_table, write_summary
+    from rlhf_jax.plan import TOKENIZER, check_mesh, plan_stages, prepare_tokenizer
+    from rlhf_jax.sharding import make_mesh
 
     tokenizer = prepare_tokenizer(config)
     plans = plan_stages(config, tokenizer)
     mesh = make_mesh(config.stages[0].mesh)
+    check_mesh(plans, mesh)
     for plan in plans:
-        for name, size in plan.row_counts().items():
-            check_batch(mesh, size, f"{plan.stage.algorithm}.{name}")
+        for line in plan.losses():
+            print(line, file=sys.stderr)
 
     run_dir = Path(config.run.dir)
     replace_file(run_dir / "config.yaml", dump_config(config))
-    tokenizer.save_pretrained(str(run_dir / TOKENIZER))
+    if not (run_dir / TOKENIZER).exists():
+        with new_directory(run_dir / TOKENIZER) as unfinished:
+            tokenizer.save_pretrained(str(unfinished))
+    return plans, mesh
+
+
+def run(plans: Sequence[Plan], mesh: Mesh, run_dir: Path) -> dict[str, dict]:
+    """Returns the figures of every stage by name; trains those that are not yet done.
+
+    Raises:
+        ValueError: a checkpoint does not fit.
+        RewardError: a reward function failed; what was trained is saved.
+        NotFiniteError: updates had to be skipped again and again.
+    """
+    from rlhf_jax.stage import export_policy, run_stage
+    from rlhf_jax.summary import comparisons, render_table, write_summary
+
     results = {}
     for plan in plans:
         results[plan.stage.name] = run_stage(plan, mesh)
@@ -77,6 +109,17 @@ def run(config: Config) -> dict[str, dict]:
     text = render_table(results, run_dir, comparisons(run_dir), terminal=sys.stderr.isatty())
     print(text, file=sys.stderr)
     return results
+
+
+def _failed(message: object, code: int) -> int:
+    """Prints what went wrong; returns the exit code."""
+    print(f"rlhf_jax: {message}", file=sys.stderr)
+    return code
+
+
+def _reason(error: OSError, otherwise: str) -> str:
+    """Returns `PATH: REASON` of a file that could not be read or written."""
+    return f"{error.filename or otherwise}: {error.strerror or error}"
 
 
 if __name__ == "__main__":

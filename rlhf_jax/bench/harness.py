@@ -30,6 +30,7 @@ from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params, Prompts
 from rlhf_jax.data.collate import collate_prompts
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.host_memory import keep_freed_memory
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import init_score_head
 from rlhf_jax.models.transformer import Model, make_model
@@ -83,6 +84,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Builds the programs; nothing is compiled yet."""
+        keep_freed_memory()
         self.args = args
         architecture = make_architecture(args.shape, args.prompt + args.new)
         self.architecture = architecture

@@ -187,7 +187,7 @@ def tokenize_records(
         ValueError: an empty prompt to sample from; no record left.
     """
     eos_id, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
-    limit = cfg.max_prompt_length if kind == "prompt_only" else min(cfg.max_prompt_length, cfg.max_length - 1)
+    limit = prompt_limit(cfg, kind)
     kept: list[AnyRecord] = []
     prompts: list[list[int]] = []
     lengths: list[int] = []
@@ -235,6 +235,11 @@ def tokenize_records(
         longest_row=longest,
         longest_prompt=max(map(len, prompts)),
     )
+
+
+def prompt_limit(cfg: DataConfig, kind: Kind) -> int:
+    """Returns the tokens of the longest prompt that is not dropped; a completion keeps one token at least."""
+    return cfg.max_prompt_length if kind == "prompt_only" else min(cfg.max_prompt_length, cfg.max_length - 1)
 
 
 def opening(tokenizer: Tokenizer, ids: Sequence[int], num_tokens: int) -> tuple[list[int], str]:

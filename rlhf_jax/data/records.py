@@ -209,15 +209,17 @@ class _Reader:
     def read(
         self, source: Iterable[Mapping[str, object]], wanted: Sequence[str]
     ) -> list[tuple[tuple[str, ...], dict[str, object]]]:
-        """Returns for each record the wanted texts, and the columns that are left."""
+        """Returns for each record the wanted texts, and the columns that are left, the same ones of all.
+
+        A column that only some records have is None in the others.
+        """
         names = [self.name(usual) for usual in wanted]
-        return [
-            (
-                tuple(self.text(record, name, number) for name in names),
-                {name: cell for name, cell in record.items() if name not in names},
-            )
+        rows = [
+            (tuple(self.text(record, name, number) for name in names), record)
             for number, record in enumerate(source, start=1)
         ]
+        left = [name for name in dict.fromkeys(name for _, row in rows for name in row) if name not in names]
+        return [(texts, {name: record.get(name) for name in left}) for texts, record in rows]
 
     def text(self, record: Mapping[str, object], name: str, number: int) -> str:
         cell = self.cell(record, name, number)

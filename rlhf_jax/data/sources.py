@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast, overload
@@ -55,9 +56,7 @@ def open_source(spec: str, *, where: str = "data.train") -> Sequence[Record]:
         ValueError: nothing there, a file of no known kind, a broken line, or no records.
     """
     path, part = _split_slice(spec, where)
-    records = (
-        _read_hub(path, where) if path.startswith("hub:") else _read_path(Path(path).expanduser(), where)
-    )
+    records = _read_hub(path, where) if path.startswith("hub:") else _read_path(Path(path), where)
     if not len(records):
         raise ValueError(f"{where}: {path} holds no records; a stage needs at least one")
     taken = records[part]
@@ -104,7 +103,7 @@ def _read_gzip_json_lines(path: Path, where: str) -> list[Record]:
     try:
         with gzip.open(path, "rb") as file:
             return _parse_lines(cast("IO[bytes]", file), path, where)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{where}: {path} is not a whole gzip file: {error}") from None
 
 

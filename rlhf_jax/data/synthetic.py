@@ -150,15 +150,6 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.lower())
 
 
-def accuracy_ceiling(pairs: Sequence[Preference]) -> float:
-    """Returns the accuracy of the gold reward itself on noisily labelled pairs; ties count one half."""
-    prompts = [pair.prompt for pair in pairs]
-    chosen = gold_reward(prompts, [pair.chosen for pair in pairs])
-    rejected = gold_reward(prompts, [pair.rejected for pair in pairs])
-    right = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(chosen, rejected, strict=True)]
-    return sum(right) / len(right)
-
-
 def synthetic_records(kind: Kind, split: Split, seed: int) -> list[AnyRecord]:
     """Returns the embedded task's records of a kind: a function of its arguments alone.
 

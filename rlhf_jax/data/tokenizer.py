@@ -108,28 +108,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the prompt's ids: BOS once where the tokenizer has one, then the text's."""
-    return encode_prompts(tokenizer, [text])[0]
-
-
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Returns encode_prompt of each text."""
+    """Returns the ids of each prompt: BOS once where the tokenizer has one, then the text's."""
     start = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     return [start + ids for ids in encode_completions(tokenizer, texts)]
 
 
-def encode_completion(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the completion's ids without control tokens; EOS is appended where rows are made.
+def encode_completions(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of each completion without control tokens; EOS is appended where rows are made.
 
     A completion that begins with a word starts with its space. (Tokenizers that add a space to every text,
-    such as Llama 2's, have it anyway.)
+    such as Llama 2's, have it anyway.) A control token's name in a text stays plain letters.
     """
-    return encode_completions(tokenizer, [text])[0]
-
-
-def encode_completions(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Returns encode_completion of each text; a control token's name in a text stays plain letters."""
     if not texts:
         return []
     encoded = tokenizer(
@@ -145,8 +135,8 @@ def encode_completions(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[
 
 def _check_directory(path: str, key: str) -> None:
     """Raises ValueError for what can only be a directory and is none; all else may be a name on the hub."""
-    directory = Path(path).expanduser()
-    if directory.is_dir() or not (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+    directory = Path(path)
+    if directory.is_dir() or not (path.startswith(("/", ".")) or path.count("/") > 1):
         return
     siblings = sorted(entry.name for entry in directory.parent.iterdir()) if directory.parent.is_dir() else []
     raise ValueError(f"{key}: no such directory: {path}{did_you_mean(directory.name, siblings)}")

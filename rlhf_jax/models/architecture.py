@@ -101,38 +101,45 @@ class Architecture:
         """
         if config.get("model_type") != "llama":
             raise ValueError(f"model_type is {config.get('model_type')!r}; supported: 'llama'")
-        required = (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-        )
-        problems = [f"{name} is missing" for name in required if config.get(name) is None]
+        problems = [f"{name} is missing" for name in _REQUIRED if config.get(name) is None]
+        heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+        problems += [
+            f"{name} is {size!r}; it must be a positive integer"
+            for name, size in (("num_attention_heads", heads), ("hidden_size", width))
+            if size is not None and not (type(size) is int and size > 0)
+        ]
         for name, supported in _SUPPORTED.items():
             if config.get(name, supported) != supported:
                 problems.append(f"{name} is {config[name]!r}; supported: {supported!r}")
         rope = config.get("rope_parameters") or {}
+        if not isinstance(rope, Mapping):
+            problems.append(f"rope_parameters is {rope!r}; it must be a mapping")
+            rope = {}
+        theta = next(
+            (t for t in (rope.get("rope_theta"), config.get("rope_theta")) if t is not None), 10000.0
+        )
+        if isinstance(theta, bool) or not isinstance(theta, int | float):
+            problems.append(f"rope_theta is {theta!r}; it must be a number")
         for name, supported in _SUPPORTED_ROPE.items():
             if rope.get(name, supported) != supported:
                 problems.append(f"rope_parameters.{name} is {rope[name]!r}; supported: {supported!r}")
         if problems:
             raise ValueError("this llama is not supported: " + "; ".join(problems))
+        assert isinstance(heads, int) and isinstance(width, int)
 
         def optional(name: str, default: Any) -> Any:
             return default if config.get(name) is None else config[name]
 
-        heads = config["num_attention_heads"]
         return cls(
             vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
+            hidden_size=width,
             num_layers=config["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=optional("num_key_value_heads", heads),
-            head_dim=optional("head_dim", config["hidden_size"] // heads),
+            head_dim=optional("head_dim", width // heads),
             mlp_size=config["intermediate_size"],
             context_length=optional("max_position_embeddings", 2048),
-            rope_theta=float(rope.get("rope_theta", optional("rope_theta", 10000.0))),
+            rope_theta=float(theta),
             norm_eps=optional("rms_norm_eps", 1e-6),
             tie_embeddings=optional("tie_word_embeddings", False),
         )

@@ -11,13 +11,13 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.records import PromptOnly
+from rlhf_jax.data.records import PromptOnly, reward_columns
 from rlhf_jax.options import did_you_mean
 
 SHOWN_CHARACTERS = 80
@@ -36,16 +36,20 @@ class RewardFunction:
 
     def __call__(self, records: Sequence[PromptOnly], completions: Sequence[str]) -> np.ndarray:
         """Returns f32[B], the score of each record's completion; RewardError where one has none."""
-        names = {name: None for record in records for name in record.columns}
-        columns = {name: [record.columns.get(name) for record in records] for name in names}
-        return call(self.function, self.name, [record.prompt for record in records], completions, columns)
+        prompts = [record.prompt for record in records]
+        return call(self.function, self.name, prompts, completions, reward_columns(records))
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raises RewardError where the function needs an argument that no record with these columns gives."""
+        _accepted(self.function, self.name, dict.fromkeys([*columns, "prompts", "completions"]))
 
 
 def load_function(spec: str) -> RewardFunction:
     """Returns the function that `package.module:name` names; the current directory is importable.
 
     Raises:
-        ValueError: the name has another form, the module cannot be imported, it has no such function.
+        ValueError: the name has another form, the module cannot be imported (whatever it raises), it has no
+            such function, or one whose parameters cannot be told.
     """
     module_name, colon, name = spec.partition(":")
     if not (colon and all(part.isidentifier() for part in [*module_name.split("."), *name.split(".")])):
@@ -57,7 +61,7 @@ def load_function(spec: str) -> RewardFunction:
         sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
+    except (Exception, SystemExit) as error:  # code of the user
         raise ValueError(
             f"reward function {spec!r}: cannot import {module_name}: {type(error).__name__}: {error}; "
             f"it is looked for in the current directory ({os.getcwd()}) and among the installed packages"
@@ -69,6 +73,13 @@ def load_function(spec: str) -> RewardFunction:
         found = getattr(found, part)
     if not callable(found):
         raise ValueError(f"reward function {spec!r} is a {type(found).__name__}, not a function")
+    try:
+        inspect.signature(found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"reward function {spec!r}: its parameters cannot be told ({error}); wrap it in a function "
+            "such as def score(prompts, completions): ..."
+        ) from error
     return RewardFunction(spec, found)
 
 
@@ -103,16 +114,26 @@ def call(
 
 def _accepted(function: Callable[..., Any], name: str, offered: Mapping[str, Any]) -> list[str]:
     """Returns the names of the arguments that a function takes; RewardError where it needs another."""
-    parameters = inspect.signature(function).parameters.values()
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     by_name = {
-        parameter.name: parameter
-        for parameter in parameters
-        if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        key: p
+        for key, p in parameters.items()
+        if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     }
-    missing = [
-        key for key, p in by_name.items() if p.default is inspect.Parameter.empty and key not in offered
+    needed = [
+        key
+        for key, p in parameters.items()
+        if p.default is inspect.Parameter.empty
+        and p.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     ]
+    unnamed = [key for key in needed if key not in by_name]
+    if unnamed:
+        raise RewardError(
+            f"reward function {name} takes {', '.join(unnamed)} by position alone, but it is called by name; "
+            "wrap it in a function such as def score(prompts, completions): ..."
+        )
+    missing = [key for key in needed if key not in offered]
     if missing:
         raise RewardError(
             f"reward function {name} needs {', '.join(missing)}, which the records do not have; it is given "

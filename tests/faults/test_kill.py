@@ -65,3 +65,26 @@ def test_kill_anywhere_and_repeat(tmp_path):
         path for path in run.rglob("*") if path.suffix == ".tmp" or "orbax-checkpoint-tmp" in path.name
     ]
     assert os.path.exists(run / "export" / "model.safetensors")
+
+
+def test_kill_before_the_first_step_and_repeat(tmp_path):
+    """At random moments of the start, and as soon as each file of it appears, half-written ones too."""
+    run, config = tmp_path / "run", tmp_path / "short.yaml"
+    config.write_text(SHORT.format(dir=run))
+    rng = random.Random(1)
+    moments = [lambda: run.exists() and any(run.iterdir()), lambda: any(run.glob("*tokenizer*/*"))]
+    for moment in [*moments, *(3 * [lambda: False])]:
+        process = start(config)
+        deadline = time.monotonic() + (60 if moment in moments else rng.uniform(0.2, 8))
+        while process.poll() is None and not moment() and not logged(run) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        assert process.poll() is None, "it was over before it was killed"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = start(config)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    steps = [
+        (r["stage"], r["step"]) for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    ]
+    assert len(steps) == len(set(steps)) == 7 + 6 + 5

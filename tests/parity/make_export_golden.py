@@ -2,11 +2,11 @@
 
 Two environments, for the project has no torch:
 
-    python -m tests.parity.make_export_golden export DIRECTORY       # the project's: writes a checkpoint with save_policy
-    python tests/parity/make_export_golden.py generate DIRECTORY     # with torch and transformers: reads it, writes the golden
+    python -m tests.parity.make_export_golden export DIRECTORY     # the project's: writes it with save_policy
+    python tests/parity/make_export_golden.py generate DIRECTORY   # with torch: reads it, writes the golden
 
-RLHF_JAX_TEST_DATA must hold tinystories656k. The golden keeps a digest of the exported tensors, so that the test can tell
-that what transformers loaded then is what is exported now.
+RLHF_JAX_TEST_DATA must hold tinystories656k. The golden keeps a digest of the exported tensors: the test
+then tells that what transformers loaded is what is exported now.
 """
 
 import hashlib
@@ -49,7 +49,8 @@ def export(directory: Path) -> None:
     architecture = hf.read_architecture(source)
     model = make_model(architecture)
     mesh = make_mesh(MeshConfig(data=1), devices=jax.devices()[:1])
-    params = hf.load_policy(source, architecture, param_shardings(mesh, model.policy_axes, model.policy_shapes))
+    shardings = param_shardings(mesh, model.policy_axes, model.policy_shapes)
+    params = hf.load_policy(source, architecture, shardings)
     tokenizer = AutoTokenizer.from_pretrained(source)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     hf.save_policy(directory, architecture, params, token_ids=ids)

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
+from rlhf_jax.config import TokenizerConfig
 from rlhf_jax.data.collate import collate_prompts
 from rlhf_jax.data.tokenizer import encode_prompts, load_tokenizer
-from rlhf_jax.config import TokenizerConfig
 from rlhf_jax.models import hf
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.rollout.generate import generate

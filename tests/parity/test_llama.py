@@ -184,7 +184,7 @@ def test_save_and_load_keeps_every_bit(tmp_path, one_device_mesh, tied):
 
 
 def test_transformers_generates_with_our_token_ids(tmp_path):
-    """Without generation_config.json, transformers would go on behind EOS where config.json has no such id."""
+    """Its `generate` reads where to stop from generation_config.json."""
     architecture = Architecture.from_hf(RANDOM | {"model_type": "llama"})
     params = jax.jit(make_model(architecture).init_policy)(jax.random.key(0))
     ids = {"bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 7}

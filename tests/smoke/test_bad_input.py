@@ -1,6 +1,7 @@
 """Bad input that only shows when the run has begun: a clear line, the right exit code, nothing lost."""
 
 import json
+import os
 
 import pytest
 
@@ -11,7 +12,7 @@ run: {{dir: {dir}, log_every: 1}}
 stages: [{{name: ppo, algorithm: ppo}}]
 model: {{hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, mlp_size: 48, context_length: 96}}
 tokenizer: {{vocab_size: 400}}
-data: {{max_prompt_length: 32, max_length: 96, max_eval_records: 32}}
+data: {{max_prompt_length: 32, max_eval_records: 32}}
 rewards: {{function: "judges:{function}"}}
 rollout: {{max_new_tokens: 12}}
 ppo: {{num_iterations: 4, batch_size: 16, num_epochs: 1, num_minibatches: 2, eval_every: 9}}
@@ -35,6 +36,14 @@ def none(prompts, completions):
 
 def nan(prompts, completions):
     return [float("nan") for _ in completions]
+
+def fills_the_disk(prompts, completions):
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    return [0.0 for _ in completions]
+
+def wants_label(prompts, completions, label):
+    return label
 
 def nothing(prompts, completions):
     pass
@@ -90,14 +99,25 @@ def test_a_reward_function_that_raises_loses_nothing(run_ppo, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--mesh.data", "3"], "mesh.data=3"),
-        (["--mesh.data", "1", "--mesh.tensor", "2"], "num_kv_heads"),
+        (["--mesh.data", "3"], "must fill the mesh with a multiple of 3 (mesh.data 3 * mesh.fsdp 1)"),
+        (
+            ["--mesh.data", "16", "--ppo.batch_size", "32"],
+            "mesh.data=16, mesh.fsdp=1, mesh.tensor=1 does not fit the number of devices, 8",
+        ),
+        (["--mesh.tensor", "2"], "--mesh.tensor: must divide model.num_kv_heads = 1, got 2"),
         (["--data.max_prompt_length", "4"], "prompts are too long"),
-        (["--rollout.max_new_tokens", "90"], "do not fit the model's context of 96"),
+        (["--rollout.max_new_tokens", "90"], "must be at most model.context_length = 96, got 32 + 90 = 122"),
         (
             ["--mesh.data", "8", "--ppo.batch_size", "24", "--ppo.num_minibatches", "2"],
-            "must be a multiple of 8",
+            "must fill the mesh with a multiple of 8 (mesh.data 8 * mesh.fsdp 1), got 24 / num_minibatches",
         ),
+        (
+            ["--ppo.batch_size", "24"],
+            "ppo.batch_size / num_minibatches is 12; it must be a multiple of 8",
+        ),
+        (["--rewards.function", "judges:wants_label"], "needs label, which the records do not have"),
+        (["--rewards.gold", "judges:wants_label"], "needs label, which the records do not have"),
+        (["--run.dir", "gs://bucket/run"], "--run.dir: 'gs://bucket/run' is not on this machine"),
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_written(run_ppo, tmp_path, flags, message):
@@ -111,8 +131,12 @@ def test_what_does_not_fit_is_told_before_anything_is_written(run_ppo, tmp_path,
     "content, message",
     [
         ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "bad.jsonl:2"),
-        ("", "empty"),
-        ('{"question": "a", "completion": "b"}\n', "question"),
+        ("", "holds no records"),
+        (
+            '{"question": "a", "completion": "b"}\n',
+            "no column 'prompt' (this stage reads prompt_completion: columns text or prompt + completion); "
+            "columns present: question, completion",
+        ),
     ],
 )
 def test_data_files(run_train, tmp_path, content, message):
@@ -129,3 +153,59 @@ def test_data_files(run_train, tmp_path, content, message):
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_divide_is_told_together(run_ppo, tmp_path):
+    sizes = ["--mesh.data", "-1", "--mesh.fsdp", "4", "--mesh.tensor", "2", "--model.num_kv_heads", "2"]
+    flags = [*sizes, "--tokenizer.vocab_size", "401", "--ppo.batch_size", "24", "--ppo.num_minibatches", "4"]
+    done = run_ppo("too_few", *flags, env={"JAX_NUM_CPU_DEVICES": "8"})
+    assert done.returncode == 2, done.stderr
+    assert "ppo.batch_size / num_minibatches is 6; it must be a multiple of 4" in done.stderr
+    assert "'vocab' of size 401 is not a multiple of 2" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_all_that_is_wrong_with_independent_stages_is_told_at_once(run_train, tmp_path):
+    """The reward and the ppo stage start from sft: nothing is said of them while that has problems."""
+    (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    config = tmp_path / "short.yaml"
+    other = "  - {{name: other, algorithm: sft, data: {{train: BAD, eval: BAD}}}}\nmodel:"
+    text = SHORT.replace("model:", other, 1).replace("BAD", str(tmp_path / "bad.jsonl"))
+    config.write_text(text.format(dir=tmp_path / "run"))
+    good = tmp_path / "good.jsonl"
+    flags = ["--stages.sft.data.train", tmp_path / "bad.jsonl", "--stages.sft.data.eval", good]
+    done = run_train(["--config", config, *flags])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    lines = done.stderr.removeprefix("rlhf_jax: ").splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["stage sft", "data.train"], ["stage other", "data.train"], ["stage other", "data.eval"],
+    ]  # fmt: skip
+
+
+def test_dropped_and_cut_records_are_reported(run_ppo):
+    done = run_ppo("too_few", "--data.max_prompt_length", "17")
+    assert "[ppo] " in done.stderr and "records dropped (prompt longer than 17 tokens)" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_permission(run_ppo, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    done = run_ppo("too_few", "--run.dir", tmp_path / "locked" / "run")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"rlhf_jax: {tmp_path}/locked/run: Permission denied"
+
+
+def test_a_run_directory_below_a_file(run_ppo, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_ppo("too_few", "--run.dir", tmp_path / "file" / "run")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"rlhf_jax: {tmp_path}/file/run: Not a directory"
+
+
+def test_a_full_disk_during_training(run_ppo, tmp_path):
+    """From the first evaluation on no file may have more than 20 kB: no checkpoint fits."""
+    done = run_ppo("fills_the_disk")
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"rlhf_jax: {tmp_path}/run" in done.stderr and "File too large" in done.stderr

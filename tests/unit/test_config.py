@@ -674,6 +674,38 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
     assert problems(CHAIN)[0].endswith("config.yaml:2: key 'a' is given twice; choose another run.dir")
 
 
+def test_only_local_paths_are_taken(problems):
+    text = (
+        CHAIN.replace("dir: RUN", "dir: 'gs://bucket/run'")
+        + "data: {train: 's3://b/a.jsonl', eval: synthetic}"
+    )
+    assert [line.split(" is not on this machine")[0] for line in problems(text)] == [
+        "run.dir: 'gs://bucket/run'",
+        "data.train: 's3://b/a.jsonl'",
+    ]
+    text = CHAIN.replace("algorithm: sft", "algorithm: sft, from: 'gs://bucket/sft'")
+    assert problems(text)[0].startswith(
+        "stages.sft.from: 'gs://bucket/sft' is not on this machine; only local"
+    )
+
+
+def test_home_stands_for_its_directory_in_every_path(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "start").mkdir()
+    text = CHAIN.replace("RUN", "~/run").replace("algorithm: sft}", "algorithm: sft, from: ~/start}")
+    write(text + "data: {train: '~/a.jsonl[:5]', eval: ~/a.jsonl}")
+    cfg = read_config(["--config", "~/config.yaml", "--run.dir=~/run"])
+    assert (cfg.run.dir, cfg.stages[0].start_from) == (f"{tmp_path}/run", f"{tmp_path}/start")
+    assert cfg.stages[0].data.train == f"{tmp_path}/a.jsonl[:5]"
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "export", "samples", "tensorboard", "checkpoints"])
+def test_a_stage_may_not_have_the_name_of_a_directory_of_the_run(problems, name):
+    (line,) = problems(f"run: {{dir: RUN}}\nstages: [{{name: {name}, algorithm: sft}}]\n")
+    assert line.startswith(f"stages.{name}.name: '{name}' is a directory of the run itself, as are ")
+
+
 def test_a_run_directory_that_is_a_file(problems, tmp_path):
     (tmp_path / "run").touch()
     assert problems(CHAIN) == [f"run.dir: {str(tmp_path / 'run')!r} is not a directory"]

@@ -10,9 +10,17 @@ from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.config import DataConfig, TokenizerConfig
 from rlhf_jax.data.loader import Loader, epoch_order, load_examples, opening, tokenize_records, training_texts
 from rlhf_jax.data.records import Preference, PromptCompletion, PromptOnly
-from rlhf_jax.data.tokenizer import encode_completion, encode_prompt, load_tokenizer, train_tokenizer
+from rlhf_jax.data.tokenizer import encode_completions, encode_prompts, load_tokenizer, train_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
+
+
+def encode_prompt(tokenizer, text):
+    return encode_prompts(tokenizer, [text])[0]
+
+
+def encode_completion(tokenizer, text):
+    return encode_completions(tokenizer, [text])[0]
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,7 @@ def test_a_module_of_the_current_directory_is_found(in_directory):
         ),
         ("math:sqr", "math has no sqr; did you mean 'sqrt'?"),
         ("math:pi", "is a float, not a function"),
+        ("builtins:max", "its parameters cannot be told"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_clear_line(spec, message):
@@ -57,7 +58,13 @@ def test_what_cannot_be_loaded_is_one_clear_line(spec, message):
 
 
 @pytest.mark.parametrize(
-    "source, message", [("import absent_dependency", "absent_dependency"), ("def score(:", "SyntaxError")]
+    "source, message",
+    [
+        ("import absent_dependency", "absent_dependency"),
+        ("def score(:", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
 )
 def test_a_module_that_does_not_import_says_why(in_directory, source, message):
     (in_directory / "broken_rewards.py").write_text(source)
@@ -174,3 +181,15 @@ def test_judge():
     np.testing.assert_array_equal(learned_only.scores, [3.0, 6.0])
     with pytest.raises(ValueError, match=r"no reward.*reward_from.*rewards\.function"):
         Judge(settings, None, has_model=False)
+
+
+def test_needed_columns_are_known_before_anything_is_called():
+    def judge(prompts, completions, label, style="plain"):
+        raise AssertionError
+
+    function = RewardFunction("judge", judge)
+    function.check_columns(["label", "other"])
+    with pytest.raises(RewardError, match="judge needs label, which the records do not have"):
+        function.check_columns(["other"])
+    with pytest.raises(RewardError, match="math:sqrt takes x by position alone"):
+        load_function("math:sqrt").check_columns([])

@@ -137,9 +137,14 @@ def test_damaged_files_are_errors(tmp_path):
     whole = gzip.compress(b'{"text": "a"}\n' * 1000)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-12])
     (tmp_path / "plain.jsonl.gz").write_text("{}")
+    middle = len(whole) // 2
+    (tmp_path / "bits.jsonl.gz").write_bytes(
+        whole[:12] + bytes(b ^ 0xFF for b in whole[12:middle]) + whole[middle:]
+    )
     (tmp_path / "a.parquet").write_text("{}")
     fails(tmp_path / "cut.jsonl.gz", "is not a whole gzip file")
     fails(tmp_path / "plain.jsonl.gz", "is not a whole gzip file")
+    fails(tmp_path / "bits.jsonl.gz", "is not a whole gzip file")
     fails(tmp_path / "a.parquet", "cannot be read as Parquet")
 
 

@@ -3,20 +3,21 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data.records import Preference
+from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.data.synthetic import (
     ITEMS,
     LABEL_TEMPERATURE,
     PROBLEMS,
     REQUESTS,
-    accuracy_ceiling,
     gold_reward,
     preferences,
     synthetic_records,
 )
 from rlhf_jax.data.tokenizer import encode_completions, encode_prompts, train_tokenizer
+from rlhf_jax.rewards.functions import RewardFunction
 
 PROMPT = "Customer: the lamp I ordered arrived broken.\nReply:"
+GOLD = RewardFunction("gold", gold_reward)
 BEST = " I am sorry that your lamp arrived broken. We will send a new one today. Thank you for your patience."
 
 
@@ -80,7 +81,9 @@ def test_demonstrations_leave_room_for_improvement(demonstrations):
 def test_labels_are_noisy_to_a_known_degree(seed):
     for split in ("train", "eval"):
         pairs = synthetic_records("preference", split, seed)
-        assert 0.84 < accuracy_ceiling(pairs) < 0.90
+        prompts = [PromptOnly(pair.prompt) for pair in pairs]
+        margins = GOLD(prompts, [p.chosen for p in pairs]) - GOLD(prompts, [p.rejected for p in pairs])
+        assert 0.84 < np.mean(np.where(margins == 0, 0.5, margins > 0)) < 0.90
 
 
 def test_labels_follow_bradley_terry():
@@ -93,13 +96,6 @@ def test_labels_follow_bradley_terry():
         expected = 1 / (1 + np.exp(-margin / LABEL_TEMPERATURE))
         error = np.sqrt(expected * (1 - expected) / (won + lost))
         assert won / (won + lost) == pytest.approx(expected, abs=4 * error)
-
-
-def test_accuracy_ceiling_counts_ties_one_half():
-    bad = " You were careless."
-    pairs = [Preference(PROMPT, BEST, bad), Preference(PROMPT, bad, BEST), Preference(PROMPT, bad, bad)]
-    assert accuracy_ceiling(pairs) == 0.5
-    assert accuracy_ceiling(pairs[:1]) == 1.0
 
 
 def test_held_out_prompts_are_unseen_combinations_of_seen_parts():

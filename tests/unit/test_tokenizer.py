@@ -10,15 +10,21 @@ from rlhf_jax.data.tokenizer import (
     BOS,
     EOS,
     PAD,
-    encode_completion,
     encode_completions,
-    encode_prompt,
     encode_prompts,
     load_tokenizer,
     train_tokenizer,
 )
 
 TEXTS = ["the lamp is broken", "the lamp is here", "a lamp is a lamp"] * 3
+
+
+def encode_prompt(tokenizer, text):
+    return encode_prompts(tokenizer, [text])[0]
+
+
+def encode_completion(tokenizer, text):
+    return encode_completions(tokenizer, [text])[0]
 
 
 @pytest.fixture(scope="module")

@@ -257,3 +257,27 @@ def test_a_model_section_makes_an_architecture():
 def test_all_impossible_numbers_are_named():
     with pytest.raises(ValueError, match="num_layers is 0; it must be positive; norm_eps is nan; it must be"):
         dataclasses.replace(UNTIED, num_layers=0, norm_eps=float("nan"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a positive integer"),
+        ({"num_attention_heads": "2"}, "num_attention_heads is '2'; it must be a positive integer"),
+        ({"hidden_size": True}, "hidden_size is True; it must be a positive integer"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; it must be a mapping"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta is 'big'; it must be a number"),
+        ({"rope_theta": [1]}, r"rope_theta is \[1\]; it must be a number"),
+    ],
+)
+def test_a_config_json_of_other_types_is_refused(change, message):
+    config = UNTIED.to_hf()
+    del config["rope_parameters"]
+    with pytest.raises(ValueError, match=message):
+        Architecture.from_hf(config | change)
+
+
+def test_a_rope_theta_that_is_null_is_the_default():
+    assert (
+        Architecture.from_hf(UNTIED.to_hf() | {"rope_parameters": None, "rope_theta": None}).rope_theta == 1e4
+    )

@@ -1,0 +1,169 @@
+"""Completions by the compiled rollout depend on the prompt, its index and the key alone (NUMERICS 7, 9)."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import keys
+from rlhf_jax.batch import Prompts
+from rlhf_jax.command_line import ConfigError, read_command_line
+from rlhf_jax.rollout.sampling import row_keys, uniforms
+from rlhf_jax.sharding import place_rows
+from tests import tiny
+from tests.smoke.test_quickstart import SHORT
+
+KEY = jax.random.key(11)
+TIE = 1e-4  # of the cumulative probability: a number so near to a token's edge may fall on either side
+
+
+@functools.cache
+def programs_of(mesh):
+    return tiny.programs(tiny.stage("ppo"), mesh)
+
+
+def rollout(prompts, mesh=None, key=KEY):
+    mesh = mesh or tiny.mesh()
+    policy = tiny.weights("policy", mesh)
+    return jax.device_get(programs_of(mesh).rollout(policy, place_rows(mesh, prompts), key))
+
+
+def completion(rollout, row):
+    rows = rollout.rows
+    return rows.tokens[row, rows.prompt_lengths[row] : rows.lengths[row]].tolist()
+
+
+def edge_distance(prompt_ids, common, index, token, other, key):
+    """How far the row's random number is from what parts two tokens in the cumulative distribution."""
+    ids = jnp.asarray([prompt_ids + common])
+    model, policy = tiny.model(), tiny.weights("policy", tiny.mesh())
+    logits = model.logits(policy, model.hidden(policy["trunk"], ids)[0, -1])
+    cumulative = np.cumsum(np.asarray(jax.nn.softmax(logits), np.float64))
+    number = float(uniforms(row_keys(key, jnp.array([index]), jnp.array([0])), jnp.int32(len(common)))[0])
+    low, high = sorted((token, other))
+    return max(abs(number - cumulative[low]), abs(number - cumulative[high - 1]))
+
+
+def assert_same_completions(found, expected, prompts, order=None):
+    """Row `order[i]` of `found` is row i of `expected`, but for ties."""
+    for row, place in enumerate(order if order is not None else range(len(expected.ended))):
+        a, b = completion(found, place), completion(expected, row)
+        if a == b:
+            assert found.ended[place] == expected.ended[row]
+            mask = expected.rows.completion_mask[row]
+            gap = np.abs(found.sampler_logprobs[place] - expected.sampler_logprobs[row])[mask]
+            assert gap.max() < 1e-5
+            continue
+        first = next(i for i, (x, y) in enumerate(itertools.zip_longest(a, b)) if x != y)
+        ids = prompts.tokens[row, : prompts.lengths[row]].tolist()
+        assert edge_distance(ids, a[:first], int(prompts.index[row]), a[first], b[first], KEY) < TIE, row
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return tiny.prompts()
+
+
+@pytest.fixture(scope="module")
+def alone(prompts):
+    """The completions on one device."""
+    found = rollout(prompts)
+    assert 0 < found.ended.sum() < 8  # some end, some do not
+    assert len({tuple(completion(found, row)) for row in range(8)}) == 8
+    return found
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_any_mesh_samples_the_same_tokens(prompts, alone, sizes):
+    assert_same_completions(rollout(prompts, tiny.mesh(**sizes)), alone, prompts)
+
+
+def test_order_and_neighbours_do_not_matter(prompts, alone):
+    order = np.random.default_rng(0).permutation(8)
+    shuffled = jax.tree.map(lambda x: x[np.argsort(order)], prompts)
+    assert_same_completions(rollout(shuffled), alone, prompts, order)
+    others = tiny.prompts(seed=5)
+    first_half = np.arange(8) < 4
+    mixed = Prompts(
+        jnp.where(first_half[:, None], prompts.tokens, others.tokens),
+        jnp.where(first_half, prompts.lengths, others.lengths),
+        jnp.where(first_half, prompts.index, 100 + others.index),
+    )
+    found = rollout(mixed)
+    assert [completion(found, row) for row in range(4)] == [completion(alone, row) for row in range(4)]
+
+
+def test_the_batch_size_does_not_matter(prompts, alone):
+    """Twice as many rows, of which every second one only fills up."""
+    wider = jax.tree.map(
+        lambda x: jnp.stack([x, jnp.zeros_like(x)], axis=1).reshape(16, *x.shape[1:]), prompts
+    )
+    found = rollout(wider)
+    assert_same_completions(found, alone, prompts, order=range(0, 16, 2))
+    np.testing.assert_array_equal(found.rows.lengths[1::2], np.zeros(8))
+    assert not found.ended[1::2].any()
+
+
+def test_prompt_index_and_key_do_matter(prompts, alone):
+    """The tests above could not fail if they did not."""
+    elsewhere = rollout(prompts._replace(index=prompts.index + 8))
+    other_key = rollout(prompts, key=jax.random.key(12))
+    for found in (elsewhere, other_key):
+        assert sum(completion(found, row) != completion(alone, row) for row in range(8)) >= 6
+
+
+def test_the_same_prompt_twice_in_the_data_order_is_completed_anew(prompts):
+    twice = prompts._replace(
+        tokens=jnp.broadcast_to(prompts.tokens[:1], prompts.tokens.shape),
+        lengths=jnp.broadcast_to(prompts.lengths[:1], (8,)),
+    )
+    found = rollout(twice)
+    assert len({tuple(completion(found, row)) for row in range(8)}) == 8
+
+
+def test_no_key_is_used_twice():
+    """Stage, iteration, use, prompt, sample and position each change the key; parents are no one's child."""
+    grid = jnp.meshgrid(jnp.arange(4), jnp.arange(2), indexing="ij")
+    prompt_index, sample_index = (x.ravel() for x in grid)
+    collected = []
+
+    def collect(found):
+        collected.extend(map(tuple, np.asarray(jax.random.key_data(found)).reshape(-1, 2).tolist()))
+
+    def collect_rollout(key):
+        of_rows = row_keys(key, prompt_index, sample_index)
+        collect(key)
+        collect(of_rows)
+        for position in range(5):
+            collect(jax.vmap(jax.random.fold_in, in_axes=(0, None))(of_rows, position))
+
+    for stage in range(2):
+        root = keys.stage_root(0, stage)
+        collect(root)
+        collect(jnp.stack([keys.named(root, use) for use in ("init", "head")]))
+        collect_rollout(keys.named(root, "evaluate"))
+        for iteration in range(3):
+            key = keys.at_iteration(root, iteration)
+            collect(key)
+            collect_rollout(keys.named(key, "rollout"))
+            collect(keys.named(key, "update"))
+            collect(jax.random.split(keys.named(key, "update"), 4))  # one for each epoch
+    assert len(collected) == 2 * (1 + 2 + 49 + 3 * (1 + 49 + 1 + 4))
+    assert len(set(collected)) == len(collected)
+
+
+def test_a_use_without_a_name_has_no_key():
+    with pytest.raises(KeyError):
+        keys.named(KEY, "rollouts")
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.0", "-1"])
+def test_temperature_zero_is_refused(tmp_path, temperature):
+    """NUMERICS 7: greedy sampling has no log-probabilities to learn from."""
+    config = tmp_path / "short.yaml"
+    config.write_text(SHORT.format(dir=tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"rollout\.temperature.*> 0"):
+        read_command_line(["--config", str(config), "--rollout.temperature", temperature])

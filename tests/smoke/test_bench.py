@@ -1,0 +1,47 @@
+"""The benchmarks run and print what docs and comparisons read; no time is asserted."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+KEYS = {
+    "bench", "commit", "device", "mesh", "shape", "batch", "prompt", "new", "epochs", "minibatches", "dtype",
+    "ms", "ms_min", "ms_max", "tokens_per_s", "useful_gflops", "ceiling_gflops", "share_of_ceiling",
+    "warmup_s", "peak_rss_mib", "load_1m",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("generate", "float32"),
+        ("ppo_update", "float32"),
+        ("train_step", "float32"),
+        ("train_step", "bfloat16"),
+    ],
+)
+def test_one_json_line(name, dtype):
+    sizes = {"shape": "tiny", "steps": 1, "batch": 4, "prompt": 8, "new": 8, "dtype": dtype}
+    flags = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", f"rlhf_jax.bench.{name}", *flags],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (text,) = done.stdout.splitlines()
+    line = json.loads(text)
+    assert line.keys() == KEYS
+    assert line["bench"] == name
+    assert {key: line[key] for key in sizes if key != "steps"} == {
+        key: value for key, value in sizes.items() if key != "steps"
+    }
+    assert 0 < line["ms_min"] <= line["ms"] <= line["ms_max"]
+    for key in ("tokens_per_s", "useful_gflops", "ceiling_gflops", "peak_rss_mib"):
+        assert math.isfinite(line[key]) and line[key] >= 0, key

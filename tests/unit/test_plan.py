@@ -1,0 +1,123 @@
+"""Plans: what a stage starts from has to fit it, and each problem is told, before a device is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from rlhf_jax import config
+from rlhf_jax.command_line import read_config
+from rlhf_jax.data.tokenizer import train_tokenizer
+from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.plan import Plan, plan_stages
+from rlhf_jax.roles import stored_architecture
+
+MODEL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_size": 48}
+TOKENIZER = train_tokenizer(["the lamp is broken"] * 3, 260)
+ARCHITECTURE = Architecture.from_config(config.ModelConfig(**MODEL, context_length=256), len(TOKENIZER))
+PPO = """
+run: {dir: HERE/new}
+stages: [{name: ppo, algorithm: ppo, from: FROM, reward_from: HERE/run/reward}]
+data: {train: HERE/prompts.jsonl, eval: HERE/prompts.jsonl}
+rewards: {}
+"""
+
+
+def write_stage(run, name, algorithm, architecture=ARCHITECTURE, tokenizer=TOKENIZER):
+    """Writes as much of a finished stage as a plan reads."""
+    info = {"algorithm": algorithm, "architecture": architecture.to_dict()}
+    manifest = {"format": 1, "step": 1, "info": info, "leaves": {}, "files": {}}
+    (run / name / "checkpoints" / "1").mkdir(parents=True)
+    (run / name / "checkpoints" / "1" / "manifest.json").write_text(json.dumps(manifest))
+    tokenizer.save_pretrained(run / "tokenizer")
+
+
+@pytest.fixture
+def plans(tmp_path):
+    """Returns a function that plans ppo from stages of another run; its texts replace parts of the file."""
+    write_stage(tmp_path / "run", "sft", "sft")
+    write_stage(tmp_path / "run", "reward", "reward_model")
+    records = [{"prompt": "a lamp", "label": i} for i in range(4)] + [{"prompt": "a" * 200, "label": 0}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    def plans(start="HERE/run/sft", **changes) -> list[Plan]:
+        text = PPO.replace("FROM", start)
+        for old, new in changes.items():
+            text = text.replace(f"{old}:", new)
+        path = tmp_path / "ppo.yaml"
+        path.write_text(text.replace("HERE", str(tmp_path)))
+        return plan_stages(read_config(["--config", str(path)]), TOKENIZER)
+
+    return plans
+
+
+def test_stages_of_another_run_that_fit(plans, tmp_path):
+    (plan,) = plans()
+    assert plan.architecture == ARCHITECTURE
+    assert plan.origins == (tmp_path / "run" / "sft", tmp_path / "run" / "reward")
+    half = "data.{}: 1 of 5 records dropped (prompt longer than 128 tokens)"
+    assert plan.losses() == [f"[ppo] {half.format(split)}" for split in ("train", "eval")]
+
+
+def test_more_than_half_dropped_is_a_warning_and_cut_rows_are_counted(plans):
+    (plan,) = plans()
+    many = dataclasses.replace(plan.train, num_dropped=5, num_cut=3, rows=plan.train.rows * 2)
+    assert plan._replace(train=many).losses()[0] == (
+        "[ppo] WARNING: more than half is lost: data.train: 5 of 9 records dropped (prompt longer than 128 "
+        "tokens), 3 of 8 rows cut at 256 tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    "start, message",
+    [
+        ("HERE/run/reward", "run/reward is the result of reward_model, which trains no policy; name the "
+         "directory of a stage that runs sft or ppo"),
+        ("HERE/run", "run is a whole run; name one of its stages: HERE/run/reward, HERE/run/sft"),
+        ("HERE/other/sft", "other/sft was trained with another tokenizer: "),
+        ("HERE/alone/sft", "alone/sft is of a run without a tokenizer: there is no HERE/alone/tokenizer"),
+        ("HERE/foreign/sft", "are not those of a stage that this version can read"),
+        ("HERE/wide/sft", "have other architectures: mlp_size 48 and 64; train the reward model from"),
+    ],
+)  # fmt: skip
+def test_a_start_that_does_not_fit(plans, tmp_path, start, message):
+    write_stage(tmp_path / "other", "sft", "sft", tokenizer=train_tokenizer(["another text"] * 3, 260))
+    write_stage(tmp_path / "alone", "sft", "sft")
+    (tmp_path / "alone" / "tokenizer").rename(tmp_path / "elsewhere")
+    write_stage(tmp_path / "foreign", "sft", "dpo")
+    write_stage(tmp_path / "wide", "sft", "sft", dataclasses.replace(ARCHITECTURE, mlp_size=64))
+    with pytest.raises(ValueError) as raised:
+        plans(start)
+    assert message.replace("HERE", str(tmp_path)) in str(raised.value)
+    assert str(raised.value).count("\n") == 0
+
+
+def test_a_policy_is_no_reward_model(plans, tmp_path):
+    with pytest.raises(ValueError, match="is the result of sft, which trains no reward; .* reward_model"):
+        stored_architecture(tmp_path / "run" / "sft", "reward")
+    with pytest.raises(ValueError, match="is no stage's directory; a reward model is named as RUN/STAGE"):
+        stored_architecture(tmp_path / "new", "reward")
+
+
+def test_problems_of_both_splits_and_of_functions_come_together(plans, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n')
+    with pytest.raises(ValueError) as raised:
+        plans(data="data: {train: HERE/bad.jsonl, eval: HERE/bad.jsonl} #")
+    lines = str(raised.value).splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["stage ppo", "data.train"],
+        ["stage ppo", "data.eval"],
+    ]
+
+
+def test_a_column_that_a_function_needs(plans, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "plan_judges.py").write_text(
+        "def label(prompts, completions, label): ...\ndef x(prompts, x): ...\n"
+    )
+    (plan,) = plans(rewards="rewards: {gold: 'plan_judges:label'} #")
+    assert plan.gold is not None
+    with pytest.raises(ValueError, match="plan_judges:x needs x, which the records do not have"):
+        plans(rewards="rewards: {gold: 'plan_judges:x'} #")

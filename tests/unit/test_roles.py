@@ -1,0 +1,189 @@
+"""Where the roles' parameters come from: the normaliser, the value model's start, buffers of their own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.algos.registry import ALGORITHMS
+from rlhf_jax.checkpoint import Checkpointer
+from rlhf_jax.data.collate import Row
+from rlhf_jax.data.loader import Examples
+from rlhf_jax.data.records import Preference, PromptCompletion
+from rlhf_jax.plan import Plan
+from rlhf_jax.roles import Origins, load_policy, load_roles
+from rlhf_jax.stage import _normalized
+from tests import tiny
+
+COUNTS = [field.name for field in dataclasses.fields(Examples)]  # no batch depends on them
+MODEL = tiny.model()
+ROOT = jax.random.key(5)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return tiny.mesh()
+
+
+@pytest.fixture(scope="module")
+def programs(mesh):
+    """Of a reward stage: `scores` is what the tests measure with."""
+    return tiny.programs(tiny.stage("reward_model", settings={"batch_size": 4}), mesh)
+
+
+@pytest.fixture(scope="module")
+def demonstrations():
+    return tiny.rows(12, seed=4)
+
+
+def save_reward_stage(directory, programs, mesh, mean=0.0, std=1.0):
+    """Writes RUN/reward as a finished stage would, with this normaliser; returns its raw parameters."""
+    reward = tiny.weights("reward", mesh, seed=3)
+    state = programs.init_state({"reward": jax.tree.map(jnp.copy, reward)})
+    aux = {"normalizer_mean": jnp.float32(mean), "normalizer_std": jnp.float32(std)}
+    with Checkpointer(directory / "checkpoints", keep=1) as checkpointer:
+        checkpointer.save(1, state._replace(aux=aux), {"architecture": tiny.ARCHITECTURE.to_dict()})
+    return reward
+
+
+def roles_of(algorithm, mesh, policy=None, reward=None, **sections):
+    where = Origins(policy=policy, reward=reward)
+    return load_roles(tiny.stage(algorithm, **sections), ALGORITHMS[algorithm], where, MODEL, mesh, ROOT)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize("normalizer", ["none", "mean", "mean_std"])
+def test_a_loaded_reward_is_normal_on_the_demonstrations(
+    tmp_path, programs, mesh, demonstrations, normalizer
+):
+    """NUMERICS 28: the stored mean and deviation are applied on load, whatever the trunk says."""
+    raw = np.asarray(programs.scores({"reward": tiny.weights("reward", mesh, 3)}, {}, demonstrations))
+    mean = 0.0 if normalizer == "none" else raw.mean()
+    std = raw.std() if normalizer == "mean_std" else 1.0
+    assert abs(raw.mean()) > 0.01 and abs(raw.std() - 1) > 0.01  # else there is nothing to normalise
+    save_reward_stage(tmp_path, programs, mesh, mean, std)
+    _, frozen = roles_of("ppo", mesh, reward=tmp_path)
+    found = np.asarray(programs.scores({"reward": frozen["reward"]}, {}, demonstrations))
+    np.testing.assert_allclose(found, (raw - mean) / std, rtol=1e-5, atol=1e-5)
+    if normalizer != "none":
+        assert found.mean() == pytest.approx(0, abs=1e-5)
+    if normalizer == "mean_std":
+        assert found.std() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_value_model_starts_as_the_normalised_reward_model(tmp_path, programs, mesh, demonstrations):
+    """NUMERICS 29: with the normaliser folded in, its value at the last token is the score."""
+    save_reward_stage(tmp_path, programs, mesh, mean=0.7, std=2.5)
+    trained, frozen = roles_of("ppo", mesh, reward=tmp_path)
+    assert_equal(trained["value"], frozen["reward"])
+    hidden = MODEL.hidden(trained["value"]["trunk"], demonstrations.tokens)
+    last = hidden[jnp.arange(12), demonstrations.lengths - 1]
+    head = trained["value"]["score_head"]
+    values = last @ head["kernel"] + head["bias"]
+    scores = programs.scores({"reward": frozen["reward"]}, {}, demonstrations)
+    np.testing.assert_allclose(values, scores, rtol=1e-5, atol=1e-5)
+
+
+def test_no_two_roles_share_a_buffer(tmp_path, programs, mesh, demonstrations):
+    """The trained roles are donated: the frozen ones must outlive them."""
+    save_reward_stage(tmp_path, programs, mesh)
+    trained, frozen = roles_of("ppo", mesh, reward=tmp_path)
+    assert_equal(trained["policy"], frozen["reference"])
+    kept = jax.device_get(frozen)
+    donate = jax.jit(lambda tree: jax.tree.map(lambda x: x - 1, tree), donate_argnums=0)
+    jax.block_until_ready(donate(trained))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(trained))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+    assert_equal(frozen, kept)
+
+
+def test_without_a_reward_model_values_are_zero_on_the_policy_s_trunk(mesh):
+    trained, frozen = roles_of("ppo", mesh)
+    assert frozen.keys() == {"reference"}
+    assert_equal(trained["value"]["trunk"], trained["policy"]["trunk"])
+    assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(trained["value"]["score_head"]))
+    ppo = tiny.programs(tiny.stage("ppo"), mesh)
+    rollout = ppo.rollout(trained["policy"], tiny.prompts(), jax.random.key(0))
+    scored, _ = ppo.score(trained, frozen, rollout)
+    np.testing.assert_array_equal(scored.values, np.zeros_like(scored.values))
+    np.testing.assert_array_equal(scored.scores, np.zeros_like(scored.scores))
+
+
+def test_a_reward_model_starts_on_the_policy_s_trunk_with_a_random_head(mesh):
+    """NUMERICS 28: N(0, 1/(D+1)) without a bias."""
+    policy = roles_of("sft", mesh)[0]["policy"]
+    trained, frozen = roles_of("reward_model", mesh)
+    assert frozen == {}
+    assert_equal(trained["reward"]["trunk"], policy["trunk"])
+    head = jax.device_get(trained["reward"]["score_head"])
+    assert head["bias"] == 0
+    assert 0.5 < head["kernel"].std() * np.sqrt(33) < 1.5
+
+
+def test_a_policy_comes_from_the_stage_that_trained_it(tmp_path, mesh):
+    programs = tiny.programs(tiny.stage("sft"), mesh)
+    policy = tiny.weights("policy", mesh, seed=8)
+    state = programs.init_state({"policy": jax.tree.map(jnp.copy, policy)})
+    with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpointer:
+        older = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))
+        checkpointer.save(1, older, {})
+        checkpointer.save(2, state, {})
+    assert_equal(load_policy(tmp_path, MODEL, mesh), policy)
+    trained, frozen = roles_of("ppo", mesh, policy=tmp_path)
+    assert_equal(trained["policy"], policy)
+    assert_equal(frozen["reference"], policy)
+    assert_equal(trained["value"]["trunk"], policy["trunk"])
+
+
+def test_eight_devices_load_what_one_loads(tmp_path, programs, mesh):
+    save_reward_stage(tmp_path, programs, mesh, mean=0.7, std=2.5)
+    many = roles_of("ppo", tiny.mesh(data=2, fsdp=2, tensor=2), reward=tmp_path)
+    one = roles_of("ppo", mesh, reward=tmp_path)
+    for a, b in zip(many, one, strict=True):
+        assert tiny.relative_difference(a, b) < 1e-6
+
+
+def examples(kind, rows):
+    """The given Rows as a stage's examples."""
+    host = jax.device_get(rows)
+    made = [
+        Row(tokens[:length].tolist(), int(prompt))
+        for tokens, prompt, length in zip(host.tokens, host.prompt_lengths, host.lengths, strict=True)
+    ]
+    record = Preference("a", "b", "c") if kind == "preference" else PromptCompletion("a", "b")
+    number = len(made) // (2 if kind == "preference" else 1)
+    told = {"kind": kind, "records": [record] * number, "rows": made, "length": 16, "pad_id": tiny.PAD}
+    return Examples(**dict.fromkeys(COUNTS, 0) | told)
+
+
+@pytest.mark.parametrize("normalizer", ["mean", "mean_std"])
+@pytest.mark.parametrize("kind", ["prompt_completion", "preference"])
+def test_the_normaliser_is_mean_and_deviation_of_the_scores(programs, mesh, demonstrations, normalizer, kind):
+    """Of pairs, only the chosen completions count. The last batch of ten is filled up."""
+    rows = jax.tree.map(lambda x: x[:10], demonstrations)
+    read = examples(kind, rows)
+    stage = tiny.stage("reward_model", settings={"batch_size": 4, "normalizer": normalizer})
+    plan = Plan(
+        stage=stage,
+        number=0,
+        algorithm=ALGORITHMS["reward_model"],
+        architecture=tiny.ARCHITECTURE,
+        origins=Origins(None, None),
+        tokenizer=None,
+        train=read,
+        held_out=read,
+        demonstrations=read,
+        function=None,
+        gold=None,
+    )
+    state = programs.init_state({"reward": tiny.weights("reward", mesh, seed=3)})
+    scores = np.asarray(programs.scores(state.params, {}, rows))[:: 2 if kind == "preference" else 1]
+    aux = _normalized(plan, programs, state, mesh).aux
+    assert float(aux["normalizer_mean"]) == pytest.approx(scores.mean(), abs=1e-5)
+    expected = scores.std() if normalizer == "mean_std" else 1.0
+    assert float(aux["normalizer_std"]) == pytest.approx(expected, abs=1e-5)

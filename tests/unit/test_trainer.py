@@ -1,0 +1,190 @@
+"""The loop with an update that is told what to do: skipped updates, resuming, keys, alarms."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.batch import Max, Mean, TrainState
+from rlhf_jax.checkpoint import Checkpointer
+from rlhf_jax.config import CheckpointConfig, RunConfig
+from rlhf_jax.evaluation import Evaluation
+from rlhf_jax.metrics import MetricWriter
+from rlhf_jax.trainer import NextBatch, NotFiniteError, Trainer
+from tests import tiny
+
+
+def new_state(step=0, w=0.0):
+    return TrainState(
+        step=jnp.int32(step),
+        position=jnp.int32(4 * step),
+        params={"policy": {"w": jnp.float32(w)}},
+        opt_state={},
+        aux={},
+    )
+
+
+class Run:
+    """A stage in a directory; each `train` is one start of the program."""
+
+    def __init__(self, directory, bad_steps=(), num_steps=9, most_skipped=3, every=2, eval_every=100):
+        stage = tiny.stage("sft", settings={"num_steps": num_steps, "eval_every": eval_every})
+        run = RunConfig(dir=str(directory), max_skipped_updates=most_skipped)
+        self.stage = stage.__class__(
+            **vars(stage) | {"run": run, "checkpoint": CheckpointConfig(every=every, keep=9)}
+        )
+        self.directory = directory
+        self.bad_steps = set(bad_steps)
+        self.keys, self.positions, self.evaluations = [], [], []
+
+    def train(self):
+        with (
+            Checkpointer(self.directory / "sft" / "checkpoints", keep=9) as checkpointer,
+            MetricWriter(self.directory, "sft", tensorboard=False) as writer,
+        ):
+            newest = checkpointer.latest()
+            state, info = new_state(), {}
+            if newest is not None:
+                state, info = checkpointer.restore(newest, state), checkpointer.info(newest)
+            writer.resume(0 if newest is None else newest + 1)
+            programs = SimpleNamespace(update=self.update)
+            self.trainer = Trainer(
+                self.stage, programs, self.source, self.evaluate, writer, checkpointer, info
+            )
+            return self.trainer.train(state, {}, jax.random.key(0))
+
+    def source(self, state, position, key):
+        self.keys.append(key)
+        self.positions.append(position)
+        return NextBatch(int(state.step) + 1, position + 4, {"perf/tokens": 1.0})
+
+    def update(self, state, frozen, step, key):
+        """w counts the updates that were made."""
+        self.keys.append(key)
+        is_bad = step in self.bad_steps
+        params = {"policy": {"w": state.params["policy"]["w"] + (not is_bad)}}
+        one = jnp.float32(1)
+        metrics = {
+            "loss/nll": Mean(one, one),
+            "not_finite/loss/nll": Max(0 * one),
+            "not_finite/policy/grad_norm": Max(jnp.float32(is_bad)),
+            "update/skipped": Mean(jnp.float32(is_bad), one),
+        }
+        return state._replace(step=state.step + 1, params=params), metrics
+
+    def evaluate(self, params, frozen):
+        self.evaluations.append(float(params["policy"]["w"]))
+        return Evaluation({"eval/w": self.evaluations[-1]}, [])
+
+    def saved(self):
+        """Returns {step: w} of the checkpoints."""
+        with Checkpointer(self.directory / "sft" / "checkpoints", keep=9) as reader:
+            steps = sorted(int(path.name) for path in reader.directory.iterdir())
+            return {step: float(reader.restore(step, new_state()).params["policy"]["w"]) for step in steps}
+
+    def lines(self):
+        return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_too_many_bad_updates_in_a_row_stop_the_run(tmp_path):
+    run = Run(tmp_path, bad_steps=range(5, 10), most_skipped=3)
+    with pytest.raises(NotFiniteError, match=r"stage sft, step 7: .* 3 steps in a row.*policy/grad_norm"):
+        run.train()
+    assert [line["step"] for line in run.lines()] == list(range(8))
+    assert [line.get("update/skipped", 0) for line in run.lines()] == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert not any(name.startswith("not_finite/") for line in run.lines() for name in line)
+    assert run.saved() == {2: 2, 4: 4, 6: 4}  # whole, and with the parameters from before
+
+
+def test_a_good_update_in_between_starts_the_count_anew(tmp_path):
+    run = Run(tmp_path, bad_steps=[2, 3, 5, 6, 8, 9], most_skipped=3)
+    assert float(run.train().params["policy"]["w"]) == 3
+
+
+def test_one_bad_update_stops_a_run_that_allows_none(tmp_path):
+    with pytest.raises(NotFiniteError, match="step 4"):
+        Run(tmp_path, bad_steps=[4], most_skipped=1).train()
+
+
+def test_a_resumed_run_counts_on(tmp_path):
+    """Otherwise the same command would never stop where its checkpoints come more often than its stops."""
+    with pytest.raises(NotFiniteError, match="step 7"):
+        Run(tmp_path, bad_steps=range(5, 10), most_skipped=3).train()
+    again = Run(tmp_path, bad_steps=range(5, 10), most_skipped=3)
+    with pytest.raises(NotFiniteError, match="step 7: .* 3 steps in a row"):
+        again.train()
+    assert again.positions[0] == 24
+    mended = Run(tmp_path, most_skipped=3)
+    assert float(mended.train().params["policy"]["w"]) == 7
+    assert [line["step"] for line in mended.lines()] == list(range(10))
+
+
+def test_a_skipped_update_is_told(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        Run(tmp_path, bad_steps=[4]).train()
+    assert [r.getMessage() for r in caplog.records if "step 4" in r.getMessage()]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 8])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
+    """Keys, positions, lines, evaluations; the program dies while it makes the batch after step `stop`."""
+    whole = Run(tmp_path / "whole", eval_every=3)
+    whole.train()
+
+    class Dies(Run):
+        def source(self, state, position, key):
+            if int(state.step) == stop:
+                raise KeyboardInterrupt
+            return super().source(state, position, key)
+
+    with pytest.raises(KeyboardInterrupt):
+        Dies(tmp_path / "parted", eval_every=3).train()
+    second = Run(tmp_path / "parted", eval_every=3)
+    end = second.train()
+    assert float(end.params["policy"]["w"]) == 9 and int(end.position) == 36
+    start = stop // 2 * 2  # the newest checkpoint
+    assert second.positions == [4 * step for step in range(start, 9)]
+    expected = whole.keys[2 * start :]
+    assert [jax.random.key_data(key).tolist() for key in second.keys] == [
+        jax.random.key_data(key).tolist() for key in expected
+    ]
+
+    def told(run):
+        return [(line["step"], line.get("eval/w")) for line in run.lines()]
+
+    assert told(second) == told(whole)
+    assert second.trainer.info["before"] == whole.trainer.info["before"] | {
+        "perf/eval_seconds": second.trainer.info["before"]["perf/eval_seconds"]
+    }
+    assert second.trainer.info["after"]["eval/w"] == 9
+
+
+def test_evaluations_and_saves_have_their_periods(tmp_path):
+    run = Run(tmp_path, num_steps=7, every=3, eval_every=2)
+    run.train()
+    assert run.evaluations == [0, 2, 4, 6, 7]
+    assert sorted(run.saved()) == [3, 6]  # the last step's is the stage's to save, with the normaliser
+    by_step = {line["step"]: line.get("eval/w") for line in run.lines()}
+    assert by_step == {0: 0, 1: None, 2: 2, 3: None, 4: 4, 5: None, 6: 6, 7: 7}
+
+
+def test_each_iteration_and_each_use_has_its_own_key(tmp_path):
+    run = Run(tmp_path)
+    run.train()
+    data = {tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in run.keys}
+    assert len(run.keys) == len(data) == 18
+
+
+def test_a_run_that_is_done_makes_no_update(tmp_path):
+    run = Run(tmp_path, num_steps=4, every=1)
+    end = run.train()
+    with Checkpointer(tmp_path / "sft" / "checkpoints", keep=9) as checkpointer:
+        checkpointer.save(4, end, run.trainer.info)
+    again = Run(tmp_path, num_steps=4, every=1)
+    again.train()
+    assert again.keys == []
+    assert [line["step"] for line in again.lines()] == [0, 1, 2, 3, 4]
