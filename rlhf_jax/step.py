@@ -99,9 +99,10 @@ def make_update(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state)
         )
-        metrics = metrics | {f"loss/{name}": mean for name, mean in means.items()}
         one = jnp.float32(1)
+        metrics = metrics | {f"loss/{name}": mean for name, mean in means.items()}
         metrics |= {f"{role}/grad_norm": Mean(norm, one) for role, norm in norms.items()}
+        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)  # of the steps that were made
         metrics |= {
             f"not_finite/{name}": Max(jnp.float32(~jnp.isfinite(x))) for name, x in quantities.items()
         }

@@ -148,10 +148,9 @@ class Trainer:
         self._pending = None
         found = to_host(metrics)
         bad = [
-            name.removeprefix(NOT_FINITE)
-            for name, x in found.items()
-            if name.startswith(NOT_FINITE) and x > 0
+            name.removeprefix(NOT_FINITE) for name in found if name.startswith(NOT_FINITE) and found[name] > 0
         ]
+        bad.sort(key=lambda name: not name.startswith("loss/"))  # a loss comes before its gradient
         found = {name: x for name, x in found.items() if not name.startswith(NOT_FINITE)}
         now = time.perf_counter()
         seconds = now - self._last_log - evaluated.get("perf/eval_seconds", 0.0)
