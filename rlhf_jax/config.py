@@ -34,7 +34,7 @@ class RunConfig:
     num_samples: Count = 8
     """Completions written to samples/ at each evaluation on prompts."""
     max_skipped_updates: PositiveInt = 5
-    """Updates in a row that may be skipped because a loss or gradient is not finite, before the run stops."""
+    """The run stops after so many steps in a row in which an update was skipped as not finite."""
     tensorboard: bool = False
     """Also write TensorBoard event files under the run directory."""
 
