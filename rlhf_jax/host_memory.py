@@ -22,8 +22,8 @@ _SETTINGS = {
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory for the next step; does nothing where the C library is another.
 
-    To be called before JAX starts its threads. The price is memory that a stage leaves to the next one: the
-    peak of a small run stays (1.1 GiB), that of configs/stories.yaml grows from 2.0 to 3.0 GiB.
+    To be called before JAX starts its threads. The price is memory that one stage leaves to the next: a run
+    may peak higher than it would otherwise.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
