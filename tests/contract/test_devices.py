@@ -2,13 +2,32 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
+from rlhf_jax import stage
+from rlhf_jax.command_line import read_command_line
+from rlhf_jax.config import MeshConfig
+from rlhf_jax.models.transformer import make_model
+from rlhf_jax.plan import plan_stages, prepare_tokenizer
+from rlhf_jax.programs import build_programs
+from rlhf_jax.sharding import make_mesh, place_rows
+from tests.completions import assert_same_completions, next_token_logits
 from tests.smoke.test_quickstart import SHORT
 
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4
+CHAIN = SHORT.replace("num_kv_heads: 1", "num_kv_heads: 2")  # divides over two devices
+PPO_ALONE = """
+run: {{dir: {dir}}}
+stages: [{{name: ppo, algorithm: ppo, from: {run}/sft, reward_from: {run}/reward}}]
+data: {{max_prompt_length: 32, max_eval_records: 32}}
+rewards: {{gold: "rlhf_jax.data.synthetic:gold_reward"}}
+rollout: {{max_new_tokens: 12}}
+ppo: {{num_iterations: 3, batch_size: 16, num_minibatches: 2, eval_every: 2}}
+"""
 
 
 def figures(run, stage):
@@ -25,35 +44,75 @@ def assert_close(found, expected):
             assert a[name] == pytest.approx(value, abs=TOLERANCE * max(1, abs(value))), (name, b["step"])
 
 
+@pytest.fixture(scope="module")
+def saved_models(run_train, tmp_path_factory):
+    """Returns the run directory of the whole chain on one device."""
+    directory = tmp_path_factory.mktemp("one")
+    (directory / "short.yaml").write_text(CHAIN.format(dir=directory / "run"))
+    done = run_train(["--config", directory / "short.yaml"])
+    assert done.returncode == 0, done.stderr
+    return directory / "run"
+
+
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_one_device_and_eight(run_train, tmp_path, mesh):
-    config = tmp_path / "short.yaml"
-    config.write_text(SHORT.format(dir=tmp_path / "one").replace("num_kv_heads: 1", "num_kv_heads: 2"))
+def test_sft_and_reward_stages(run_train, saved_models, tmp_path, mesh):
+    (tmp_path / "short.yaml").write_text(CHAIN.format(dir=tmp_path / "run"))
     flags = [flag for axis, size in mesh.items() for flag in (f"--mesh.{axis}", str(size))]
-    one = run_train(["--config", config])
-    assert one.returncode == 0, one.stderr
-    eight = run_train(
-        ["--config", config, "--run.dir", tmp_path / "eight", *flags], env={"JAX_NUM_CPU_DEVICES": "8"}
-    )
+    eight = run_train(["--config", tmp_path / "short.yaml", *flags], env={"JAX_NUM_CPU_DEVICES": "8"})
     assert eight.returncode == 0, eight.stderr
-    for stage in ("sft", "reward"):
-        assert_close(figures(tmp_path / "eight", stage), figures(tmp_path / "one", stage))
+    for name in ("sft", "reward"):
+        assert_close(figures(tmp_path / "run", name), figures(saved_models, name))
 
 
-def test_ppo_from_the_same_models(run_train, tmp_path):
-    config = tmp_path / "short.yaml"
-    config.write_text(SHORT.format(dir=tmp_path / "chain"))
-    chain = run_train(["--config", config])
-    assert chain.returncode == 0, chain.stderr
-    lines = SHORT.splitlines(keepends=True)
-    sft, reward = tmp_path / "chain" / "sft", tmp_path / "chain" / "reward"
-    start = f"  - {{{{name: ppo, algorithm: ppo, from: {sft}, reward_from: {reward}}}}}\n"
-    own = ("model:", "tokenizer:", "sft:", "reward_model:", "  - {{name: sft", "  - {{name: reward")
-    text = "".join(start if "name: ppo" in line else line for line in lines if not line.startswith(own))
-    text = text.replace("max_length: 96, ", "")  # of sft and reward training alone
-    for name, devices in (("one", "1"), ("eight", "8")):
-        (tmp_path / f"{name}.yaml").write_text(text.format(dir=tmp_path / name))
-        flags = ["--config", tmp_path / f"{name}.yaml", "--ppo.num_iterations", "3"]
-        done = run_train(flags, env={"JAX_NUM_CPU_DEVICES": devices})
-        assert done.returncode == 0, done.stderr
-    assert_close(figures(tmp_path / "eight", "ppo"), figures(tmp_path / "one", "ppo"))
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_ppo_from_the_same_models(saved_models, tmp_path, monkeypatch, mesh):
+    """Three iterations and their evaluations, through the stage as the command runs it.
+
+    Tokens are compared at every rollout; where a draw fell on a tie, both go on from one device's.
+    """
+    rollouts = []
+
+    def record(plan, programs):
+        def rollout(policy, prompts, key):
+            made = programs.rollout(policy, prompts, key)
+            rollouts.append(jax.device_get((prompts, made)))
+            return made
+
+        return rollout
+
+    def compare(plan, programs):
+        expected = iter(rollouts)
+        model = make_model(plan.architecture)
+
+        def rollout(policy, prompts, key):
+            made, (asked, recorded) = programs.rollout(policy, prompts, key), next(expected)
+            assert all(map(np.array_equal, jax.device_get(prompts), asked))
+            whole = jax.device_put(jax.device_get(policy), jax.devices()[0])
+            logits = next_token_logits(model, whole, plan.stage.rollout.temperature)
+            assert_same_completions(jax.device_get(made), recorded, asked, key, logits)
+            return place_rows(made.ended.sharding.mesh, recorded)
+
+        return rollout
+
+    one_device = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    run_ppo(saved_models, tmp_path / "one", one_device, record, monkeypatch)
+    assert len(rollouts) == 3 + 3 * 2  # of training, and three evaluations on two batches
+    run_ppo(saved_models, tmp_path / "eight", make_mesh(MeshConfig(**mesh)), compare, monkeypatch)
+    found, expected = (figures(tmp_path / name, "ppo") for name in ("eight", "one"))
+    assert [row["step"] for row in expected] == [0, 1, 2, 3]
+    assert_close(found, expected)
+
+
+def run_ppo(start, directory, mesh, wrap, monkeypatch):
+    """Runs PPO from another run's models on a mesh, in this process, its rollout wrapped."""
+    file = directory.with_suffix(".yaml")
+    file.write_text(PPO_ALONE.format(run=start, dir=directory))
+    config, _ = read_command_line(["--config", str(file)])
+    (plan,) = plan_stages(config, prepare_tokenizer(config))
+
+    def build(*args):
+        programs = build_programs(*args)
+        return programs._replace(rollout=wrap(plan, programs))
+
+    monkeypatch.setattr(stage, "build_programs", build)
+    stage.run_stage(plan, mesh)

@@ -1,7 +1,6 @@
 """Completions by the compiled rollout depend on the prompt, its index and the key alone (NUMERICS 7, 9)."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,13 @@ import pytest
 from rlhf_jax import keys
 from rlhf_jax.batch import Prompts
 from rlhf_jax.command_line import ConfigError, read_command_line
-from rlhf_jax.rollout.sampling import row_keys, uniforms
+from rlhf_jax.rollout.sampling import row_keys
 from rlhf_jax.sharding import place_rows
-from tests import tiny
+from tests import completions, tiny
+from tests.completions import completion
 from tests.smoke.test_quickstart import SHORT
 
 KEY = jax.random.key(11)
-TIE = 1e-4  # of the cumulative probability: a number so near to a token's edge may fall on either side
 
 
 @functools.cache
@@ -31,35 +30,9 @@ def rollout(prompts, mesh=None, key=KEY):
     return jax.device_get(programs_of(mesh).rollout(policy, place_rows(mesh, prompts), key))
 
 
-def completion(rollout, row):
-    rows = rollout.rows
-    return rows.tokens[row, rows.prompt_lengths[row] : rows.lengths[row]].tolist()
-
-
-def edge_distance(prompt_ids, common, index, token, other, key):
-    """How far the row's random number is from what parts two tokens in the cumulative distribution."""
-    ids = jnp.asarray([prompt_ids + common])
-    model, policy = tiny.model(), tiny.weights("policy", tiny.mesh())
-    logits = model.logits(policy, model.hidden(policy["trunk"], ids)[0, -1])
-    cumulative = np.cumsum(np.asarray(jax.nn.softmax(logits), np.float64))
-    number = float(uniforms(row_keys(key, jnp.array([index]), jnp.array([0])), jnp.int32(len(common)))[0])
-    low, high = sorted((token, other))
-    return max(abs(number - cumulative[low]), abs(number - cumulative[high - 1]))
-
-
-def assert_same_completions(found, expected, prompts, order=None):
-    """Row `order[i]` of `found` is row i of `expected`, but for ties."""
-    for row, place in enumerate(order if order is not None else range(len(expected.ended))):
-        a, b = completion(found, place), completion(expected, row)
-        if a == b:
-            assert found.ended[place] == expected.ended[row]
-            mask = expected.rows.completion_mask[row]
-            gap = np.abs(found.sampler_logprobs[place] - expected.sampler_logprobs[row])[mask]
-            assert gap.max() < 1e-5
-            continue
-        first = next(i for i, (x, y) in enumerate(itertools.zip_longest(a, b)) if x != y)
-        ids = prompts.tokens[row, : prompts.lengths[row]].tolist()
-        assert edge_distance(ids, a[:first], int(prompts.index[row]), a[first], b[first], KEY) < TIE, row
+def assert_same(found, expected, prompts, order=None):
+    logits = completions.next_token_logits(tiny.model(), tiny.weights("policy", tiny.mesh()), temperature=1.0)
+    completions.assert_same_completions(found, expected, prompts, KEY, logits, order)
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +51,13 @@ def alone(prompts):
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_any_mesh_samples_the_same_tokens(prompts, alone, sizes):
-    assert_same_completions(rollout(prompts, tiny.mesh(**sizes)), alone, prompts)
+    assert_same(rollout(prompts, tiny.mesh(**sizes)), alone, prompts)
 
 
 def test_order_and_neighbours_do_not_matter(prompts, alone):
     order = np.random.default_rng(0).permutation(8)
     shuffled = jax.tree.map(lambda x: x[np.argsort(order)], prompts)
-    assert_same_completions(rollout(shuffled), alone, prompts, order)
+    assert_same(rollout(shuffled), alone, prompts, order)
     others = tiny.prompts(seed=5)
     first_half = np.arange(8) < 4
     mixed = Prompts(
@@ -102,7 +75,7 @@ def test_the_batch_size_does_not_matter(prompts, alone):
         lambda x: jnp.stack([x, jnp.zeros_like(x)], axis=1).reshape(16, *x.shape[1:]), prompts
     )
     found = rollout(wider)
-    assert_same_completions(found, alone, prompts, order=range(0, 16, 2))
+    assert_same(found, alone, prompts, order=range(0, 16, 2))
     np.testing.assert_array_equal(found.rows.lengths[1::2], np.zeros(8))
     assert not found.ended[1::2].any()
 
