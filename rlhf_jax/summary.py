@@ -52,15 +52,22 @@ def comparisons(run_dir: Path | str, count: int = 2) -> list[Sample]:
     files = sorted((Path(run_dir) / "samples").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     if not files:
         return []
-    stage = files[-1].name.rpartition("-")[0]
-    own = sorted((Path(run_dir) / "samples").glob(f"{stage}-*.jsonl"))
-    first, last = (
-        [json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in (own[0], own[-1])
-    )
+    own = sorted(path for path in files if _stage_of(path) == _stage_of(files[-1]))
+    first, last = (_read_samples(path) for path in (own[0], own[-1]))
     return [
         Sample(a["prompt"], a["completion"], b["completion"], a["score"], b["score"])
         for a, b in zip(first[:count], last, strict=False)
     ]
+
+
+def _stage_of(samples: Path) -> str:
+    """Returns the stage of samples/STAGE-STEP.jsonl."""
+    return samples.stem.rpartition("-")[0]
+
+
+def _read_samples(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as file:  # not splitlines: texts hold line separators of other kinds
+        return [json.loads(line) for line in file]
 
 
 def table_rows(results: Mapping[str, Result]) -> list[Row]:

@@ -129,7 +129,8 @@ def _rows(directory: Path, name: str) -> list[dict]:
 
 
 def _completions(path: Path) -> list[str]:
-    return [json.loads(line)["completion"] for line in path.read_text("utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line)["completion"] for line in file]
 
 
 if __name__ == "__main__":

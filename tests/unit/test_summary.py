@@ -2,7 +2,8 @@
 
 import json
 
-from rlhf_jax.summary import Row, Sample, render_table, table_rows, write_summary
+from rlhf_jax.metrics import write_samples
+from rlhf_jax.summary import Row, Sample, comparisons, render_table, table_rows, write_summary
 
 RESULTS = {
     "sft": {"eval_perplexity_before": 498.7, "eval_perplexity_after": 6.432, "seconds": 12.3},
@@ -60,3 +61,18 @@ def test_samples_are_shown_as_text_whatever_is_in_them():
     (before,) = (line for line in lines if line.startswith("before"))
     assert before.startswith("before  (-1.25) no\\x1b[2Jxxx") and before.endswith("...") and len(before) == 60
     assert "after   (2) yes" in lines
+
+
+def test_samples_before_and_after_are_of_one_stage_whatever_is_in_them(tmp_path):
+    """Names of stages may begin alike, and texts hold what other programs take for a line's end."""
+
+    def write(stage, step, completion):
+        row = {"prompt": "a\u2028b", "completion": completion, "score": float(step)}
+        return write_samples(tmp_path, stage, step, [row])
+
+    write("ppo", 0, "before\x85")
+    write("ppo-warm", 0, "no")
+    write("ppo-warm", 9, "no")
+    write("ppo", 20, "after\u2029")
+    assert comparisons(tmp_path) == [Sample("a\u2028b", "before\x85", "after\u2029", 0.0, 20.0)]
+    assert comparisons(tmp_path / "none") == []
