@@ -30,7 +30,7 @@ def to_host(metrics: Mapping[str, Mean | Max | Array | float]) -> dict[str, floa
     """Returns metrics as Python floats, fetched from the devices in one transfer.
 
     Args:
-        metrics: scalars; a Mean is divided here, and is 0 where its weight is 0.
+        metrics: scalars; a Mean is divided here, and is NaN where nothing was counted.
     """
     return {name: _number(metric) for name, metric in jax.device_get(dict(metrics)).items()}
 
@@ -38,7 +38,7 @@ def to_host(metrics: Mapping[str, Mean | Max | Array | float]) -> dict[str, floa
 def _number(metric: Any) -> float:
     """Returns the value of a metric that is on the host, without going back to the device."""
     if isinstance(metric, Mean):
-        return float(metric.total) / float(metric.weight) if metric.weight != 0 else 0.0
+        return float(metric.total) / float(metric.weight) if metric.weight != 0 else math.nan
     return float(metric.value if isinstance(metric, Max) else metric)
 
 
@@ -107,6 +107,16 @@ class MetricWriter:
                 self._events.add_scalar(name, value, step)
             self._events.flush()
 
+    def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds figures to the newest line of this stage, that of `step`; writes one where it is gone."""
+        written: dict[str, Any] = {}
+        if self._is_writer:
+            of_step = [x for _, x in self._read() if (x["stage"], x["step"]) == (self.stage, step)]
+            written = of_step[-1] if of_step else {}
+        self.resume(step)
+        known = {name: x for name, x in written.items() if name not in ("stage", "step", "time")}
+        self.write(step, {name: math.nan if x is None else x for name, x in known.items()} | dict(metrics))
+
     def close(self) -> None:
         """Closes the files."""
         for file in (self._file, self._events):
@@ -121,18 +131,22 @@ class MetricWriter:
         self.close()
 
     def _drop_from(self, step: int) -> None:
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        kept = []
-        for number, line in enumerate(text.splitlines(keepends=True), start=1):
-            try:
-                record = json.loads(line)
-                is_later = record["stage"] == self.stage and record["step"] >= step
-            except (ValueError, KeyError, TypeError):
-                logger.warning("%s:%d: dropped a line that is not a metrics record", self.path, number)
-                continue
-            if not is_later:
-                kept.append(line if line.endswith("\n") else line + "\n")
+        kept = [line for line, x in self._read() if x["stage"] != self.stage or x["step"] < step]
         replace_file(self.path, "".join(kept))
+
+    def _read(self) -> list[tuple[str, dict[str, Any]]]:
+        """Returns each line with what it says; warns of those that say nothing."""
+        found = []
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    record = json.loads(line)
+                    record |= {"stage": str(record["stage"]), "step": int(record["step"])}
+                except (ValueError, KeyError, TypeError):
+                    logger.warning("%s:%d: dropped a line that is not a metrics record", self.path, number)
+                    continue
+                found.append((line.rstrip("\n") + "\n", record))
+        return found
 
 
 def write_samples(run_dir: Path | str, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:

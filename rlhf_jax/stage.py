@@ -106,7 +106,7 @@ def _online(
         prompts, position = loader.batch(position)
         experience = collector.collect(state.params, frozen, prompts, records, key)
         batch, metrics = programs.advantages(experience.scored, state.aux)
-        return NextBatch(batch, position, experience.metrics | metrics)
+        return NextBatch(batch, position, experience.metrics | metrics, needs_update=True)
 
     held_out = Loader(plan.held_out, stage.settings.batch_size, stage.run.seed)
     key = keys.named(root, "evaluate")

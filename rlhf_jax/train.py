@@ -1,7 +1,8 @@
 """Configuration -> parts -> run: `python -m rlhf_jax.train --config FILE [--section.key value ...]`.
 
 The same command resumes an interrupted run. Exit codes: 0 done; 2 the configuration, the data or a checkpoint
-is wrong, or nothing can be written to the run directory, and each problem is named; 1 the run itself failed.
+is wrong, or nothing can be written to the run directory, and each problem is named; 1 the run itself failed;
+130 or 143 it was stopped by SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,9 +27,19 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Runs the stages of a configuration; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt as error:  # or SIGTERM, while a stage is trained
+        print(file=sys.stderr)
+        return _failed(
+            "stopped; the same command goes on from what is saved", 128 + getattr(error, "signum", 2)
+        )
+
+
+def _main(argv: list[str]) -> int:
     keep_freed_memory()
     try:
-        config, wants_json = read_command_line(sys.argv[1:] if argv is None else argv)
+        config, wants_json = read_command_line(argv)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -48,17 +59,14 @@ def main(argv: list[str] | None = None) -> int:
         return _failed(f"{error}\nWhat was trained before is saved; the same command goes on.", 1)
     except NotFiniteError as error:
         return _failed(
-            f"{error}\nThe last saved checkpoint stays, but the same command would come to the same end: "
-            "change the configuration and give it another run.dir.",
+            f"{error}\nWhat was saved before stays, but the same command would come to the same end: change "
+            "the configuration and give it another run.dir.",
             1,
         )
     except ValueError as error:
         return _failed(error, 2)
     except OSError as error:
         return _failed(_reason(error, config.run.dir), 1 if has_begun else 2)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return _failed(f"interrupted; the same command goes on from {config.run.dir}", 130)
     if wants_json:
         print(to_json({"run": config.run.dir, "summary": results}))
     return 0
@@ -97,6 +105,7 @@ def run(plans: Sequence[Plan], mesh: Mesh, run_dir: Path) -> dict[str, dict]:
         ValueError: a checkpoint does not fit.
         RewardError: a reward function failed; what was trained is saved.
         NotFiniteError: updates had to be skipped again and again.
+        Stopped: SIGINT or SIGTERM came; what was trained is saved.
     """
     from rlhf_jax.stage import export_policy, run_stage
     from rlhf_jax.summary import comparisons, render_table, write_summary

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from types import FrameType, MappingProxyType
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,8 @@ class NextBatch(NamedTuple):
     batch: Any
     position: int
     metrics: Metrics
+    needs_update: bool = False
+    """The next one cannot be made before the update is done: nothing is lost by waiting for it."""
 
 
 Source = Callable[[TrainState, int, Array], NextBatch]
@@ -41,6 +45,49 @@ Source = Callable[[TrainState, int, Array], NextBatch]
 
 class NotFiniteError(RuntimeError):
     """Too many updates in a row had to be skipped."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; what was trained until then is saved."""
+
+    def __init__(self, signum: int) -> None:
+        """Names the signal."""
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignals:
+    """While it is entered, SIGINT and SIGTERM wait until the loop asks; a second one acts at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        """Nothing is installed before it is entered."""
+        self._received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def check(self) -> None:
+        """Raises Stopped where a signal has come."""
+        if self._received is not None:
+            raise Stopped(self._received)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._received = signum
+        self._restore()
+        logger.warning("%s: stopping after this step; again to stop at once", signal.Signals(signum).name)
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._before = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._restore()
 
 
 class Trainer:
@@ -91,39 +138,53 @@ class Trainer:
         Raises:
             NotFiniteError: an update was skipped in run.max_skipped_updates steps in a row.
             RewardError: a reward function failed; what was trained until then is logged and saved.
+            Stopped: SIGINT or SIGTERM came; the same.
         """
-        settings, num_steps = self._stage.settings, self._stage.settings.num_updates
+        num_steps = self._stage.settings.num_updates
         start, position = int(state.step), int(state.position)
         if start == 0:
             self.info["before"] = self._evaluated(state, frozen, 0)
             self._writer.write(0, self.info["before"])
-        elif start == num_steps != self.info["evaluated"]:
-            self._evaluated(state, frozen, start)  # its reward function failed the last time
+        elif self._is_evaluated(start) and self.info["evaluated"] != start:  # its judge failed the last time
+            self._writer.amend(start, self._evaluated(state, frozen, start))
         self._last_log = time.perf_counter()
         with Progress(self._stage.name, num_steps, start, self._stage.run.log_every) as progress:
             try:
-                for iteration in range(start, num_steps):
-                    step, key = iteration + 1, keys.at_iteration(root, iteration)
-                    batch, position, gathered = self._source(state, position, keys.named(key, "rollout"))
-                    state, metrics = self._programs.update(state, frozen, batch, keys.named(key, "update"))
-                    state = at_position(state, position)
-                    self._log_pending(progress)
-                    self._pending = (step, gathered | metrics)
-                    evaluates = step == num_steps or step % settings.eval_every == 0
-                    saves = step < num_steps and step % self._stage.checkpoint.every == 0
-                    if evaluates or saves:
-                        jax.block_until_ready(state)
-                        found = self._evaluated(state, frozen, step) if evaluates else {}
-                        self._log_pending(progress, found)
-                    if saves:
-                        self.save(state)
-            except RewardError:
+                with StopSignals() as signals:
+                    for iteration in range(start, num_steps):
+                        signals.check()
+                        step, key = iteration + 1, keys.at_iteration(root, iteration)
+                        batch, position, gathered, needs_update = self._source(
+                            state, position, keys.named(key, "rollout")
+                        )
+                        begun = time.perf_counter()
+                        state, metrics = self._programs.update(
+                            state, frozen, batch, keys.named(key, "update")
+                        )
+                        state = at_position(state, position)
+                        if needs_update:
+                            jax.block_until_ready(state)
+                            gathered = gathered | {"perf/update_seconds": time.perf_counter() - begun}
+                        self._log_pending(progress)
+                        self._pending = (step, gathered | metrics)
+                        saves = step < num_steps and step % self._stage.checkpoint.every == 0
+                        if self._is_evaluated(step) or saves:
+                            jax.block_until_ready(state)
+                            found = self._evaluated(state, frozen, step) if self._is_evaluated(step) else {}
+                            self._log_pending(progress, found)
+                        if saves:
+                            self.save(state)
+            except (RewardError, Stopped):
                 self._log_pending(progress)
                 if int(state.step) > 0 and self._checkpointer.latest() != int(state.step):
                     self.save(state)
                 self._checkpointer.wait()
                 raise
         return state
+
+    def _is_evaluated(self, step: int) -> bool:
+        settings = self._stage.settings
+        return step == settings.num_updates or step % settings.eval_every == 0
 
     def save(self, state: TrainState) -> None:
         """Saves the state and the info; returns before the files are written."""
@@ -184,7 +245,7 @@ class Trainer:
         if self.info["skipped_in_a_row"] >= self._stage.run.max_skipped_updates:
             raise NotFiniteError(
                 f"{where}: updates were skipped in {self.info['skipped_in_a_row']} steps in a row; the first "
-                f"bad quantity is {bad[0]}. The last checkpoint is from before that; lower "
+                f"bad quantity is {bad[0]}. Skipped updates change no parameter. Lower "
                 "optimizer.learning_rate, or look at the data of these steps"
             )
 

@@ -107,7 +107,7 @@ def call(
     arguments = {key: list(offered[key]) for key in _accepted(function, name, offered)}
     try:
         scores = function(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code of the user
         raise RewardError(f"reward function {name} raised {type(error).__name__}: {error}") from error
     return _checked(scores, name, completions)
 

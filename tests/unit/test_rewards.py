@@ -1,6 +1,7 @@
 """Reward functions of the user: how they are found, called, checked and combined."""
 
 import functools
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +123,11 @@ def test_an_exception_of_the_function_is_named_and_chained():
     with pytest.raises(RewardError, match="pkg:fails raised KeyError: 'a'") as caught:
         call(fails, "pkg:fails", PROMPTS, COMPLETIONS, {})
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_function_that_would_end_the_program_is_named():
+    with pytest.raises(RewardError, match="f raised SystemExit: 7"):
+        call(lambda prompts, completions: sys.exit(7), "f", PROMPTS, COMPLETIONS, {})
 
 
 def test_columns_go_to_those_who_take_them():

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +16,8 @@ from rlhf_jax.checkpoint import Checkpointer
 from rlhf_jax.config import CheckpointConfig, RunConfig
 from rlhf_jax.evaluation import Evaluation
 from rlhf_jax.metrics import MetricWriter
-from rlhf_jax.trainer import NextBatch, NotFiniteError, Trainer
+from rlhf_jax.rewards.functions import RewardError
+from rlhf_jax.trainer import NextBatch, NotFiniteError, Stopped, Trainer
 from tests import tiny
 
 
@@ -161,6 +164,61 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stop):
         "perf/eval_seconds": second.trainer.info["before"]["perf/eval_seconds"]
     }
     assert second.trainer.info["after"]["eval/w"] == 9
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_and_loses_nothing(tmp_path, signum):
+    class Signalled(Run):
+        def source(self, state, position, key):
+            if int(state.step) == 4:
+                os.kill(os.getpid(), signum)
+            return super().source(state, position, key)
+
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Stopped) as stopped:
+        Signalled(tmp_path, every=100).train()
+    assert stopped.value.signum == signum
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    run = Run(tmp_path, every=100)
+    assert run.saved() == {5: 5}
+    assert [line["step"] for line in run.lines()] == [0, 1, 2, 3, 4, 5]
+    run.train()
+    assert run.positions == [20, 24, 28, 32]
+    assert [line["step"] for line in run.lines()] == list(range(10))
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    class Impatient(Run):
+        def source(self, state, position, key):
+            if int(state.step) == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().source(state, position, key)
+
+    run = Impatient(tmp_path, every=100)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run.train()
+    assert not isinstance(stopped.value, Stopped)
+    assert len(run.positions) == 4
+
+
+@pytest.mark.parametrize("at", [6, 9])
+def test_an_evaluation_that_failed_is_made_good(tmp_path, at):
+    """Of the last step or another: its figures join the step's line when the command is repeated."""
+
+    class Failing(Run):
+        def evaluate(self, params, frozen):
+            if float(params["policy"]["w"]) == at:
+                raise RewardError("the judge is out")
+            return super().evaluate(params, frozen)
+
+    with pytest.raises(RewardError):
+        Failing(tmp_path, every=100, eval_every=3).train()
+    run = Run(tmp_path, every=100, eval_every=3)
+    run.train()
+    by_step = {line["step"]: line.get("eval/w") for line in run.lines()}
+    assert [by_step[step] for step in range(10)] == [0, None, None, 3, None, None, 6, None, None, 9]
+    assert all("loss/nll" in line for line in run.lines()[1:])
 
 
 def test_evaluations_and_saves_have_their_periods(tmp_path):
