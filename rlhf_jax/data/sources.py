@@ -7,9 +7,11 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast, overload
 
+from rlhf_jax.data.third_party import told_as
 from rlhf_jax.options import did_you_mean
 
 if TYPE_CHECKING:
@@ -23,10 +25,12 @@ NOTATION = (
 
 
 class ArrowRecords(Sequence[Record]):
-    """Rows of a `datasets` table, which stays on disk."""
+    """Rows of a `datasets` table, which stays on disk; ValueError where one cannot be read."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset, name: str):
+        """`name` is the configuration key and the name of the source, for messages."""
         self._dataset = dataset
+        self._name = name
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -36,12 +40,20 @@ class ArrowRecords(Sequence[Record]):
     @overload
     def __getitem__(self, index: slice) -> ArrowRecords: ...
     def __getitem__(self, index: int | slice) -> Record | ArrowRecords:
-        if isinstance(index, slice):
-            return ArrowRecords(self._dataset.select(range(len(self))[index]))
-        return self._dataset[index]
+        taken = range(len(self))[index]
+        with self._reading():
+            if isinstance(taken, int):
+                return self._dataset[taken]
+            part = self._dataset.select(taken)
+            part.data.validate(full=True)  # to read rows of a damaged file may end the process without a word
+            return ArrowRecords(part, self._name)
 
     def __iter__(self) -> Iterator[Record]:
-        return iter(cast("Iterator[Record]", self._dataset))
+        with self._reading():
+            yield from cast("Iterator[Record]", self._dataset)
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return told_as(f"{self._name} cannot be read")
 
 
 def open_source(spec: str, *, where: str = "data.train") -> Sequence[Record]:
@@ -114,8 +126,8 @@ def _parse_lines(file: IO[bytes], path: Path, where: str) -> list[Record]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            record = _parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except ValueError as error:
             hint = (
                 "; a JSON array must be rewritten as one object per line" if line.lstrip()[:1] == b"[" else ""
             )
@@ -129,34 +141,39 @@ def _parse_lines(file: IO[bytes], path: Path, where: str) -> list[Record]:
     return records
 
 
+def _parse(line: str) -> object:
+    """Returns the value of a line of JSON; ValueError where it has none that can be worked with."""
+    try:
+        value = json.loads(line)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+    if SURROGATE_ESCAPE.search(line) and (half := SURROGATE.search(json.dumps(value, ensure_ascii=False))):
+        raise ValueError(f"{half[0]!r} is half of a pair that makes one character; the other half is missing")
+    return value
+
+
+SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # those of a pair have become one character
+
+
 def _read_parquet(path: Path, where: str) -> ArrowRecords:
-    import pyarrow
     import pyarrow.parquet
     from datasets import Dataset
 
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{where}: {path} cannot be read as Parquet: {_first_line(error)}") from None
-    return ArrowRecords(Dataset(table))
+    with told_as(f"{where}: {path} cannot be read as Parquet"):
+        return ArrowRecords(Dataset(pyarrow.parquet.read_table(path)), f"{where}: {path}")
 
 
 def _read_directory(path: Path, where: str) -> ArrowRecords:
-    import pyarrow
     from datasets import DatasetDict, load_from_disk
 
-    try:
+    with told_as(f"{where}: {path} is not a directory that datasets.save_to_disk wrote", f"give {NOTATION}"):
         dataset = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(
-            f"{where}: {path} is not a directory that datasets.save_to_disk wrote: {_first_line(error)}; "
-            f"give {NOTATION}"
-        ) from None
     if isinstance(dataset, DatasetDict):
         raise ValueError(
             f"{where}: {path} holds several data sets; name one of them: {_listed(path, dataset)}"
         )
-    return ArrowRecords(dataset)
+    return ArrowRecords(dataset, f"{where}: {path}")
 
 
 def _read_hub(spec: str, where: str) -> ArrowRecords:
@@ -167,19 +184,13 @@ def _read_hub(spec: str, where: str) -> ArrowRecords:
         raise ValueError(f"{where}: {spec}: must read hub:NAME[/CONFIG]:SPLIT, such as hub:owner/name:train")
     parts = match[1].split("/")
     name, config = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
+    with told_as(f"{where}: {spec} cannot be loaded from the hub"):
         dataset = load_dataset(name, config or None, split=match[2])
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where}: {spec} cannot be loaded from the hub: {_first_line(error)}") from None
-    return ArrowRecords(cast("Dataset", dataset))
+    return ArrowRecords(cast("Dataset", dataset), f"{where}: {spec}")
 
 
 def _listed(path: Path, names: Sequence[str] | dict) -> str:
     return ", ".join(str(path / name) for name in names)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 READERS: dict[str, Callable[[Path, str], Sequence[Record]]] = {

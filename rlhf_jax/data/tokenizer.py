@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_jax.config import TokenizerConfig
+from rlhf_jax.data.third_party import told_as
 from rlhf_jax.options import did_you_mean
 
 Tokenizer = PreTrainedTokenizerBase
@@ -44,11 +45,8 @@ def load_tokenizer(cfg: TokenizerConfig, model_path: str = "") -> Tokenizer:
             "tokenizer.path: is empty and so is model.path; name a tokenizer, or train one on the text"
         )
     _check_directory(path, key)
-    try:
+    with told_as(f"{key}: {path} holds no tokenizer that transformers can load"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{key}: {path} holds no tokenizer that transformers can load: {reason}") from None
     return settle_special_tokens(tokenizer, cfg, path)
 
 

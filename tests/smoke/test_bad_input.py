@@ -130,6 +130,10 @@ def test_what_does_not_fit_is_told_before_anything_is_written(run_ppo, tmp_path,
     "content, message",
     [
         ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "bad.jsonl:2"),
+        (
+            '{"prompt": "a", "completion": "\\ud800"}\n',
+            "bad.jsonl:1: broken JSON: '\\ud800' is half of a pair",
+        ),
         ("", "holds no records"),
         (
             '{"question": "a", "completion": "b"}\n',
@@ -152,6 +156,15 @@ def test_data_files(run_train, tmp_path, content, message):
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_tokenizer(run_ppo, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("[]")
+    done = run_ppo("too_few", "--tokenizer.path", tmp_path / "tokenizer")
+    assert done.returncode == 2
+    assert f"{tmp_path}/tokenizer holds no tokenizer that transformers can load: TypeError" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_what_does_not_divide_is_told_together(run_ppo, tmp_path):

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from rlhf_jax.data.sources import open_source
+from rlhf_jax.data.sources import ArrowRecords, open_source
 
 TEXTS = [{"text": f"story {i}"} for i in range(5)]
 
@@ -59,6 +61,12 @@ def test_blank_lines_and_a_byte_order_mark_are_no_records(tmp_path):
     assert list(open_source(str(path))) == [{"text": "é"}, {"text": "b\u2028c"}]
 
 
+def test_escaped_pair_is_one_character_and_an_escaped_backslash_begins_none(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"text": "\ud83d\ude00"}' + "\n" + r'{"text": "\\ud83d"}')
+    assert list(open_source(str(path))) == [{"text": "😀"}, {"text": r"\ud83d"}]
+
+
 def test_hub_name_is_taken_apart(monkeypatch):
     calls = []
 
@@ -81,7 +89,7 @@ def test_hub_failure_is_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
-        ValueError, match=r"^data.eval: hub:a/b:test cannot be loaded from the hub: no route$"
+        ValueError, match=r"^data.eval: hub:a/b:test cannot be loaded from the hub: no route to host$"
     ):
         open_source("hub:a/b:test", where="data.eval")
 
@@ -109,6 +117,13 @@ def test_missing_file_names_the_nearest(tmp_path):
         (b'["a"]', 'a.jsonl:3: a line must be an object such as {"text": "..."}, is a list'),
         (b'{"text": "\xff"}', "a.jsonl:3: broken JSON: 'utf-8' codec can't decode byte 0xff"),
         (b"[", "a JSON array must be rewritten as one object per line"),
+        (b'{"text": "a\\ud83d!"}', "a.jsonl:3: broken JSON: '\\ud83d' is half of a pair"),
+        (b'{"n": [{"\\uDE00": 1}]}', "a.jsonl:3: broken JSON: '\\ude00' is half of a pair"),
+        (b'{"text": ' + b"[" * 200_000, "a.jsonl:3: broken JSON: brackets are nested too deeply"),
+        (
+            b'{"n": ' + b"1" * 5000 + b"}",
+            "a.jsonl:3: broken JSON: Exceeds the limit (4300 digits) for integer",
+        ),
     ],
 )
 def test_broken_line_is_named(line, message, tmp_path):
@@ -146,6 +161,72 @@ def test_damaged_files_are_errors(tmp_path):
     fails(tmp_path / "plain.jsonl.gz", "is not a whole gzip file")
     fails(tmp_path / "bits.jsonl.gz", "is not a whole gzip file")
     fails(tmp_path / "a.parquet", "cannot be read as Parquet")
+
+
+def test_damaged_page_of_parquet_is_an_error(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = pyarrow.table({"text": [f"story {i}" for i in range(1000)]})
+    pyarrow.parquet.write_table(texts, path, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[100:140] = bytes(40)
+    path.write_bytes(content)
+    fails(path, f"{path} cannot be read as Parquet: Corrupt snappy compressed data")
+
+
+def test_column_that_cannot_be_had_is_an_error(tmp_path):
+    pairs = pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "pairs": pairs}), tmp_path / "a.parquet")
+    fails(tmp_path / "a.parquet", f"{tmp_path}/a.parquet cannot be read as Parquet: Arrow type map<string")
+
+
+def test_bytes_that_are_no_text_are_an_error(tmp_path):
+    latin = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"caf\xe9"]).buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "a.parquet")
+    fails(tmp_path / "a.parquet", f"{tmp_path}/a.parquet cannot be read: Column 0: In chunk 0: Invalid")
+
+
+@pytest.mark.parametrize(
+    "file, content, reason",
+    [
+        ("state.json", [], "TypeError: list indices must be integers"),
+        ("state.json", {}, "KeyError: '_data_files'"),
+        ("state.json", {"_data_files": []}, "IndexError: list index out of range"),
+        ("dataset_info.json", [], "AttributeError: 'list' object has no attribute 'items'"),
+        ("dataset_info.json", {"features": 5}, "TypeError: argument of type 'int' is not iterable"),
+        (
+            "dataset_info.json",
+            {"features": {"story": {"dtype": "string", "_type": "Value"}}},
+            "Keys mismatch",
+        ),
+    ],
+)
+def test_damaged_directory_is_an_error(file, content, reason, tmp_path):
+    path = Path(make_source("directory", tmp_path))
+    whole = json.loads((path / file).read_text())
+    (path / file).write_text(json.dumps(whole | content if content else content))
+    fails(path, f"{path} is not a directory that datasets.save_to_disk wrote: {reason}")
+
+
+def test_damaged_arrow_file_is_an_error_before_a_row_is_read(tmp_path):
+    """To read a row of such a file may end the process: its offsets point anywhere in memory."""
+    path = Path(make_source("directory", tmp_path))
+    (arrow,) = path.glob("*.arrow")
+    content = arrow.read_bytes()
+    offsets = b"".join(end.to_bytes(4, "little") for end in range(0, 48, 7)[: len(TEXTS) + 1])
+    assert content.count(offsets) == 1
+    arrow.write_bytes(content.replace(offsets, b"\xff" * len(offsets)))
+    fails(path, f"{path} cannot be read: Column 0: In chunk 0: Invalid")
+
+
+def test_row_that_cannot_be_read_names_the_source(tmp_path):
+    table = datasets.Dataset.from_list(TEXTS)
+    table.set_transform(lambda rows: 1 / 0)
+    records = ArrowRecords(table, "data.eval: stories")
+    for read in (list, lambda source: source[0]):
+        with pytest.raises(ValueError, match=r"^data.eval: stories cannot be read: division by zero$"):
+            read(records)
+    with pytest.raises(IndexError):
+        records[len(TEXTS)]
 
 
 def test_directory_of_several_splits_names_them(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -150,4 +151,44 @@ def test_missing_tokenizer_is_one_line(tmp_path):
         ValueError, match=r"^model.path: .*/model holds no tokenizer that transformers can load: .+"
     ) as caught:
         load_tokenizer(TokenizerConfig(), str(tmp_path / "model"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file, content, reason",
+    [
+        ("tokenizer.json", [], "TypeError: "),
+        ("tokenizer.json", {}, "KeyError: 'added_tokens'"),
+        ("tokenizer_config.json", [], "AttributeError: 'list' object has no attribute 'get'"),
+        (
+            "tokenizer_config.json",
+            {"eos_token": 5},
+            "TypeError: Special token eos_token has to be either str",
+        ),
+    ],
+)
+def test_damaged_tokenizer_is_one_line(file, content, reason, edit_saved):
+    path = edit_saved()
+    Path(path, file).write_text(json.dumps(content))
+    fails_to_load(path, reason)
+
+
+def test_tokenizer_with_a_merge_of_unknown_tokens_is_one_line(edit_saved):
+    path = edit_saved()
+    content = json.loads(Path(path, "tokenizer.json").read_text())
+    content["model"]["merges"].append(["zz", "a"])
+    Path(path, "tokenizer.json").write_text(json.dumps(content))
+    fails_to_load(path, "Token `zz` out of vocabulary")
+
+
+def test_reason_of_several_lines_is_told_whole(edit_saved):
+    path = edit_saved()
+    Path(path, "tokenizer.json").unlink()
+    fails_to_load(path, "Couldn't instantiate the backend tokenizer from one of: (1) a `tokenizers` library")
+
+
+def fails_to_load(path, reason):
+    message = f"tokenizer.path: {path} holds no tokenizer that transformers can load: {reason}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
+        load_tokenizer(TokenizerConfig(path=path))
     assert "\n" not in str(caught.value)
