@@ -65,7 +65,7 @@ def open_source(spec: str, *, where: str = "data.train") -> Sequence[Record]:
         where: the configuration key that holds `spec`, for messages.
 
     Raises:
-        ValueError: nothing there, a file of no known kind, a broken line, or no records.
+        ValueError: nothing there, a file of no known kind, a broken line or a damaged file, or no records.
     """
     path, part = _split_slice(spec, where)
     records = _read_hub(path, where) if path.startswith("hub:") else _read_path(Path(path), where)

@@ -117,17 +117,21 @@ def encode_completions(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[
 
     A completion that begins with a word starts with its space. (Tokenizers that add a space to every text,
     such as Llama 2's, have it anyway.) A control token's name in a text stays plain letters.
+
+    Raises:
+        ValueError: the tokenizer fails, being damaged, or without a token for words it does not know.
     """
     if not texts:
         return []
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
+    with told_as(f"tokenizer.path: the tokenizer of {tokenizer.name_or_path} cannot encode the text"):
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
     return cast("list[list[int]]", encoded["input_ids"])
 
 

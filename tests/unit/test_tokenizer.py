@@ -181,6 +181,13 @@ def test_tokenizer_with_a_merge_of_unknown_tokens_is_one_line(edit_saved):
     fails_to_load(path, "Token `zz` out of vocabulary")
 
 
+def test_what_only_shows_when_text_is_encoded_is_one_line(edit_saved):
+    path = edit_saved(model_max_length="long")
+    message = f"tokenizer.path: the tokenizer of {path} cannot encode the text: TypeError: '>' not supported"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        encode_prompts(load_tokenizer(TokenizerConfig(path=path)), ["a"])
+
+
 def test_reason_of_several_lines_is_told_whole(edit_saved):
     path = edit_saved()
     Path(path, "tokenizer.json").unlink()
