@@ -6,7 +6,7 @@ the checkpoint count: it has the caller's `info`, the shape and type of every le
 every file, so that a checkpoint which is unfinished, truncated or has flipped bits is passed over rather than
 loaded. (Orbax keeps no checksum of array data, and a read of a truncated file is not a clean error.)
 
-A stage that is done writes `STAGE/result.json`.
+A stage that is done writes `STAGE/result.json`: its figures, and the step of its last checkpoint.
 """
 
 from __future__ import annotations
@@ -246,27 +246,42 @@ def load_info(stage_dir: Path | str) -> dict[str, Any]:
     return reader.info(step)
 
 
-def write_result(stage_dir: Path | str, result: dict[str, Any]) -> None:
-    """Marks a stage as done: writes its result.json atomically."""
-    replace_file(Path(stage_dir) / RESULT, to_json(result, indent=1) + "\n")
+def write_result(stage_dir: Path | str, step: int, figures: dict[str, Any]) -> None:
+    """Marks a stage as done: writes its result.json atomically.
+
+    Args:
+        stage_dir: RUN/STAGE.
+        step: of its last checkpoint, which is the stage's result.
+        figures: what summary.json says of the stage.
+    """
+    replace_file(Path(stage_dir) / RESULT, to_json({"step": step, "figures": figures}, indent=1) + "\n")
 
 
-def read_result(stage_dir: Path | str) -> dict[str, Any] | None:
-    """Returns the result of a stage that is done; None of one that is not."""
+def read_result(stage_dir: Path | str) -> tuple[int, dict[str, Any]] | None:
+    """Returns (step, figures) of a stage that is done; None of one that is not."""
     path = Path(stage_dir) / RESULT
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return int(result["step"]), dict(result["figures"])
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); remove it to finish the stage again") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is no stage's result ({error!r}); remove it to finish the stage again"
+        ) from error
 
 
 def _newest(stage_dir: Path | str) -> tuple[CheckpointReader, int]:
     reader = CheckpointReader(Path(stage_dir) / "checkpoints")
-    step = reader.latest()
+    step, result = reader.latest(), read_result(stage_dir)
     if step is None:
         raise ValueError(f"no usable checkpoint in {reader.directory}; run that stage first")
+    if result is not None and step != result[0]:
+        raise ValueError(
+            f"the last checkpoint of {stage_dir}, step {result[0]}, is not usable, and that of step {step} "
+            f"is not the stage's result; remove {Path(stage_dir) / RESULT} and repeat the command of that run: "
+            "it then trains the steps after it again"
+        )
     return reader, step
 
 

@@ -27,6 +27,7 @@ from rlhf_jax.roles import Origins, is_stage_dir, origins, stored_architecture
 from rlhf_jax.sharding import check_batch
 
 TOKENIZER = "tokenizer"  # RUN/tokenizer
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 class Plan(NamedTuple):
@@ -175,7 +176,7 @@ def _architecture(
         architecture = earlier[stage.start_from].architecture
     elif where.policy is not None:
         architecture = stored_architecture(where.policy, "policy")
-        _check_vocabulary(where.policy, tokenizer)
+        _check_vocabulary(where.policy, tokenizer, stage.tokenizer)
     else:
         architecture = Architecture.from_config(stage.model, vocab_size=len(tokenizer))
     if len(tokenizer) > architecture.vocab_size:
@@ -189,7 +190,7 @@ def _architecture(
         of_reward = earlier[stage.reward_from].architecture
     else:
         of_reward = stored_architecture(where.reward, "reward")
-        _check_vocabulary(where.reward, tokenizer)
+        _check_vocabulary(where.reward, tokenizer, stage.tokenizer)
     ours, theirs = architecture.to_dict(), of_reward.to_dict()
     differing = [f"{name} {theirs[name]} and {ours[name]}" for name in ours if ours[name] != theirs[name]]
     if differing:
@@ -200,15 +201,17 @@ def _architecture(
     return architecture
 
 
-def _check_vocabulary(start: Path, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where a stage of another run gave its tokens other ids."""
-    if not is_stage_dir(start):
-        return
-    beside = start.parent / TOKENIZER
-    if not beside.is_dir():
+def _check_vocabulary(start: Path, tokenizer: Tokenizer, cfg: TokenizerConfig) -> None:
+    """Raises ValueError where a stage of another run, or a checkpoint, gave its tokens other ids."""
+    beside = start.parent / TOKENIZER if is_stage_dir(start) else start
+    if is_stage_dir(start) and not beside.is_dir():
         raise ValueError(f"{start} is of a run without a tokenizer: there is no {beside}; copy the whole run")
+    if not is_stage_dir(start) and (
+        cfg.path or not any((beside / name).is_file() for name in TOKENIZER_FILES)
+    ):
+        return  # tokenizer.path is there to say what a checkpoint does not, or says wrongly
     ours = tokenizer.get_vocab()
-    theirs = load_tokenizer(TokenizerConfig(path=str(beside))).get_vocab()
+    theirs = load_tokenizer(dataclasses.replace(cfg, path=str(beside))).get_vocab()
     if ours != theirs:
         differing = sum(ours.get(token) != theirs.get(token) for token in ours | theirs)
         raise ValueError(
@@ -256,6 +259,10 @@ def prepare_tokenizer(config: Config) -> Tokenizer:
         return load_tokenizer(first.tokenizer, first.model.path)
     if first.start_from:
         start = Path(first.start_from)
+        try:
+            stored_architecture(start, "policy")
+        except ValueError as error:
+            raise ValueError(f"stages.{first.name}.from: {error}") from None
         beside = start.parent / TOKENIZER if is_stage_dir(start) else start
         return load_tokenizer(dataclasses.replace(first.tokenizer, path=str(beside)))
     try:

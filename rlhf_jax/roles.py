@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +16,15 @@ from rlhf_jax import keys
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params
-from rlhf_jax.checkpoint import load_aux, load_info, load_params
+from rlhf_jax.checkpoint import RESULT, load_aux, load_info, load_params, read_result
 from rlhf_jax.config import StageConfig
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import fold_normalizer, init_score_head, zero_score_head
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.programs import role_shardings
+
+logger = logging.getLogger(__name__)
 
 
 class Origins(NamedTuple):
@@ -56,7 +59,8 @@ def stored_architecture(path: Path, role: str) -> Architecture:
         role: policy or reward: what is to be found there.
 
     Raises:
-        ValueError: there is no such model; the message names the stages of a run's directory.
+        ValueError: there is no such model (the message names the stages of a run's directory), it is not
+            finished, or its tensors do not fit its configuration.
     """
     if is_stage_dir(path):
         info = load_info(path)
@@ -69,13 +73,22 @@ def stored_architecture(path: Path, role: str) -> Architecture:
                 f"{path} is the result of {info['algorithm']}, which trains no {role}; "
                 f"name the directory of a stage that runs {fitting}"
             )
+        if read_result(path) is None:
+            unfinished = f"stage {path} is not finished: it has no {RESULT}"
+            if algorithm.normalizes_scores:
+                raise ValueError(
+                    f"{unfinished}, and its scores are not yet normalised; repeat the command of its run"
+                )
+            logger.warning("%s; its newest checkpoint is used", unfinished)
         return Architecture.from_dict(info["architecture"])
     stages = sorted(str(entry) for entry in path.iterdir() if is_stage_dir(entry)) if path.is_dir() else []
     if stages:
         raise ValueError(f"{path} is a whole run; name one of its stages: {', '.join(stages)}")
     if role != "policy":
         raise ValueError(f"{path} is no stage's directory; a {role} model is named as RUN/STAGE")
-    return hf.read_architecture(path)
+    architecture = hf.read_architecture(path)
+    hf.check_policy(path, architecture)
+    return architecture
 
 
 def load_roles(

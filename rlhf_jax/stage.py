@@ -40,7 +40,7 @@ def run_stage(plan: Plan, mesh: Mesh) -> dict[str, Any]:
     """
     done = read_result(plan.directory)
     if done is not None:
-        return done
+        return done[1]
     stage, algorithm = plan.stage, plan.algorithm
     root = keys.stage_root(stage.run.seed, plan.number)
     model = make_model(plan.architecture, stage.model.dtype, stage.model.remat)
@@ -70,7 +70,7 @@ def run_stage(plan: Plan, mesh: Mesh) -> dict[str, Any]:
         if checkpointer.latest() != int(state.step):
             trainer.save(state)
     result = _result(plan, trainer.info)
-    write_result(plan.directory, result)
+    write_result(plan.directory, int(state.step), result)
     return result
 
 

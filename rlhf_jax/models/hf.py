@@ -112,9 +112,7 @@ def load_policy(directory: str | os.PathLike[str], architecture: Architecture, s
     shapes = _policy_shapes(architecture)
     with ExitStack() as stack:
         files = _open_tensors(Path(directory), stack)
-        tied_name = _tied_name(files, directory) if architecture.tie_embeddings else _EMBEDDING
-        expected = {parameter: _tensors(parameter, shape, tied_name) for parameter, shape in shapes.items()}
-        _check_tensors(directory, expected, files)
+        expected = _checked_tensors(directory, architecture, files)
 
         def load(path: Any, sharding: jax.sharding.Sharding) -> jax.Array:
             parameter = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -122,6 +120,12 @@ def load_policy(directory: str | os.PathLike[str], architecture: Architecture, s
             return jax.make_array_from_callback(shapes[parameter], sharding, read, dtype=np.float32)
 
         return jax.tree.map_with_path(load, shardings)
+
+
+def check_policy(directory: str | os.PathLike[str], architecture: Architecture) -> None:
+    """Raises what `load_policy` would raise, reading the headers alone (and a tied matrix stored twice)."""
+    with ExitStack() as stack:
+        _checked_tensors(directory, architecture, _open_tensors(Path(directory), stack))
 
 
 def save_policy(
@@ -274,6 +278,17 @@ def _tied_name(files: Mapping[str, Any], directory: str | os.PathLike[str]) -> s
             "set tie_word_embeddings to false there if the model is not tied"
         )
     return _EMBEDDING
+
+
+def _checked_tensors(
+    directory: str | os.PathLike[str], architecture: Architecture, files: Mapping[str, Any]
+) -> dict[str, list[_Tensor]]:
+    """Returns the tensors of each parameter; ValueError where those of the files are not these."""
+    tied_name = _tied_name(files, directory) if architecture.tie_embeddings else _EMBEDDING
+    shapes = _policy_shapes(architecture)
+    expected = {parameter: _tensors(parameter, shape, tied_name) for parameter, shape in shapes.items()}
+    _check_tensors(directory, expected, files)
+    return expected
 
 
 def _check_tensors(

@@ -1,6 +1,5 @@
 """Checkpoints: what is saved comes back, what is broken is passed over, what does not fit is explained."""
 
-import json
 import logging
 import os
 import re
@@ -283,10 +282,22 @@ def test_killed_during_a_save(tmp_path):
 
 def test_result_marks_a_stage_as_done(tmp_path):
     assert read_result(tmp_path / "sft") is None
-    write_result(tmp_path / "sft", {"eval_perplexity_after": 3.5, "kl": float("nan")})
-    assert read_result(tmp_path / "sft") == {"eval_perplexity_after": 3.5, "kl": None}
+    write_result(tmp_path / "sft", 40, {"eval_perplexity_after": 3.5, "kl": float("nan")})
+    assert read_result(tmp_path / "sft") == (40, {"eval_perplexity_after": 3.5, "kl": None})
     assert [path.name for path in (tmp_path / "sft").iterdir()] == ["result.json"]
-    assert json.loads((tmp_path / "sft" / "result.json").read_text())["kl"] is None
-    (tmp_path / "sft" / "result.json").write_text('{"a": ')
-    with pytest.raises(ValueError, match="is not JSON"):
-        read_result(tmp_path / "sft")
+    for text in ('{"a": ', "[]", '{"step": 1}'):
+        (tmp_path / "sft" / "result.json").write_text(text)
+        with pytest.raises(ValueError, match="result.json is no stage's result.*remove it"):
+            read_result(tmp_path / "sft")
+
+
+def test_an_older_checkpoint_is_not_taken_for_the_result(tmp_path):
+    """It would be a model of less training, a reward model without its normaliser."""
+    with Checkpointer(tmp_path / "reward" / "checkpoints", keep=2) as checkpointer:
+        for step in (4, 5):
+            checkpointer.save(step, {"aux": {"normalizer_mean": jnp.float32(step)}}, {})
+    write_result(tmp_path / "reward", 5, {})
+    assert load_aux(tmp_path / "reward") == {"normalizer_mean": 5}
+    (tmp_path / "reward" / "checkpoints" / "5" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="last checkpoint of .*reward, step 5, is not usable.*step 4"):
+        load_aux(tmp_path / "reward")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from rlhf_jax import config
+from rlhf_jax.checkpoint import write_result
 from rlhf_jax.command_line import read_config
 from rlhf_jax.data.tokenizer import train_tokenizer
+from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.plan import Plan, plan_stages
+from rlhf_jax.models.transformer import make_model
+from rlhf_jax.plan import Plan, plan_stages, prepare_tokenizer
 from rlhf_jax.roles import stored_architecture
 
 MODEL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_size": 48}
@@ -31,6 +35,7 @@ def write_stage(run, name, algorithm, architecture=ARCHITECTURE, tokenizer=TOKEN
     manifest = {"format": 1, "step": 1, "info": info, "leaves": {}, "files": {}}
     (run / name / "checkpoints" / "1").mkdir(parents=True)
     (run / name / "checkpoints" / "1" / "manifest.json").write_text(json.dumps(manifest))
+    write_result(run / name, 1, {})
     tokenizer.save_pretrained(run / "tokenizer")
 
 
@@ -51,6 +56,56 @@ def plans(tmp_path):
         return plan_stages(read_config(["--config", str(path)]), TOKENIZER)
 
     return plans
+
+
+def test_an_unfinished_stage_is_told(plans, tmp_path, caplog):
+    """A policy of fewer steps may be wanted; scores that are not yet normalised are not."""
+    (tmp_path / "run" / "sft" / "result.json").unlink()
+    assert len(plans()) == 1
+    assert "run/sft is not finished: it has no result.json; its newest checkpoint is used" in caplog.text
+    (tmp_path / "run" / "reward" / "result.json").unlink()
+    with pytest.raises(ValueError, match="run/reward is not finished.*scores are not yet normalised"):
+        plans()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Returns a Hugging Face directory with a tokenizer."""
+    policy = make_model(ARCHITECTURE).init_policy(jax.random.key(0))
+    hf.save_policy(tmp_path / "hf", ARCHITECTURE, policy, token_ids={"eos_token_id": 2})
+    TOKENIZER.save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_a_checkpoint_with_another_tokenizer(plans, checkpoint):
+    """In a chain, the first stage's tokenizer is everyone's."""
+    write_stage(checkpoint.parent / "run", "reward2", "reward_model")
+    assert len(plans("HERE/hf")) == 1
+    train_tokenizer(["quite another text"] * 3, 260).save_pretrained(checkpoint)
+    assert train_tokenizer(["quite another text"] * 3, 260).get_vocab() != TOKENIZER.get_vocab()
+    with pytest.raises(ValueError, match="hf was trained with another tokenizer: .* tokens have other ids"):
+        plans("HERE/hf")
+    assert len(plans("HERE/hf", rewards="tokenizer: {path: HERE/run/tokenizer}\nrewards:")) == 1
+
+
+def test_weights_that_do_not_fit_are_told_before_anything_is_trained(plans, checkpoint):
+    text = (checkpoint / "config.json").read_text()
+    assert '"intermediate_size": 48' in text
+    (checkpoint / "config.json").write_text(
+        text.replace('"intermediate_size": 48', '"intermediate_size": 40')
+    )
+    with pytest.raises(
+        ValueError, match=r"the tensors in .*hf are not those of its config.json[^$]*down_proj"
+    ):
+        plans("HERE/hf")
+
+
+def test_a_first_stage_that_starts_from_a_whole_run(plans, tmp_path):
+    with pytest.raises(ValueError, match="whole run; name one of its stages: .*run/sft"):
+        plans("HERE/run")
+    config_file = tmp_path / "ppo.yaml"
+    with pytest.raises(ValueError, match="stages.ppo.from: .*run is a whole run"):
+        prepare_tokenizer(read_config(["--config", str(config_file)]))
 
 
 def test_stages_of_another_run_that_fit(plans, tmp_path):
