@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import config_checks, strict_yaml
-from rlhf_jax.config import ALGORITHM_SECTIONS, STAGE_SECTIONS, Config
+from rlhf_jax.config import ALGORITHM_SECTIONS, LARGEST_INT, STAGE_SECTIONS, Config
 from rlhf_jax.config_file import EXAMPLE, STAGE_KEYS, dump_config, resolve
 from rlhf_jax.options import OPTIONS, REQUIRED, SECTIONS, STAGE_FIELDS, Option, did_you_mean, show
 
@@ -203,7 +203,7 @@ def help_text() -> str:
         *_paragraph(
             f"Beside its keys a stage may hold the sections {', '.join(STAGE_SECTIONS)} and that of its "
             "algorithm: what they set goes before the common sections. In strings ${NAME} is the environment "
-            "variable NAME."
+            f"variable NAME. Integers are at most {LARGEST_INT} where nothing else is said."
         ),
         "",
         "  --config FILE    the configuration file",

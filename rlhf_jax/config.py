@@ -12,8 +12,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+LARGEST_INT = 2**31 - 1
+"""The bound of all integers but the seed: they meet int32 on the device."""
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+Count = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+AxisSize = Annotated[int, Field(le=LARGEST_INT)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""JAX takes the lowest 32 bits of a seed: any above would give the keys of a smaller one."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
@@ -27,7 +32,7 @@ class RunConfig:
 
     dir: Annotated[str, Field(min_length=1)]
     """Run directory; the same command with the same directory resumes."""
-    seed: Count = 0
+    seed: Seed = 0
     """Root of all randomness: initialisation, data order, sampling."""
     log_every: PositiveInt = 10
     """Steps between two printed lines (every step is in metrics.jsonl)."""
@@ -78,7 +83,7 @@ class TokenizerConfig:
     path: str = ""
     """Directory or hub name; empty: that of model.path, or a BPE trained on the spot when there is no
     model.path."""
-    vocab_size: Annotated[int, Field(ge=260)] = 512
+    vocab_size: Annotated[int, Field(ge=260, le=LARGEST_INT)] = 512
     """Size of the vocabulary when a tokenizer is trained on the spot."""
     eos_token: str = ""
     """Token that ends a completion, where the tokenizer names none or another is meant."""
@@ -121,11 +126,11 @@ class DataConfig:
 class MeshConfig:
     """Sizes of the device mesh's axes; one may be -1: what is left."""
 
-    data: int = -1
+    data: AxisSize = -1
     """Rows of a batch; parameters are replicated."""
-    fsdp: int = 1
+    fsdp: AxisSize = 1
     """Rows of a batch; parameters and optimiser state are sharded."""
-    tensor: int = 1
+    tensor: AxisSize = 1
     """Heads, feed-forward and vocabulary."""
 
 

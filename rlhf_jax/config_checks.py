@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import strict_yaml
-from rlhf_jax.config import PATH_OPTIONS, RESERVED_NAMES, Config, PPOConfig, RewardModelConfig, StageConfig
+from rlhf_jax.config import (
+    LARGEST_INT,
+    PATH_OPTIONS,
+    RESERVED_NAMES,
+    Config,
+    PPOConfig,
+    RewardModelConfig,
+    StageConfig,
+)
 from rlhf_jax.config_file import Resolved, Where, dump_config, ignored
 from rlhf_jax.data.records import SERVES, Kind
 from rlhf_jax.options import OPTIONS, did_you_mean, show
@@ -163,6 +171,11 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
                 f"(mesh.data {mesh.data} * mesh.fsdp {mesh.fsdp}), got {text}"
             )
     steps = settings.num_optimizer_steps
+    if steps > LARGEST_INT:
+        yield (
+            f"{path('ppo', 'num_iterations')}: num_iterations * num_epochs * num_minibatches must be at most "
+            f"{LARGEST_INT}, got {steps}"
+        )
     if stage.optimizer.warmup_steps > steps:
         names = (f"{section}.num_steps",)
         if isinstance(settings, PPOConfig):
@@ -387,7 +400,8 @@ def _speaks_of(line: str, option: str) -> bool:
 
 def _divisors(size: int) -> str:
     """Returns the divisors of a size in words, the largest eight where there are more."""
-    return ", ".join(str(d) for d in [d for d in range(1, size + 1) if size % d == 0][-8:])
+    small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+    return ", ".join(map(str, sorted({*small, *(size // d for d in small)})[-8:]))
 
 
 def _is_remote(path: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_jax import config
-from rlhf_jax.config import ALGORITHM_SECTIONS, RUN_SECTIONS, STAGE_SECTIONS
+from rlhf_jax.config import ALGORITHM_SECTIONS, LARGEST_INT, RUN_SECTIONS, STAGE_SECTIONS
 
 SECTIONS = RUN_SECTIONS | STAGE_SECTIONS | ALGORITHM_SECTIONS
 REQUIRED = dataclasses.MISSING
@@ -57,15 +57,15 @@ class Option:
 
     @property
     def range(self) -> str:
-        """Returns the bounds, such as '>= 0 and <= 1'; empty where there are none."""
+        """Returns the bounds, such as '>= 0 and <= 1', without that of all integers; may be empty."""
         constraints = [
             constraint for info in getattr(self.hint, "__metadata__", ()) for constraint in info.metadata
         ]
         return " and ".join(
-            f"{sign} {getattr(constraint, bound):g}"
+            f"{sign} {getattr(constraint, bound)}"
             for constraint in constraints
             for bound, sign in _BOUNDS.items()
-            if hasattr(constraint, bound)
+            if getattr(constraint, bound, LARGEST_INT) != LARGEST_INT
         )
 
     def read(self, value: Any) -> Any:
@@ -77,9 +77,11 @@ class Option:
         try:
             return TypeAdapter(self.hint).validate_python(value, strict=True)
         except ValidationError as error:
-            reason = error.errors()[0]["type"]
+            reason, limits = error.errors()[0]["type"], error.errors()[0].get("ctx", {})
         if self.choices:
             raise ValueError(f"must be {self.kind}, got {show(value)}{did_you_mean(value, self.choices)}")
+        if limits.get("le") == LARGEST_INT:
+            raise ValueError(f"must be <= {LARGEST_INT}, got {show(value)}")
         if reason in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
             raise ValueError(f"must be {self.range}, got {show(value)}")
         if reason == "finite_number":

@@ -181,6 +181,8 @@ def test_help_names_every_option_with_a_text(capsys):
             assert f"--{section}.{option.name}  " in text
             assert option.text, f"{section}.{option.name} has no docstring"
     assert "--ppo.clip_eps  a number > 0; default 0.2\n      Clip of the policy ratio." in text
+    assert "--sft.num_steps  an integer >= 1; default 300" in text
+    assert "Integers are at most 2147483647 where nothing else is said." in text
     assert max(map(len, text.splitlines())) <= 130
 
 
@@ -208,6 +210,21 @@ def test_jax_is_not_imported_before_the_configuration_is_known(write):
         ("sft: {batch_size: 1.5}", [], "sft.batch_size: expected an integer, got 1.5"),
         ("sft: {batch_size: true}", [], "sft.batch_size: expected an integer, got true"),
         ("optimizer: {beta1: 1}", [], "optimizer.beta1: must be >= 0 and < 1, got 1"),
+        ("", ["--run.seed=4294967296"], "--run.seed: must be >= 0 and < 4294967296, got 4294967296"),
+        ("", ["--run.seed=-1"], "--run.seed: must be >= 0 and < 4294967296, got -1"),
+        ("sft: {num_steps: 3000000000}", [], "sft.num_steps: must be <= 2147483647, got 3000000000"),
+        (
+            "tokenizer: {vocab_size: 2147483648}",
+            [],
+            "tokenizer.vocab_size: must be <= 2147483647, got 2147483648",
+        ),
+        ("mesh: {fsdp: 3000000000}", [], "mesh.fsdp: must be <= 2147483647, got 3000000000"),
+        (
+            "ppo: {num_iterations: 200000000}",
+            [],
+            "ppo.num_iterations: num_iterations * num_epochs * num_minibatches must be at most 2147483647, "
+            "got 3200000000",
+        ),
         ("ppo: {whiten_rewards: yes}", [], "ppo.whiten_rewards: expected true or false, got 'yes'"),
         ("ppo: {whiten_rewards: 1}", [], "ppo.whiten_rewards: expected true or false, got 1"),
         ("data: {train: 3}", [], "data.train: expected a string, got 3"),
@@ -278,6 +295,16 @@ def test_jax_is_not_imported_before_the_configuration_is_known(write):
             "ppo: {microbatch_size: 3}",
             [],
             "ppo.microbatch_size: must divide batch_size / num_minibatches, got 3 for 16; 1, 2, 4, 8, 16 do",
+        ),
+        (
+            "ppo: {batch_size: 1000000007}",
+            [],
+            "ppo.num_minibatches: must divide batch_size, got 4 for 1000000007; 1, 1000000007 do",
+        ),
+        (
+            "ppo: {batch_size: 36, num_minibatches: 5}",
+            [],
+            "ppo.num_minibatches: must divide batch_size, got 5 for 36; 2, 3, 4, 6, 9, 12, 18, 36 do",
         ),
         ("mesh: {data: 0}", [], "mesh.data: must be >= 1, or -1 for what is left, got 0"),
         ("mesh: {tensor: -2}", [], "mesh.tensor: must be >= 1, or -1 for what is left, got -2"),
