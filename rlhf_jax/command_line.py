@@ -157,10 +157,12 @@ def apply(tree: dict[str, Any], overrides: dict[str, str]) -> tuple[dict[str, An
 def _set(tree: dict[str, Any], path: str, text: str) -> None:
     target, keys = tree, path.split(".")
     if keys[0] == "stages":
-        entries = [e for e in tree.get("stages") or [] if isinstance(e, dict)]
-        named = {str(entry.get("name")): entry for entry in entries}
         if len(keys) < 3:
             raise ValueError("name the stage and its option: --stages.NAME.SECTION.OPTION VALUE")
+        entries = tree.get("stages")
+        if not isinstance(entries, list) or not any(isinstance(entry, dict) for entry in entries):
+            return  # no stage can be found in it: `resolve` says what is wrong with the list
+        named = {str(entry.get("name")): entry for entry in entries if isinstance(entry, dict)}
         if keys[1] not in named:
             near = did_you_mean(keys[1], named) or f"; stages: {', '.join(named)}"
             raise ValueError(f"there is no stage {keys[1]!r}{near}")

@@ -426,6 +426,20 @@ def test_one_problem_is_one_line(problems, monkeypatch, addition, flags, line):
     assert problems(f"{CHAIN}{addition}\n", *flags) == [line]
 
 
+@pytest.mark.parametrize(
+    "entries, line",
+    [
+        ("5", "stages: must be given: a list of stages such as [{name: sft, algorithm: sft}, "),
+        ("{sft: {algorithm: sft}}", "stages: must be given: a list of stages such as [{name: sft, "),
+        ("[]", "stages: must be given: a list of stages such as [{name: sft, algorithm: sft}, "),
+        ("[5]", "stages[0]: expected a stage such as {name: sft, algorithm: sft}, got 5"),
+    ],
+)
+def test_a_flag_for_a_stage_of_a_list_that_is_none(problems, entries, line):
+    (found,) = problems(f"run: {{dir: RUN}}\nstages: {entries}\n", "--stages.sft.sft.num_steps", "3")
+    assert found.startswith(line)
+
+
 REWARD_ONLY = "run: {dir: RUN}\nstages: [{name: reward, algorithm: reward_model}]\n"
 PPO_ONLY = "run: {dir: RUN}\nstages: [{name: ppo, algorithm: ppo}]\n"
 TWO = "run: {dir: RUN}\nstages: [{name: a, algorithm: sft}, {name: a, algorithm: sft}]\n"
