@@ -350,7 +350,7 @@ def check_ignored(resolved: Resolved, file_alone: Resolved) -> Iterator[str]:
 
 
 def check_run_directory(cfg: Config) -> Iterator[str]:
-    """Yields that the run directory belongs to another configuration, with the options that differ."""
+    """Yields that the directory is no run's, or of another configuration, with the options that differ."""
     directory = cfg.run.dir
     if Path(directory).exists() and not Path(directory).is_dir():
         yield f"run.dir: {directory!r} is not a directory"
@@ -359,10 +359,16 @@ def check_run_directory(cfg: Config) -> Iterator[str]:
     if not saved.is_file():
         return
     try:
-        there = _flat(strict_yaml.load(saved.read_text(encoding="utf-8"), str(saved)))
+        tree = strict_yaml.load(saved.read_text(encoding="utf-8"), str(saved))
+    except UnicodeDecodeError:
+        tree = None
     except ValueError as error:
         yield f"run.dir: {error}; choose another run.dir"
         return
+    if not isinstance(tree, dict) or not {"run", "stages"} <= tree.keys():
+        yield f"run.dir: {str(saved)!r} is no run's configuration; choose another run.dir"
+        return
+    there = _flat(tree)
     here = _flat(strict_yaml.load(dump_config(cfg), "this configuration"))
     differing = [
         key

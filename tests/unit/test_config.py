@@ -715,6 +715,14 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
     assert problems(CHAIN)[0].endswith("config.yaml:2: key 'a' is given twice; choose another run.dir")
 
 
+@pytest.mark.parametrize("content", [b"hello\n", b"[a, b]\n", b"", b"\xff\xfe", b"run: 5\n", b"a: {b: 1}\n"])
+def test_a_run_directory_whose_file_is_no_runs_configuration(problems, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "config.yaml"
+    file.write_bytes(content)
+    assert problems(CHAIN) == [f"run.dir: {str(file)!r} is no run's configuration; choose another run.dir"]
+
+
 def test_only_local_paths_are_taken(problems):
     text = (
         CHAIN.replace("dir: RUN", "dir: 'gs://bucket/run'")
