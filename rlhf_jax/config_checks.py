@@ -245,6 +245,11 @@ def check_ppo(stage: StageConfig, path: PathOf) -> Iterator[str]:
             f"stages.{stage.name}: nothing gives its completions a score; set reward_from to a reward_model "
             "stage or a directory, or rewards.function to package.module:name"
         )
+    if settings.kl_controller == "adaptive" and settings.kl_coef == 0:
+        yield (
+            f"{path('ppo', 'kl_coef')}: must be > 0 where ppo.kl_controller is 'adaptive', which multiplies "
+            "it and so would leave it at 0, got 0"
+        )
     if settings.kl_controller == "adaptive" and settings.kl_horizon <= 0.2 * settings.batch_size:
         yield (
             f"{path('ppo', 'kl_horizon')}: must be more than 0.2 * batch_size = "

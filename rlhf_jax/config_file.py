@@ -91,9 +91,9 @@ def resolve(tree: Mapping[str, Any], flags: Collection[str] = ()) -> Resolved:
             **run_sections,
         )
         stages[name] = _settle(stage, stages)
-    stages = _settle_common(stages)
+    settled = tuple(_settle_common(stages).values())
     return Resolved(
-        config=Config(run=run_sections["run"], stages=tuple(stages.values())),
+        config=Config(run=settled[0].run if settled else run_sections["run"], stages=settled),
         complete=reader.complete,
         names=tuple(reader.names),
         explicit=frozenset(reader.explicit),

@@ -63,8 +63,10 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
     if stage.algorithm != "ppo":
         reasons["rollout"] = "only a ppo stage samples"
         reasons["rewards"] = "only a ppo stage trains on scores"
+        reasons["run.num_samples"] = "only a ppo stage writes samples"
     if stage.algorithm == "reward_model":
         del reasons["rewards"]
+        reasons["model.logprob_chunk"] = "a reward_model stage computes no log-probabilities"
         for key in ("model_weight", "function", "function_weight"):
             reasons[f"rewards.{key}"] = "only a ppo stage trains on scores"
         if isinstance(stage.settings, RewardModelConfig) and stage.settings.normalizer == "none":

@@ -357,6 +357,12 @@ def test_jax_is_not_imported_before_the_configuration_is_known(write):
             "ppo.kl_horizon: must be more than 0.2 * batch_size = 12.8, got 12",
         ),
         (
+            "ppo: {kl_controller: adaptive, kl_coef: 0}",
+            [],
+            "ppo.kl_coef: must be > 0 where ppo.kl_controller is 'adaptive', which multiplies it and so "
+            "would leave it at 0, got 0",
+        ),
+        (
             "sft: {num_steps: 10}\noptimizer: {warmup_steps: 11}",
             [],
             "optimizer.warmup_steps: must be at most the optimiser steps of the stage, sft.num_steps = 10, "
@@ -524,6 +530,19 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
             "rewards.model_weight: would be ignored: only a ppo stage trains on scores",
         ),
         (
+            REWARD_ONLY + "reward_model: {normalizer: none}\nmodel: {logprob_chunk: 64}",
+            "model.logprob_chunk: would be ignored: a reward_model stage computes no log-probabilities",
+        ),
+        (
+            REWARD_ONLY.replace("RUN", "RUN, num_samples: 3") + "reward_model: {normalizer: none}",
+            "run.num_samples: would be ignored: only a ppo stage writes samples",
+        ),
+        (
+            CHAIN.replace("from: sft}", "from: sft, model: {logprob_chunk: 64}}"),
+            "stages.reward.model.logprob_chunk: would be ignored: a reward_model stage computes no "
+            "log-probabilities",
+        ),
+        (
             REWARD_ONLY + "reward_model: {normalizer: none}\nsft: {num_steps: 2, loss_on: all}",
             "sft: would be ignored: no stage runs sft",
         ),
@@ -581,6 +600,8 @@ def test_good_files_that_are_near_the_bad_ones(problems, monkeypatch):
     assert problems(CHAIN + "mesh: {data: 2, fsdp: 2, tensor: 2}") == []
     assert problems(CHAIN + "ppo: {kl_controller: adaptive, kl_horizon: 13}") == []
     assert problems(CHAIN + "ppo: {}\nrollout: {}") == []
+    assert problems(CHAIN.replace("RUN", "RUN, num_samples: 3") + "model: {logprob_chunk: 64}") == []
+    assert problems(CHAIN + "ppo: {kl_coef: 0}") == []
 
 
 # Options that a flag and a file both speak of
@@ -611,6 +632,9 @@ def test_what_a_flag_makes_idle_in_the_file_is_no_problem(write):
     with pytest.raises(ConfigError) as error:
         read_config(["--config", path, *flags, "--ppo.kl_horizon", "77"])
     assert error.value.problems == ["--ppo.kl_horizon: would be ignored: ppo.kl_controller is 'fixed'"]
+    path = write(PPO_ONLY.replace("RUN", "RUN, num_samples: 3") + FUNCTION)
+    cfg = read_config(["--config", path, "--stages.ppo.algorithm=sft"])
+    assert cfg.run == cfg.stages[0].run == config.RunConfig(dir=cfg.run.dir)
 
 
 # The file itself
