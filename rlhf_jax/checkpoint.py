@@ -279,8 +279,8 @@ def _newest(stage_dir: Path | str) -> tuple[CheckpointReader, int]:
     if result is not None and step != result[0]:
         raise ValueError(
             f"the last checkpoint of {stage_dir}, step {result[0]}, is not usable, and that of step {step} "
-            f"is not the stage's result; remove {Path(stage_dir) / RESULT} and repeat the command of that run: "
-            "it then trains the steps after it again"
+            f"is not the stage's result; remove {Path(stage_dir) / RESULT} and repeat the command of that "
+            "run: it then trains the steps after it again"
         )
     return reader, step
 
