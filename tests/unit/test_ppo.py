@@ -8,6 +8,8 @@ import pytest
 from rlhf_jax.algos import ppo
 from rlhf_jax.batch import PolicyBatch, Rollout, Rows, Scored
 from rlhf_jax.config import PPOConfig
+from rlhf_jax.metrics import to_host
+from rlhf_jax.models.forward import Forward
 
 
 def one_token_batch(**fields):
@@ -50,14 +52,14 @@ def test_ratio_metrics():
 
 
 @pytest.mark.parametrize(
-    "value, old, target, loss, slope",
+    "value, old, target, loss, slope, clip_frac",
     [
-        (1.0, 0.0, 2.0, 0.5 * 1.8**2, 0.0),  # moved beyond the clip towards the target: no more push
-        (0.1, 0.0, 2.0, 0.5 * 1.9**2, -1.9),  # inside the clip
-        (-1.0, 0.0, 2.0, 0.5 * 3.0**2, -3.0),  # moved the wrong way: the larger error counts
+        (1.0, 0.0, 2.0, 0.5 * 1.8**2, 0.0, 1.0),  # moved beyond the clip towards the target: no more push
+        (0.1, 0.0, 2.0, 0.5 * 1.9**2, -1.9, 0.0),  # inside the clip
+        (-1.0, 0.0, 2.0, 0.5 * 3.0**2, -3.0, 0.0),  # moved the wrong way: the larger error counts
     ],
 )
-def test_value_clip(value, old, target, loss, slope):
+def test_value_clip(value, old, target, loss, slope, clip_frac):
     batch = one_token_batch(old_values=old, returns=target)
 
     def loss_of(v):
@@ -65,6 +67,36 @@ def test_value_clip(value, old, target, loss, slope):
 
     assert loss_of(value) == pytest.approx(loss, rel=1e-6)
     assert jax.grad(loss_of)(value) == pytest.approx(slope, abs=1e-6)
+    _, metrics = ppo.clipped_value_loss(jnp.zeros((1, 2)).at[0, 1].set(value), batch, 0.2)
+    assert metrics["value/clip_frac"].value == clip_frac
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_the_entropy_bonus_raises_the_entropy(entropy_coef):
+    """Of a choice between two tokens, 0.9 to 0.1: dH / dlogit_i = -p_i (log p_i + H)."""
+    p = np.array([0.9, 0.1])
+    entropy = -np.sum(p * np.log(p))
+
+    def terms_and_metrics(logits):
+        every = jax.nn.log_softmax(logits)
+        found = -jnp.sum(jnp.exp(every) * every)
+        at_completion = jnp.array([[1e6, 1.0]])  # the prompt's column is garbage
+        forward = Forward(
+            logprobs=lambda *_: (jnp.zeros((1, 2)), found * at_completion),
+            ref_logprobs=None,
+            values=lambda *_: jnp.zeros((1, 2)),
+            scores=None,
+        )
+        return ppo.loss(forward, {}, {}, one_token_batch(), PPOConfig(entropy_coef=entropy_coef))
+
+    def objective(logits):
+        terms, _ = terms_and_metrics(logits)
+        return sum(term.coef * term.mean.value for term in terms.values())
+
+    _, metrics = terms_and_metrics(jnp.log(p))
+    assert metrics["policy/entropy"].value == pytest.approx(entropy, rel=1e-5)
+    raises = -p * (np.log(p) + entropy)
+    np.testing.assert_allclose(-jax.grad(objective)(jnp.log(p)), entropy_coef * raises, atol=1e-6)
 
 
 def scored_rollout(seed=0, num_rows=6, length=9):
@@ -87,7 +119,7 @@ def scored_rollout(seed=0, num_rows=6, length=9):
 def prepare_in_python(scored, settings, kl_coef):
     """The order of NUMERICS 17, one token at a time."""
     rows = jax.device_get(scored.rollout.rows)
-    rewards, advantages, returns, kept = {}, {}, {}, []
+    rewards, advantages, returns, kept, totals = {}, {}, {}, [], []
     for b in range(len(rows.lengths)):
         tokens = range(rows.prompt_lengths[b], rows.lengths[b])
         score, ended = float(scored.scores[b]), bool(scored.rollout.ended[b])
@@ -101,6 +133,7 @@ def prepare_in_python(scored, settings, kl_coef):
             gap = float(scored.old_logprobs[b, t]) - float(scored.ref_logprobs[b, t])
             rewards[b, t] = -kl_coef * gap + (score if t == tokens[-1] else 0.0)
             kept.append((b, t))
+        totals.append(sum(rewards[b, t] for t in tokens))
     if settings.whiten_rewards:
         mean, std = np.mean(list(rewards.values())), np.sqrt(np.var(list(rewards.values())) + 1e-8)
         rewards = {at: (r - mean) / std + mean for at, r in rewards.items()}
@@ -113,7 +146,15 @@ def prepare_in_python(scored, settings, kl_coef):
     if settings.whiten_advantages:
         mean, std = np.mean(list(advantages.values())), np.sqrt(np.var(list(advantages.values())) + 1e-8)
         advantages = {at: (a - mean) / std for at, a in advantages.items()}
-    return advantages, returns, set(kept)
+    old_values = [float(scored.values[at]) for at in kept]
+    residuals = np.array([returns[at] for at in kept]) - old_values
+    metrics = {
+        "reward/total": np.mean(totals),
+        "policy/kl_coef": kl_coef,
+        "value/mean": np.mean(old_values),
+        "value/explained_variance": 1 - np.var(residuals) / np.var([returns[at] for at in kept]),
+    }
+    return advantages, returns, set(kept), metrics
 
 
 @pytest.mark.parametrize("missing_eos", ["none", "subtract", "replace", "mask"])
@@ -127,8 +168,9 @@ def test_prepare_follows_the_order_of_operations(missing_eos, whiten_rewards):
         gae_lambda=0.8,
     )
     scored = scored_rollout()
-    batch, _ = ppo.prepare(scored, {"kl_coef": jnp.float32(0.3)}, settings)
-    advantages, returns, kept = prepare_in_python(scored, settings, 0.3)
+    batch, metrics = ppo.prepare(scored, {"kl_coef": jnp.float32(0.3)}, settings)
+    advantages, returns, kept, expected_metrics = prepare_in_python(scored, settings, 0.3)
+    assert to_host(metrics) == pytest.approx(expected_metrics, rel=1e-5, abs=1e-6)
     assert {tuple(at) for at in np.argwhere(batch.completion_mask)} == kept
     for at in kept:
         assert batch.advantages[at] == pytest.approx(advantages[at], abs=1e-5)
