@@ -1,5 +1,6 @@
 """The loop with an update that is told what to do: skipped updates, resuming, keys, alarms."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Max, Mean, TrainState
 from rlhf_jax.checkpoint import Checkpointer
 from rlhf_jax.config import CheckpointConfig, RunConfig
@@ -246,3 +248,26 @@ def test_a_run_that_is_done_makes_no_update(tmp_path):
     again.train()
     assert again.keys == []
     assert [line["step"] for line in again.lines()] == [0, 1, 2, 3, 4]
+
+
+class PPORun(Run):
+    """Its updates report what is given as the ratio's gap before the first step."""
+
+    def __init__(self, directory, gaps):
+        super().__init__(directory, num_steps=len(gaps))
+        settings = {"num_iterations": len(gaps), "eval_every": 100}
+        self.stage = dataclasses.replace(tiny.stage("ppo", settings=settings), run=self.stage.run)
+        self.gaps = gaps
+
+    def update(self, state, frozen, step, key):
+        state, metrics = super().update(state, frozen, step, key)
+        figures = dict.fromkeys(ALGORITHMS["ppo"].figures, 1.0)
+        return state, metrics | figures | {"policy/ratio_gap_first": Max(jnp.float32(self.gaps[step - 1]))}
+
+
+def test_a_first_ratio_that_is_not_one_is_told(tmp_path, caplog):
+    """NUMERICS 11: an alarm above 0.05."""
+    with caplog.at_level(logging.WARNING):
+        PPORun(tmp_path, gaps=[0.01, 0.049, 0.06, 0.0]).train()
+    (told,) = [r.getMessage() for r in caplog.records if r.name.startswith("rlhf_jax")]
+    assert "step 3: policy/ratio_gap_first is 0.06, above 0.05" in told
