@@ -126,3 +126,24 @@ def test_metrics_of_prompts_are_those_of_their_completions(evaluated):
     }
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, abs=1e-6 * max(1, abs(value))), name
+
+
+def test_ref_perplexity_is_the_references_of_the_policys_tokens(evaluated):
+    """By hand: the nll of every sampled token, from the reference's logits."""
+    metrics, samples = evaluated[4]
+    _, frozen = tiny.roles("ppo", tiny.mesh())
+    model, reference = tiny.model(), frozen["reference"]
+    prompts = [row.ids for row in examples("prompt_only").rows]
+    completions = [[int(token) for token in sample["completion"].split()] for sample in samples]
+    tokens = np.zeros((10, 16), np.int32)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        tokens[row, : len(prompt) + len(completion)] = prompt + completion
+    logits = model.logits(reference, model.hidden(reference["trunk"], tokens))
+    logprobs = np.asarray(jax.nn.log_softmax(logits))
+    nll = [
+        -logprobs[row, len(prompt) + place - 1, token]
+        for row, prompt in enumerate(prompts)
+        for place, token in enumerate(completions[row])
+    ]
+    assert metrics["eval/ref_perplexity"] == pytest.approx(np.exp(np.mean(nll)), rel=1e-5)
+    assert metrics["eval/policy/ref_nll"] - metrics["eval/policy/nll"] > 0.01  # the policy's is another
