@@ -291,7 +291,7 @@ class PPOConfig:
     """Whiten advantages over the valid tokens of the whole batch."""
     missing_eos: Literal["none", "subtract", "replace", "mask"] = "none"
     """Completions without EOS: nothing, subtract missing_eos_value from the score, replace the score by it,
-    or leave the row out of loss, whitening and metrics."""
+    or leave the row out of loss, whitening and metrics, those of evaluations too."""
     missing_eos_value: FiniteFloat = 1.0
     """See missing_eos."""
     eval_every: PositiveInt = 20

@@ -56,15 +56,17 @@ def evaluate_prompts(
     """Returns the evaluation of an online stage: held-out prompts, completed with the same key each time.
 
     The metrics are those of a rollout under eval/, with mean and deviation of the gold function's scores
-    where there is one. eval/ref_perplexity is the completions' perplexity under the reference.
+    where there is one. eval/ref_perplexity is the completions' perplexity under the reference. Completions
+    that the missing-EOS rule leaves out count in none of them but eval/rollout/eos_rate.
     """
 
     def evaluate(params: Params, frozen: Params) -> Evaluation:
-        metrics, samples, ids = [], [], []
+        metrics, samples, ids, counted = [], [], [], []
         for prompts, records in loader.eval_batches():
             experience = collector.collect(params, frozen, prompts, records, key)
             metrics.append(experience.metrics)
             ids += experience.ids
+            counted += experience.rows_counted.tolist()
             scores = np.asarray(experience.scored.scores)[: len(records)]
             samples += [
                 {"prompt": record.prompt, "completion": completion, "score": float(score)}
@@ -74,12 +76,12 @@ def evaluate_prompts(
                 gold_scores = gold(records, experience.completions)
                 for sample, score in zip(samples[-len(records) :], gold_scores, strict=True):
                     sample["gold"] = float(score)
-        over_all = _over_batches(metrics) | text_metrics(ids)
+        over_all = _over_batches(metrics) | text_metrics(ids, np.array(counted))
         found = {f"eval/{name}": x for name, x in over_all.items() if not name.startswith("perf/")}
         found["eval/ref_perplexity"] = _perplexity(found["eval/policy/ref_nll"])
-        found |= _mean_and_deviation("eval/score", [sample["score"] for sample in samples])
-        if gold is not None:
-            found |= _mean_and_deviation("eval/gold", [sample["gold"] for sample in samples])
+        of_counted = [sample for sample, counts in zip(samples, counted, strict=True) if counts]
+        for name in ("score", "gold") if gold is not None else ("score",):
+            found |= _mean_and_deviation(f"eval/{name}", [sample[name] for sample in of_counted])
         return Evaluation(found, samples[:num_samples])
 
     return evaluate
@@ -94,4 +96,5 @@ def _perplexity(nll: float) -> float:
 
 
 def _mean_and_deviation(name: str, values: list[float]) -> dict[str, float]:
+    values = values or [math.nan]
     return {name: float(np.mean(values)), f"{name}_std": float(np.std(values))}

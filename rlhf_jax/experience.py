@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,12 +31,18 @@ class Experience(NamedTuple):
     """Text of each completion, without its EOS."""
     ids: list[np.ndarray]
     """Tokens of each completion, with its EOS when it has one."""
+    rows_counted: np.ndarray
+    """bool, one for each completion: whether it counts in metrics."""
 
 
 class Collector:
     """Makes experience with one set of programs; keeps the host side: tokenizer and judge."""
 
-    def __init__(self, programs: Programs, judge: Judge, tokenizer: Tokenizer, mesh: Mesh) -> None:
+    def __init__(
+        self, programs: Programs, judge: Judge, tokenizer: Tokenizer, mesh: Mesh, *, leaves_out: bool
+    ) -> None:
+        """With leaves_out, completions without EOS do not count in metrics."""
+        self._leaves_out = leaves_out
         self._programs = programs
         self._judge = judge
         self._tokenizer = tokenizer
@@ -63,7 +70,7 @@ class Collector:
         """
         start = time.perf_counter()
         rollout = self._programs.rollout(params["policy"], place_rows(self._mesh, prompts), key)
-        rows = jax.device_get(rollout.rows)
+        rows, ended = jax.device_get((rollout.rows, rollout.ended))
         sampled = time.perf_counter()
 
         scored, metrics = self._programs.score(
@@ -75,14 +82,15 @@ class Collector:
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
-        verdict = self._judge(records, completions, scored.scores)
+        rows_counted = ended[: len(records)] | (not self._leaves_out)
+        verdict = self._judge(records, completions, scored.scores, rows_counted)
         scores = np.zeros(rows.lengths.shape, np.float32)
         scores[: len(records)] = verdict.scores
         scored = scored._replace(scores=place_rows(self._mesh, scores))
-        ended = time.perf_counter()
-        metrics = metrics | verdict.metrics | text_metrics(ids)
-        metrics |= {"perf/rollout_seconds": sampled - start, "perf/score_seconds": ended - sampled}
-        return Experience(scored, metrics, completions, ids)
+        judged = time.perf_counter()
+        metrics = metrics | verdict.metrics | text_metrics(ids, rows_counted)
+        metrics |= {"perf/rollout_seconds": sampled - start, "perf/score_seconds": judged - sampled}
+        return Experience(scored, metrics, completions, ids, rows_counted)
 
 
 def completion_ids(rows: Rows, row: int) -> np.ndarray:
@@ -90,12 +98,18 @@ def completion_ids(rows: Rows, row: int) -> np.ndarray:
     return np.asarray(rows.tokens[row, rows.prompt_lengths[row] : rows.lengths[row]])
 
 
-def text_metrics(ids: Sequence[np.ndarray]) -> dict[str, float]:
-    """Returns what only all completions together can tell: the 95th percentile of lengths, and distinct-2."""
-    lengths = [len(row_ids) for row_ids in ids]
+def text_metrics(ids: Sequence[np.ndarray], rows_counted: np.ndarray) -> dict[str, float]:
+    """Returns what only all completions together can tell: the 95th percentile of lengths, and distinct-2.
+
+    Args:
+        ids: tokens of each completion.
+        rows_counted: bool, one for each; of the others nothing is told, and NaN where there is none.
+    """
+    counted = [row_ids for row_ids, counts in zip(ids, rows_counted, strict=True) if counts]
+    lengths = [len(row_ids) for row_ids in counted] or [math.nan]
     return {
         "rollout/length_p95": float(np.percentile(lengths, 95)),
-        "rollout/distinct_2": distinct_n(ids, 2),
+        "rollout/distinct_2": distinct_n(counted, 2) if counted else math.nan,
     }
 
 

@@ -99,7 +99,8 @@ def _online(
     stage = plan.stage
     loader = Loader[Prompts, PromptOnly](plan.train, stage.settings.batch_size, stage.run.seed)
     judge = Judge(stage.rewards, plan.function, has_model="reward" in frozen)
-    collector = Collector(programs, judge, plan.tokenizer, mesh)
+    leaves_out = plan.algorithm.leaves_out(stage.settings)
+    collector = Collector(programs, judge, plan.tokenizer, mesh, leaves_out=leaves_out)
 
     def source(state: TrainState, position: int, key: Array) -> NextBatch:
         records = loader.records(position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -198,6 +199,9 @@ class Trainer:
         metrics, samples = self._evaluate(state.params, frozen)
         if samples:
             write_samples(self._stage.run.dir, self._stage.name, step, samples)
+        if "eval/score" in metrics:  # the reference is what the policy was at step 0
+            of_reference = self.info["before"].get("eval/score", metrics["eval/score"])
+            metrics["eval/ref_score"] = math.nan if of_reference is None else of_reference
         self.info |= {"after": metrics, "evaluated": step}
         return metrics | {"perf/eval_seconds": time.perf_counter() - start}
 

@@ -18,7 +18,7 @@ def main() -> None:
     trained, frozen = bench.roles()
     state = programs.init_state(trained)
     judge = Judge(bench.stage.rewards, None, has_model=True)
-    collector = Collector(programs, judge, bench.tokenizer(), bench.mesh)
+    collector = Collector(programs, judge, bench.tokenizer(), bench.mesh, leaves_out=False)
     records = [PromptOnly(f"prompt {i}") for i in range(args.batch)]
 
     def step(i: int) -> Metrics:

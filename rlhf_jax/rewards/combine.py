@@ -24,15 +24,18 @@ class Verdict(NamedTuple):
     """The mean of each part alone, before its weight."""
 
 
-def combine(parts: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> Verdict:
+def combine(
+    parts: Mapping[str, np.ndarray], weights: Mapping[str, float], rows_counted: np.ndarray
+) -> Verdict:
     """Returns sum_k weights[k] parts[k], and the mean of each part alone as `reward/k`.
 
     Args:
         parts: f32[B] by name, at least one; rows that are data, no filling.
         weights: one for each part.
+        rows_counted: bool[B], the rows whose parts are in the means.
     """
     scores = np.sum([np.float32(weights[name]) * np.asarray(part) for name, part in parts.items()], axis=0)
-    metrics: Metrics = {f"reward/{name}": _mean(part) for name, part in parts.items()}
+    metrics: Metrics = {f"reward/{name}": _mean(part[rows_counted]) for name, part in parts.items()}
     return Verdict(np.asarray(scores, np.float32), metrics)
 
 
@@ -61,7 +64,11 @@ class Judge:
         self._weights = {"model": rewards.model_weight, "function": rewards.function_weight}
 
     def __call__(
-        self, records: Sequence[PromptOnly], completions: Sequence[str], learned_scores: Array
+        self,
+        records: Sequence[PromptOnly],
+        completions: Sequence[str],
+        learned_scores: Array,
+        rows_counted: np.ndarray,
     ) -> Verdict:
         """Returns the combined scores of the completions and the mean of each part.
 
@@ -70,6 +77,7 @@ class Judge:
             completions: B texts.
             learned_scores: f32[at least B], the reward model's, still on its way from the device while the
                 function reads the text; not read where there is no reward model.
+            rows_counted: bool[B], the rows that count in the means.
 
         Raises:
             RewardError: the function failed.
@@ -79,4 +87,4 @@ class Judge:
             parts["function"] = self._function(records, completions)
         if self._has_model:
             parts["model"] = np.asarray(learned_scores)[: len(records)]
-        return combine(parts, self._weights)
+        return combine(parts, self._weights, rows_counted)

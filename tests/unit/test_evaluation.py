@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from rlhf_jax.data.collate import Row
 from rlhf_jax.data.loader import Examples, Loader
 from rlhf_jax.data.records import Preference, PromptCompletion, PromptOnly
 from rlhf_jax.evaluation import evaluate_prompts, evaluate_records
-from rlhf_jax.experience import Collector
+from rlhf_jax.experience import Collector, text_metrics
 from rlhf_jax.rewards.combine import Judge
 from tests import tiny
 
@@ -83,18 +84,18 @@ def length(records, completions):
 @pytest.fixture(scope="module")
 def evaluated():
     """Evaluations of ten prompts in batches of 4, 10 and 16, by batch size."""
+    return {size: evaluate_ppo("none", size) for size in (4, 10, 16)}
+
+
+def evaluate_ppo(missing_eos, batch_size):
     mesh = tiny.mesh()
-    programs = tiny.programs(tiny.stage("ppo"), mesh)
+    programs = tiny.programs(tiny.stage("ppo", settings={"missing_eos": missing_eos}), mesh)
     trained, frozen = tiny.roles("ppo", mesh)
     judge = Judge(RewardsConfig(function="unused:here", function_weight=0.5), length, has_model=True)
-    collector = Collector(programs, judge, Numbers(), mesh)
-    read, key = examples("prompt_only"), jax.random.key(3)
-
-    def evaluate(size):
-        loader = Loader(read, size, 0)
-        return evaluate_prompts(collector, loader, key, num_samples=10, gold=length)(trained, frozen)
-
-    return {size: evaluate(size) for size in (4, 10, 16)}
+    collector = Collector(programs, judge, Numbers(), mesh, leaves_out=missing_eos == "mask")
+    loader = Loader(examples("prompt_only"), batch_size, 0)
+    key = jax.random.key(3)
+    return evaluate_prompts(collector, loader, key, num_samples=10, gold=length)(trained, frozen)
 
 
 @pytest.mark.parametrize("size", [4, 16])
@@ -126,6 +127,30 @@ def test_metrics_of_prompts_are_those_of_their_completions(evaluated):
     }
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, abs=1e-6 * max(1, abs(value))), name
+
+
+def test_completions_that_are_left_out_count_in_the_eos_rate_alone():
+    metrics, samples = evaluate_ppo("mask", 4)
+    completions = [[int(token) for token in sample["completion"].split()] for sample in samples]
+    has_ended = [ids[-1] == tiny.EOS for ids in completions]
+    assert 1 < sum(has_ended) < 9 and len(completions) == 10
+    ended = [sample for sample, ends in zip(samples, has_ended, strict=True) if ends]
+    lengths = [len(sample["completion"].split()) for sample in ended]
+    expected = {
+        "eval/rollout/length": np.mean(lengths),
+        "eval/rollout/length_p95": np.percentile(lengths, 95),
+        "eval/rollout/eos_rate": np.mean(has_ended),
+        "eval/reward/function": np.mean(lengths),
+        "eval/score": np.mean([sample["score"] for sample in ended]),
+        "eval/gold": np.mean(lengths),
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-6 * max(1, abs(value))), name
+
+
+def test_where_no_completion_counts_nothing_is_told():
+    metrics = text_metrics([np.arange(4)], np.array([False]))
+    assert all(math.isnan(value) for value in metrics.values()) and len(metrics) == 2
 
 
 def test_ref_perplexity_is_the_references_of_the_policys_tokens(evaluated):

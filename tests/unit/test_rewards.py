@@ -167,23 +167,28 @@ def test_a_function_gets_prompts_and_columns_of_its_records():
 
 def test_combination_is_weighted_and_each_part_is_logged_alone():
     parts = {"model": jnp.array([1.0, 2.0]), "function": np.array([10.0, -10.0], np.float32)}
-    scores, metrics = combine(parts, {"model": 2.0, "function": 0.5})
+    weights, both = {"model": 2.0, "function": 0.5}, np.array([True, True])
+    scores, metrics = combine(parts, weights, both)
     np.testing.assert_array_equal(scores, [7.0, -1.0])
     assert scores.dtype == np.float32
     assert metrics["reward/model"] == (3.0, 2.0)
     assert metrics["reward/function"].value == 0.0
+    scores, metrics = combine(parts, weights, np.array([False, True]))
+    np.testing.assert_array_equal(scores, [7.0, -1.0])
+    assert metrics["reward/model"] == (2.0, 1.0)
 
 
 def test_judge():
     records, learned = [PromptOnly("p")] * 2, np.array([1.0, 2.0], np.float32)
     settings = RewardsConfig(model_weight=3.0, function_weight=-1.0)
     function = RewardFunction("f", lengths)
-    both = Judge(settings, function, has_model=True)(records, ["a", "bb"], learned)
+    counted = np.ones(2, bool)
+    both = Judge(settings, function, has_model=True)(records, ["a", "bb"], learned, counted)
     np.testing.assert_array_equal(both.scores, [2.0, 4.0])
     assert set(both.metrics) == {"reward/model", "reward/function"}
-    alone = Judge(settings, function, has_model=False)(records, ["a", "bb"], np.full(2, np.nan))
+    alone = Judge(settings, function, has_model=False)(records, ["a", "bb"], np.full(2, np.nan), counted)
     np.testing.assert_array_equal(alone.scores, [-1.0, -2.0])
-    learned_only = Judge(settings, None, has_model=True)(records, ["a", "bb"], learned)
+    learned_only = Judge(settings, None, has_model=True)(records, ["a", "bb"], learned, counted)
     np.testing.assert_array_equal(learned_only.scores, [3.0, 6.0])
     with pytest.raises(ValueError, match=r"no reward.*reward_from.*rewards\.function"):
         Judge(settings, None, has_model=False)
