@@ -18,6 +18,7 @@ from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.config import Config, RewardModelConfig, SFTConfig, StageConfig, TokenizerConfig
 from rlhf_jax.data.loader import Examples, Split, load_examples, load_records, prompt_limit, training_texts
+from rlhf_jax.data.records import Format, is_read
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import make_model
@@ -25,6 +26,7 @@ from rlhf_jax.programs import role_shardings
 from rlhf_jax.rewards.functions import RewardFunction, load_function
 from rlhf_jax.roles import Origins, is_stage_dir, origins, stored_architecture
 from rlhf_jax.sharding import check_batch
+from rlhf_jax.unread import unread
 
 TOKENIZER = "tokenizer"  # RUN/tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -99,9 +101,43 @@ def plan_stages(config: Config, tokenizer: Tokenizer) -> list[Plan]:
             failed.add(stage.name)
         else:
             plans[stage.name] = plan
+    problems = problems or _idle_data(list(plans.values()))
     if problems:
         raise ValueError("\n".join(problems))
     return list(plans.values())
+
+
+def _idle_data(plans: Sequence[Plan]) -> list[str]:
+    """Returns a line for each option of the data sections that no stage reads, now that formats are known.
+
+    What is told without the files is told earlier, by `config_checks.check_ignored`. Stages may share a data
+    section: an option counts as read where one of those that have its value reads it.
+    """
+    stages = {plan.stage.name: plan.stage for plan in plans}
+    idle: dict[tuple[str, str], dict[str, str]] = {}  # (option, value) -> {stage: why}
+    for plan in plans:
+        data = plan.stage.data
+        formats: set[Format] = {f for of in (plan.train, plan.held_out) if (f := of.format) is not None}
+        if not formats:
+            continue
+        reasons = [
+            unread(dataclasses.replace(plan.stage, data=dataclasses.replace(data, format=format)), stages)
+            for format in formats
+        ]
+        for option in ("prompts", "detokenize", "prompt_tokens"):
+            if value := getattr(data, option):
+                why = [of_format.get(f"data.{option}", "") for of_format in reasons]
+                idle.setdefault((option, str(value)), {})[plan.stage.name] = why[0] if all(why) else ""
+        for usual, name in data.columns.items():
+            reads = any(is_read(usual, format) for format in formats)
+            why = "" if reads else f"records of data.format {' and '.join(sorted(formats))} have no {usual!r}"
+            idle.setdefault((f"columns.{usual}", name), {})[plan.stage.name] = why
+    return [
+        f"stage {name}: data.{option}: {value} would be ignored: {why}; leave it out"
+        for (option, value), of_stages in idle.items()
+        if all(of_stages.values())
+        for name, why in list(of_stages.items())[:1]
+    ]
 
 
 def _plan(

@@ -18,11 +18,13 @@ from rlhf_jax.data.collate import Row, collate_prompts, collate_rows, row, stati
 from rlhf_jax.data.records import (
     SENTENCE_ENDS,
     AnyRecord,
+    Format,
     Kind,
     Preference,
     PromptCompletion,
     PromptOnly,
     read_records,
+    record_format,
 )
 from rlhf_jax.data.sources import open_source
 from rlhf_jax.data.synthetic import synthetic_records
@@ -37,6 +39,7 @@ class Examples:
     """The tokenised records of a stage; how many were left out or cut stands beside them."""
 
     kind: Kind
+    format: Format | None  # of the source's columns; the embedded task has none
     records: Sequence[AnyRecord]  # as text; a prompt that was cut to its first tokens reads as cut
     rows: Sequence[Row]  # one per record, of a preference two: chosen, rejected; of a prompt its prompt alone
     length: int  # static length of a collated row: T, of prompts P
@@ -139,12 +142,15 @@ def load_examples(
     Raises:
         ValueError: as open_source, read_records, tokenize_records.
     """
-    records = load_records(cfg, kind, split, seed)
-    return tokenize_records(records, kind, tokenizer, cfg, loss_on=loss_on, where=f"data.{split}")
+    records, format = load_records(cfg, kind, split, seed)
+    examples = tokenize_records(records, kind, tokenizer, cfg, loss_on=loss_on, where=f"data.{split}")
+    return dataclasses.replace(examples, format=format)
 
 
-def load_records(cfg: DataConfig, kind: Kind, split: Split, seed: int) -> list[AnyRecord]:
-    """Returns the records of a split as text; see load_examples."""
+def load_records(
+    cfg: DataConfig, kind: Kind, split: Split, seed: int
+) -> tuple[list[AnyRecord], Format | None]:
+    """Returns the records of a split as text, and the format they were in; see load_examples."""
     own_eval = SYNTHETIC if cfg.train == SYNTHETIC else ""
     spec = cfg.train if split == "train" else cfg.eval or own_eval
     if not spec:
@@ -152,18 +158,21 @@ def load_records(cfg: DataConfig, kind: Kind, split: Split, seed: int) -> list[A
             "data.eval: is empty; name held-out records (only data.train: synthetic brings its own)"
         )
     where = f"data.{split}"
+    format = None
     if spec == SYNTHETIC:
         records = synthetic_records(kind, split, seed)
     else:
-        source = open_source(spec, where=where)
-        prompts = open_source(cfg.prompts, where="data.prompts") if cfg.prompts else ()
-        records = read_records(source, kind, cfg, f"{where}: {spec}", prompts=prompts, seed=seed)
-    return records if split == "train" else records[: cfg.max_eval_records]
+        source, name = open_source(spec, where=where), f"{where}: {spec}"
+        format = record_format(source, kind, cfg, name)
+        is_paired = format == "labelled" and cfg.prompts
+        prompts = open_source(cfg.prompts, where="data.prompts") if is_paired else ()
+        records = read_records(source, kind, cfg, name, prompts=prompts, seed=seed)
+    return records if split == "train" else records[: cfg.max_eval_records], format
 
 
 def training_texts(cfg: DataConfig, kind: Kind, seed: int) -> Iterator[str]:
     """Yields the texts of the training records, for the training of a tokenizer."""
-    for record in load_records(cfg, kind, "train", seed):
+    for record in load_records(cfg, kind, "train", seed)[0]:
         yield record.prompt
         yield from _completions(record)
 
@@ -226,6 +235,7 @@ def tokenize_records(
     longest = max(len(row.ids) for row in rows)
     return Examples(
         kind=kind,
+        format=None,
         records=kept,
         rows=rows,
         length=static_length(longest, cfg.max_prompt_length if kind == "prompt_only" else cfg.max_length),

@@ -243,6 +243,16 @@ class _Reader:
         return record[name]
 
 
+def record_format(source: Sequence[Mapping[str, object]], kind: Kind, cfg: DataConfig, where: str) -> Format:
+    """Returns what the columns of a source mean; arguments and errors are those of read_records."""
+    return _resolve_format(_Reader(source[0], cfg.columns, where), kind, cfg)
+
+
+def is_read(usual: str, format: Format) -> bool:
+    """Returns whether records of a format may have a column of this usual name."""
+    return usual in COLUMNS[format] or (format == "preference" and usual == "prompt")
+
+
 def _resolve_format(reader: _Reader, kind: Kind, cfg: DataConfig) -> Format:
     """Returns the format, told from the columns where it is `auto`; raises where it cannot serve the kind."""
     allowed = SERVES[kind]

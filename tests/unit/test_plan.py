@@ -176,3 +176,58 @@ def test_a_column_that_a_function_needs(plans, tmp_path, monkeypatch):
     assert plan.gold is not None
     with pytest.raises(ValueError, match="plan_judges:x needs x, which the records do not have"):
         plans(rewards="rewards: {gold: 'plan_judges:x'} #")
+
+
+CHAIN = """
+run: {dir: HERE/new}
+stages:
+  - {name: sft, algorithm: sft, data: {train: HERE/demos.jsonl, eval: HERE/demos.jsonl}}
+  - {name: rm, algorithm: reward_model, from: sft, data: {train: HERE/pairs.jsonl, eval: HERE/pairs.jsonl}}
+  - {name: ppo, algorithm: ppo, from: sft, reward_from: rm, data: {train: HERE/TEXTS, eval: HERE/TEXTS}}
+tokenizer: {path: HERE/tokenizer}
+data: {OPTIONS}
+"""
+
+
+@pytest.mark.parametrize(
+    "options, texts, message",
+    [
+        ("prompt_tokens: 1", "texts.jsonl", None),  # of ppo alone
+        (
+            "prompt_tokens: 1",
+            "demos.jsonl",
+            "stage ppo: data.prompt_tokens: 1 would be ignored: .* have prompts",
+        ),
+        (
+            "detokenize: true",
+            "texts.jsonl",
+            "stage sft: data.detokenize: True would be ignored: .*'labelled'",
+        ),
+        (
+            "prompts: HERE/texts.jsonl, prompt_tokens: 1",
+            "texts.jsonl",
+            "stage rm: data.prompts: .*texts.jsonl would",
+        ),
+        ("prompt_tokens: 1, columns: {text: text}", "texts.jsonl", None),
+        ("columns: {prompt: prompt}", "demos.jsonl", None),
+    ],
+)
+def test_options_that_no_stage_reads_once_the_formats_are_known(tmp_path, options, texts, message):
+    """A stage may have options that only others read: they share a section."""
+    rows = {
+        "demos": {"prompt": "a lamp", "completion": " b"},
+        "pairs": {"prompt": "a lamp", "chosen": " b", "rejected": " c"},
+        "texts": {"text": "a lamp is broken, and so on"},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | {"label": 1, "text": "a lamp is broken"}))
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "chain.yaml").write_text(
+        CHAIN.replace("OPTIONS", options).replace("TEXTS", texts).replace("HERE", str(tmp_path))
+    )
+    read = read_config(["--config", str(tmp_path / "chain.yaml")])
+    if message is None:
+        assert len(plan_stages(read, TOKENIZER)) == 3
+    else:
+        with pytest.raises(ValueError, match=message):
+            plan_stages(read, TOKENIZER)
