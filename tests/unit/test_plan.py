@@ -200,8 +200,8 @@ data: {OPTIONS}
         ),
         (
             "detokenize: true",
-            "texts.jsonl",
-            "stage sft: data.detokenize: True would be ignored: .*'labelled'",
+            "demos.jsonl",
+            "stage rm: data.detokenize: True would be ignored: .*'labelled'",
         ),
         (
             "prompts: HERE/texts.jsonl, prompt_tokens: 1",
