@@ -282,7 +282,8 @@ class PPOConfig:
     value_clip_eps: PositiveFloat = 0.2
     """Clip of the value around its old estimate."""
     value_coef: NonNegativeFloat = 0.1
-    """Weight of the value loss."""
+    """Weight of the value loss. The value model has its parameters, clipping and Adam to itself: the weight
+    only decides at which norm its gradients are clipped."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     whiten_rewards: bool = False

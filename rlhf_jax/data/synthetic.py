@@ -64,7 +64,7 @@ RUDE_WORDS = ("fault", "careless", "silly")
 MOST_SENTENCES = 6
 
 NUM_DEMONSTRATIONS = {"train": 4096, "eval": 256}
-NUM_PREFERENCES = {"train": 8192, "eval": 1024}
+NUM_PREFERENCES = {"train": 32768, "eval": 1024}
 LABEL_TEMPERATURE = 0.6  # pairs are labelled by sigmoid((gold_a - gold_b) / LABEL_TEMPERATURE)
 ENOUGH_WORDS = 26  # further words cost
 
