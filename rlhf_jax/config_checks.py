@@ -176,6 +176,11 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
             f"{path('ppo', 'num_iterations')}: num_iterations * num_epochs * num_minibatches must be at most "
             f"{LARGEST_INT}, got {steps}"
         )
+    elif settings.num_updates * batch > LARGEST_INT:
+        yield (
+            f"{path(section, 'batch_size')}: {batch} records in each of {settings.num_updates} updates "
+            f"must be at most {LARGEST_INT} in all, got {settings.num_updates * batch}"
+        )
     if stage.optimizer.warmup_steps > steps:
         names = (f"{section}.num_steps",)
         if isinstance(settings, PPOConfig):

@@ -102,20 +102,24 @@ class MetricWriter:
         line = {"stage": self.stage, "step": step, "time": round(time.time(), 3), **metrics}
         self._file.write(to_json(line) + "\n")
         self._file.flush()
+        self._write_events(step, metrics)
+
+    def _write_events(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
             self._events.flush()
 
     def amend(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds figures to the newest line of this stage, that of `step`; writes one where it is gone."""
-        written: dict[str, Any] = {}
+        """Adds figures to the newest line of this stage, that of `step`; `write` may follow."""
         if self._is_writer:
-            of_step = [x for _, x in self._read() if (x["stage"], x["step"]) == (self.stage, step)]
-            written = of_step[-1] if of_step else {}
-        self.resume(step)
-        known = {name: x for name, x in written.items() if name not in ("stage", "step", "time")}
-        self.write(step, {name: math.nan if x is None else x for name, x in known.items()} | dict(metrics))
+            lines = self._read()
+            for place, (_, written) in enumerate(lines):
+                if (written["stage"], written["step"]) == (self.stage, step):
+                    lines[place] = (to_json(written | dict(metrics)) + "\n", written)
+            replace_file(self.path, "".join(line for line, _ in lines))
+        self.resume(step + 1)
+        self._write_events(step, metrics)
 
     def close(self) -> None:
         """Closes the files."""

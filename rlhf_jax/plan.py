@@ -24,7 +24,7 @@ from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.programs import role_shardings
 from rlhf_jax.rewards.functions import RewardFunction, load_function
-from rlhf_jax.roles import Origins, is_stage_dir, origins, stored_architecture
+from rlhf_jax.roles import Origins, checkpoint_architecture, is_stage_dir, origins, stored_architecture
 from rlhf_jax.sharding import check_batch
 from rlhf_jax.unread import unread
 
@@ -295,10 +295,11 @@ def prepare_tokenizer(config: Config) -> Tokenizer:
         return load_tokenizer(first.tokenizer, first.model.path)
     if first.start_from:
         start = Path(first.start_from)
-        try:
-            stored_architecture(start, "policy")
-        except ValueError as error:
-            raise ValueError(f"stages.{first.name}.from: {error}") from None
+        if not is_stage_dir(start):
+            try:
+                checkpoint_architecture(start, "policy")
+            except ValueError as error:
+                raise ValueError(f"stages.{first.name}.from: {error}") from None
         beside = start.parent / TOKENIZER if is_stage_dir(start) else start
         return load_tokenizer(dataclasses.replace(first.tokenizer, path=str(beside)))
     try:

@@ -22,7 +22,7 @@ from rlhf_jax.config import StageConfig
 from rlhf_jax.models.forward import make_forward
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.kl import log_ratio, sequence_kl
-from rlhf_jax.ops.masking import masked, masked_mean, masked_var
+from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
 from rlhf_jax.optim import make_optimizer
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.scoring import score_rollout
@@ -222,10 +222,11 @@ def score_metrics(scored: Scored, rows_counted: Array) -> Metrics:
     variance, length_variance = masked_var(scores, rows_counted), masked_var(lengths, rows_counted)
     centred = (scores - masked_mean(scores, rows_counted)) * (lengths - masked_mean(lengths, rows_counted))
     spread = jnp.sqrt(variance * length_variance)
+    correlation = masked_mean(centred, rows_counted) / jnp.where(spread == 0, 1.0, spread)
     return {
         "reward/score": masked(scores, rows_counted),
-        "reward/score_std": jnp.sqrt(variance),
-        "reward/length_correlation": masked_mean(centred, rows_counted) / jnp.where(spread == 0, 1.0, spread),
+        "reward/score_std": told_of_any(jnp.sqrt(variance), rows_counted),
+        "reward/length_correlation": told_of_any(correlation, rows_counted),
     }
 
 

@@ -81,14 +81,19 @@ def stored_architecture(path: Path, role: str) -> Architecture:
                 )
             logger.warning("%s; its newest checkpoint is used", unfinished)
         return Architecture.from_dict(info["architecture"])
+    architecture = checkpoint_architecture(path, role)
+    hf.check_policy(path, architecture)
+    return architecture
+
+
+def checkpoint_architecture(path: Path, role: str) -> Architecture:
+    """Returns the architecture in a Hugging Face directory's config.json; raises as stored_architecture."""
     stages = sorted(str(entry) for entry in path.iterdir() if is_stage_dir(entry)) if path.is_dir() else []
     if stages:
         raise ValueError(f"{path} is a whole run; name one of its stages: {', '.join(stages)}")
     if role != "policy":
         raise ValueError(f"{path} is no stage's directory; a {role} model is named as RUN/STAGE")
-    architecture = hf.read_architecture(path)
-    hf.check_policy(path, architecture)
-    return architecture
+    return hf.read_architecture(path)
 
 
 def load_roles(

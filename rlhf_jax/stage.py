@@ -28,13 +28,19 @@ from rlhf_jax.programs import Programs, TokenIds, build_programs
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.roles import load_policy, load_roles
 from rlhf_jax.sharding import place_rows
+from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
 
 
-def run_stage(plan: Plan, mesh: Mesh) -> dict[str, Any]:
+def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     """Returns what the stage measured; trains it first, from its newest checkpoint, unless it is done.
 
+    Args:
+        plan: of the stage.
+        mesh: where everything lies.
+        signals: tell the loop to stop; after the last step the stage is finished all the same.
     Raises:
+        Stopped: a signal came; what was trained until then is saved.
         ValueError: a checkpoint does not fit.
         RewardError, NotFiniteError: see experience.py and trainer.py.
     """
@@ -63,7 +69,7 @@ def run_stage(plan: Plan, mesh: Mesh) -> dict[str, Any]:
             state = checkpointer.restore(newest, state)
             info = checkpointer.info(newest)
         writer.resume(0 if newest is None else newest + 1)
-        trainer = Trainer(stage, programs, source, evaluate, writer, checkpointer, info)
+        trainer = Trainer(stage, programs, source, evaluate, writer, checkpointer, info, signals)
         state = trainer.train(state, frozen, root)
         if plan.demonstrations is not None and newest != int(state.step):
             state = _normalized(plan, programs, state, mesh)

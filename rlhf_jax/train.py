@@ -17,6 +17,7 @@ from rlhf_jax.command_line import ConfigError, dump_config, read_command_line
 from rlhf_jax.config import Config
 from rlhf_jax.files import new_directory, replace_file, to_json
 from rlhf_jax.host_memory import keep_freed_memory
+from rlhf_jax.stop_signals import StopSignals
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -111,9 +112,11 @@ def run(plans: Sequence[Plan], mesh: Mesh, run_dir: Path) -> dict[str, dict]:
     from rlhf_jax.summary import comparisons, render_table, write_summary
 
     results = {}
-    for plan in plans:
-        results[plan.stage.name] = run_stage(plan, mesh)
-        write_summary(run_dir, results)
+    with StopSignals() as signals:
+        for plan in plans:
+            results[plan.stage.name] = run_stage(plan, mesh, signals)
+            write_summary(run_dir, results)
+            signals.check()
     export_policy(plans, mesh, run_dir / "export")
     text = render_table(results, run_dir, comparisons(run_dir), terminal=sys.stderr.isatty())
     print(text, file=sys.stderr)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
-from types import FrameType, MappingProxyType
-from typing import Any, NamedTuple, Self
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +22,7 @@ from rlhf_jax.evaluation import Evaluate
 from rlhf_jax.metrics import MetricWriter, Progress, to_host, write_samples
 from rlhf_jax.programs import Programs
 from rlhf_jax.rewards.functions import RewardError
+from rlhf_jax.stop_signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -48,49 +47,6 @@ class NotFiniteError(RuntimeError):
     """Too many updates in a row had to be skipped."""
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop; what was trained until then is saved."""
-
-    def __init__(self, signum: int) -> None:
-        """Names the signal."""
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-class StopSignals:
-    """While it is entered, SIGINT and SIGTERM wait until the loop asks; a second one acts at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        """Nothing is installed before it is entered."""
-        self._received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def check(self) -> None:
-        """Raises Stopped where a signal has come."""
-        if self._received is not None:
-            raise Stopped(self._received)
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self._received = signum
-        self._restore()
-        logger.warning("%s: stopping after this step; again to stop at once", signal.Signals(signum).name)
-
-    def _restore(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        self._before = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._before = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._restore()
-
-
 class Trainer:
     """Trains one stage: holds what the loop writes to and where it stands between two steps."""
 
@@ -103,6 +59,7 @@ class Trainer:
         writer: MetricWriter,
         checkpointer: Checkpointer,
         info: dict,
+        signals: StopSignals,
     ) -> None:
         """Makes the trainer of a stage.
 
@@ -115,6 +72,7 @@ class Trainer:
             checkpointer: of the stage's directory.
             info: saved beside every checkpoint. `seconds`, `before` and `after` (evaluations), `evaluated`
                 (the step of `after`) and `skipped_in_a_row` are kept up to date in it.
+            signals: asked between two steps, and before an evaluation.
         """
         self._stage = stage
         self._programs = programs
@@ -122,6 +80,7 @@ class Trainer:
         self._evaluate = evaluate
         self._writer = writer
         self._checkpointer = checkpointer
+        self._signals = signals
         empty = {"seconds": 0.0, "before": {}, "after": {}, "evaluated": 0, "skipped_in_a_row": 0}
         self.info = empty | info
         self._pending: tuple[int, Metrics] | None = None
@@ -130,7 +89,8 @@ class Trainer:
     def train(self, state: TrainState, frozen: Params, root: Array) -> TrainState:
         """Returns the state after the last step; starts where the given state stands.
 
-        Metrics of a step are read when the next one is already on its way, so that the device does not wait.
+        Metrics of a step are read when the next one is already on its way, so that the device does not wait;
+        where the next batch needs the updated policy, the update is awaited and its seconds are a metric.
 
         Args:
             state: donated.
@@ -143,38 +103,39 @@ class Trainer:
         """
         num_steps = self._stage.settings.num_updates
         start, position = int(state.step), int(state.position)
+        self._signals.check()
         if start == 0:
             self.info["before"] = self._evaluated(state, frozen, 0)
             self._writer.write(0, self.info["before"])
-        elif self._is_evaluated(start) and self.info["evaluated"] != start:  # its judge failed the last time
+        elif self._is_evaluated(start) and self.info["evaluated"] != start:  # the last run did not come to it
             self._writer.amend(start, self._evaluated(state, frozen, start))
         self._last_log = time.perf_counter()
         with Progress(self._stage.name, num_steps, start, self._stage.run.log_every) as progress:
             try:
-                with StopSignals() as signals:
-                    for iteration in range(start, num_steps):
-                        signals.check()
-                        step, key = iteration + 1, keys.at_iteration(root, iteration)
-                        batch, position, gathered, needs_update = self._source(
-                            state, position, keys.named(key, "rollout")
-                        )
-                        begun = time.perf_counter()
-                        state, metrics = self._programs.update(
-                            state, frozen, batch, keys.named(key, "update")
-                        )
-                        state = at_position(state, position)
-                        if needs_update:
-                            jax.block_until_ready(state)
-                            gathered = gathered | {"perf/update_seconds": time.perf_counter() - begun}
-                        self._log_pending(progress)
-                        self._pending = (step, gathered | metrics)
-                        saves = step < num_steps and step % self._stage.checkpoint.every == 0
-                        if self._is_evaluated(step) or saves:
-                            jax.block_until_ready(state)
-                            found = self._evaluated(state, frozen, step) if self._is_evaluated(step) else {}
-                            self._log_pending(progress, found)
-                        if saves:
-                            self.save(state)
+                for iteration in range(start, num_steps):
+                    self._signals.check()
+                    step, key = iteration + 1, keys.at_iteration(root, iteration)
+                    batch, position, gathered, needs_update = self._source(
+                        state, position, keys.named(key, "rollout")
+                    )
+                    begun = time.perf_counter()
+                    state, metrics = self._programs.update(state, frozen, batch, keys.named(key, "update"))
+                    state = at_position(state, position)
+                    if needs_update:
+                        jax.block_until_ready(state)
+                        gathered = gathered | {"perf/update_seconds": time.perf_counter() - begun}
+                    self._log_pending(progress)
+                    self._pending = (step, gathered | metrics)
+                    evaluates, is_last = self._is_evaluated(step), step == num_steps
+                    saves = not is_last and step % self._stage.checkpoint.every == 0
+                    if evaluates and not is_last:
+                        self._signals.check()
+                    if evaluates or saves:
+                        jax.block_until_ready(state)
+                        found = self._evaluated(state, frozen, step) if evaluates else {}
+                        self._log_pending(progress, found)
+                    if saves:
+                        self.save(state)
             except (RewardError, Stopped):
                 self._log_pending(progress)
                 if int(state.step) > 0 and self._checkpointer.latest() != int(state.step):

@@ -11,7 +11,7 @@ from rlhf_jax.config import PPOConfig
 from rlhf_jax.models.forward import Forward
 from rlhf_jax.ops.advantages import gae
 from rlhf_jax.ops.kl import adapt_kl_coef, k3, log_ratio, sequence_kl
-from rlhf_jax.ops.masking import keep, masked, masked_max, masked_var, whiten
+from rlhf_jax.ops.masking import keep, masked, masked_max, masked_var, told_of_any, whiten
 from rlhf_jax.ops.shaping import apply_missing_eos, token_rewards
 
 
@@ -105,12 +105,12 @@ def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch,
         returns=returns,
     )
     return_var = masked_var(returns, mask)
-    residual_var = masked_var(returns - scored.values, mask)
+    unexplained = masked_var(returns - scored.values, mask) / jnp.maximum(return_var, 1e-8)
     return batch, {
         "reward/total": total,
         "policy/kl_coef": aux["kl_coef"],
         "value/mean": masked(scored.values, mask),
-        "value/explained_variance": 1 - residual_var / jnp.maximum(return_var, 1e-8),
+        "value/explained_variance": told_of_any(1 - unexplained, mask),
     }
 
 

@@ -45,6 +45,11 @@ def masked_max(x: Array, mask: Array) -> Array:
     return jnp.where(jnp.any(mask), largest, 0.0)
 
 
+def told_of_any(statistic: Array, mask: Array) -> Array:
+    """Returns a statistic for a metric: NaN, that is nothing, where the mask has no true entry."""
+    return jnp.where(jnp.any(mask), statistic, jnp.nan)
+
+
 def whiten(x: Array, mask: Array, *, keep_mean: bool = False) -> Array:
     """Returns x at mean 0 (or at its own mean) and deviation 1 over all true entries; 0 elsewhere.
 

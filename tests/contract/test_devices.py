@@ -13,6 +13,7 @@ from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import plan_stages, prepare_tokenizer
 from rlhf_jax.programs import build_programs
 from rlhf_jax.sharding import make_mesh, place_rows
+from rlhf_jax.stop_signals import StopSignals
 from tests.completions import assert_same_completions, next_token_logits
 from tests.smoke.test_quickstart import SHORT
 
@@ -115,4 +116,4 @@ def run_ppo(start, directory, mesh, wrap, monkeypatch):
         return programs._replace(rollout=wrap(plan, programs))
 
     monkeypatch.setattr(stage, "build_programs", build)
-    stage.run_stage(plan, mesh)
+    stage.run_stage(plan, mesh, StopSignals())

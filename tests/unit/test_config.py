@@ -225,6 +225,12 @@ def test_jax_is_not_imported_before_the_configuration_is_known(write):
             "ppo.num_iterations: num_iterations * num_epochs * num_minibatches must be at most 2147483647, "
             "got 3200000000",
         ),
+        (
+            "sft: {num_steps: 40000, batch_size: 65536}",
+            [],
+            "sft.batch_size: 65536 records in each of 40000 updates must be at most 2147483647 in all, "
+            "got 2621440000",
+        ),
         ("ppo: {whiten_rewards: yes}", [], "ppo.whiten_rewards: expected true or false, got 'yes'"),
         ("ppo: {whiten_rewards: 1}", [], "ppo.whiten_rewards: expected true or false, got 1"),
         ("data: {train: 3}", [], "data.train: expected a string, got 3"),
@@ -297,7 +303,7 @@ def test_jax_is_not_imported_before_the_configuration_is_known(write):
             "ppo.microbatch_size: must divide batch_size / num_minibatches, got 3 for 16; 1, 2, 4, 8, 16 do",
         ),
         (
-            "ppo: {batch_size: 1000000007}",
+            "ppo: {batch_size: 1000000007, num_iterations: 2}",
             [],
             "ppo.num_minibatches: must divide batch_size, got 4 for 1000000007; 1, 1000000007 do",
         ),

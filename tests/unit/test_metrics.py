@@ -208,3 +208,13 @@ def test_figures_that_come_late_join_their_line(tmp_path):
     line = records(tmp_path)[3]
     assert (line["policy/kl"], line["eval/gold"]) == (3.0, 2.0)
     assert "eval/gold" not in records(tmp_path)[2]
+
+
+def test_a_line_that_is_amended_is_never_gone(tmp_path, monkeypatch):
+    write(tmp_path, "sft", 0, 4)
+    with MetricWriter(tmp_path, "sft", tensorboard=False) as writer:
+        writer.resume(4)
+        monkeypatch.setattr(writer, "resume", lambda step: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):  # killed as soon as the file is replaced
+            writer.amend(3, {"eval/gold": 2.0})
+    assert (records(tmp_path)[3]["policy/kl"], records(tmp_path)[3]["eval/gold"]) == (3.0, 2.0)

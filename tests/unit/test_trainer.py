@@ -19,7 +19,8 @@ from rlhf_jax.config import CheckpointConfig, RunConfig
 from rlhf_jax.evaluation import Evaluation
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.rewards.functions import RewardError
-from rlhf_jax.trainer import NextBatch, NotFiniteError, Stopped, Trainer
+from rlhf_jax.stop_signals import Stopped, StopSignals
+from rlhf_jax.trainer import NextBatch, NotFiniteError, Trainer
 from tests import tiny
 
 
@@ -57,10 +58,13 @@ class Run:
                 state, info = checkpointer.restore(newest, state), checkpointer.info(newest)
             writer.resume(0 if newest is None else newest + 1)
             programs = SimpleNamespace(update=self.update)
-            self.trainer = Trainer(
-                self.stage, programs, self.source, self.evaluate, writer, checkpointer, info
-            )
-            return self.trainer.train(state, {}, jax.random.key(0))
+            with StopSignals() as signals:
+                self.trainer = Trainer(
+                    self.stage, programs, self.source, self.evaluate, writer, checkpointer, info, signals
+                )
+                state = self.trainer.train(state, {}, jax.random.key(0))
+                signals.check()  # as between two stages
+            return state
 
     def source(self, state, position, key):
         self.keys.append(key)
@@ -187,6 +191,50 @@ def test_a_signal_stops_after_the_step_and_loses_nothing(tmp_path, signum):
     run.train()
     assert run.positions == [20, 24, 28, 32]
     assert [line["step"] for line in run.lines()] == list(range(10))
+
+
+def test_a_signal_does_not_wait_for_an_evaluation_and_loses_none(tmp_path):
+    class Signalled(Run):
+        def source(self, state, position, key):
+            if int(state.step) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().source(state, position, key)
+
+    run = Signalled(tmp_path, every=100, eval_every=3)
+    with pytest.raises(Stopped):
+        run.train()
+    assert run.evaluations == [0]
+    again = Run(tmp_path, every=100, eval_every=3)
+    again.train()
+    assert again.evaluations == [3, 6, 9]
+    assert [line.get("eval/w") for line in again.lines()] == [0, None, None, 3, None, None, 6, None, None, 9]
+
+
+def test_a_signal_in_the_last_evaluation_lets_the_stage_end_and_stops_then(tmp_path):
+    """Its last checkpoint is the stage's to save, with the normaliser."""
+
+    class Signalled(Run):
+        def evaluate(self, params, frozen):
+            if float(params["policy"]["w"]) == 9:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().evaluate(params, frozen)
+
+    run = Signalled(tmp_path, every=100)
+    with pytest.raises(Stopped):
+        run.train()
+    assert run.evaluations == [0, 9]
+    assert run.lines()[-1]["eval/w"] == 9
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+            signals.check()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
