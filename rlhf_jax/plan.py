@@ -261,8 +261,10 @@ def check_mesh(plans: Sequence[Plan], mesh: Mesh) -> None:
     problems: list[str] = []
     for plan in plans:
         model, algorithm = make_model(plan.architecture), plan.algorithm
+        rows: list[str] = []
         for name, size in plan.row_counts().items():
-            _attempt(problems, check_batch, mesh, size, f"{plan.stage.algorithm}.{name}")
+            _attempt(rows, check_batch, mesh, size, f"{plan.stage.algorithm}.{name}")
+        problems += rows[:1]  # what does not divide the first does not divide its parts
         for role in (*algorithm.trains, *algorithm.reads):
             _attempt(problems, role_shardings, model, mesh, role)
     if problems:

@@ -49,6 +49,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             if -1 in sizes
             else "give sizes whose product it is, or -1 for one of them"
         )
+        if devices[0].platform == "cpu":
+            hint += f" (JAX_NUM_CPU_DEVICES={math.prod(abs(size) for size in sizes)} makes as many of a CPU)"
         raise ValueError(f"{text} does not fit the number of devices, {len(devices)}; {hint}")
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)

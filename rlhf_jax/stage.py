@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -63,11 +64,18 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
         MetricWriter(stage.run.dir, stage.name, stage.run.tensorboard) as writer,
     ):
         state = programs.init_state(trained)
-        info = {"architecture": plan.architecture.to_dict(), "algorithm": stage.algorithm}
+        data = plan.train.fingerprint
+        info = {"architecture": plan.architecture.to_dict(), "algorithm": stage.algorithm, "data": data}
         newest = checkpointer.latest()
         if newest is not None:
             state = checkpointer.restore(newest, state)
             info = checkpointer.info(newest)
+            if info["data"] != data:
+                raise ValueError(
+                    f"stage {stage.name}: the records of data.train are not those that it was trained on "
+                    f"until step {newest}; restore them, or choose another run.dir"
+                )
+            print(f"[{stage.name}] goes on after step {newest}", file=sys.stderr)
         writer.resume(0 if newest is None else newest + 1)
         trainer = Trainer(stage, programs, source, evaluate, writer, checkpointer, info, signals)
         state = trainer.train(state, frozen, root)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Literal, cast
 
@@ -56,6 +57,12 @@ class Examples:
     def rows_per_record(self) -> int:
         """Returns 2 for preferences, 1 otherwise."""
         return 2 if self.kind == "preference" else 1
+
+    @functools.cached_property
+    def fingerprint(self) -> int:
+        """Returns a checksum of all rows in their order: a run is resumed on the data that it began with."""
+        rows = (np.asarray([row.prompt_length, *row.ids], np.int32).tobytes() for row in self.rows)
+        return functools.reduce(lambda crc, row: zlib.crc32(row, crc), rows, 0)
 
     def collate(self, numbers: Sequence[int], index: Sequence[int], num_records: int) -> Rows | Prompts:
         """Returns the numbered records as a batch of num_records; rows without a record have length 0.

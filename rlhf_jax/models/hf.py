@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cache
@@ -169,6 +170,7 @@ def save_policy(
     _replace(path / _CONFIG, lambda partial: partial.write_text(config + "\n"))
     generation = json.dumps(dict(token_ids or {}), indent=2)
     _replace(path / _GENERATION, lambda partial: partial.write_text(generation + "\n"))
+    shutil.copymode(path / _CONFIG, path / _WEIGHTS)  # safetensors lets nobody else read its files
 
 
 def _policy_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:

@@ -213,3 +213,30 @@ def test_a_full_disk_during_training(run_ppo, tmp_path):
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert f"rlhf_jax: {tmp_path}/run" in done.stderr and "File too large" in done.stderr
+
+
+SFT_ONLY = """
+run: {{dir: {dir}/run}}
+stages: [{{name: sft, algorithm: sft}}]
+model: {{hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, mlp_size: 48, context_length: 96}}
+data: {{train: {dir}/demos.jsonl, eval: {dir}/demos.jsonl, max_length: 32, max_prompt_length: 16}}
+sft: {{num_steps: 2, batch_size: 4}}
+"""
+
+
+def test_a_run_is_not_resumed_on_other_records(run_train, tmp_path):
+    demos = [json.dumps({"prompt": f"a {i}", "completion": " b"}) for i in range(8)]
+    (tmp_path / "demos.jsonl").write_text("\n".join(demos))
+    (tmp_path / "sft.yaml").write_text(SFT_ONLY.format(dir=tmp_path))
+    done = run_train(["--config", tmp_path / "sft.yaml"])
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "run" / "sft" / "result.json").unlink()  # as if it had been killed just before
+    (tmp_path / "demos.jsonl").write_text("\n".join(reversed(demos)))
+    refused = run_train(["--config", tmp_path / "sft.yaml"])
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "stage sft: the records of data.train are not those" in refused.stderr
+    assert "until step 2; restore them, or choose another run.dir" in refused.stderr
+    (tmp_path / "demos.jsonl").write_text("\n".join(demos))
+    again = run_train(["--config", tmp_path / "sft.yaml"])
+    assert again.returncode == 0, again.stderr
+    assert "[sft] goes on after step 2" in again.stderr
