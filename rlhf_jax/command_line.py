@@ -72,7 +72,8 @@ def read_config(argv: list[str]) -> Config:
         raise ConfigError([*line.problems, str(error)], line.config or "the command line") from None
     overridden, misplaced = apply(tree, line.overrides)
     resolved = resolve(overridden, line.overrides)
-    problems = [*line.problems, *misplaced, *config_checks.problems(resolved, resolve(tree))]
+    found = config_checks.problems(resolved, resolve(tree), runs=not line.print_config)
+    problems = [*line.problems, *misplaced, *found]
     if problems:
         raise ConfigError(problems, line.config)
     if line.print_config:

@@ -40,12 +40,13 @@ PathOf = Callable[[str, str], str]
 """(section, option) -> the path at which the stage's option is set."""
 
 
-def problems(resolved: Resolved, file_alone: Resolved) -> list[str]:
+def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> list[str]:
     """Returns every problem of a configuration, those of its reading first.
 
     Args:
         resolved: the file's tree with the command line's overrides.
         file_alone: the file's tree by itself: an option of the file that a flag makes idle is no problem.
+        runs: the configuration is going to be run, so that its directory has to be its own.
     """
     found = []
     stages = resolved.config.stages
@@ -72,7 +73,7 @@ def problems(resolved: Resolved, file_alone: Resolved) -> list[str]:
     if resolved.complete:
         found += check_ignored(resolved, file_alone)
     found = [line for line in found if not any(_speaks_of(line, option) for option in resolved.wrong)]
-    if not (found or resolved.problems):
+    if runs and not (found or resolved.problems):
         found += check_run_directory(resolved.config)
     return list(dict.fromkeys([*resolved.problems, *found]))
 

@@ -733,6 +733,8 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
         "--run.log_every=1",
     ]
     assert problems(CHAIN, *may_differ, "--run.tensorboard=true", "--run.num_samples=0") == []
+    with pytest.raises(SystemExit):  # what only shows a configuration runs into no directory
+        read_config(["--config", write(CHAIN), "--ppo.clip_eps=0.1", "--print_config"])
     (found,) = problems(CHAIN, "--ppo.clip_eps", "0.1", "--run.seed=4")
     assert found == (
         f"run.dir: {str(tmp_path / 'run')!r} belongs to a run of another configuration: run.seed was 0, "
