@@ -38,7 +38,7 @@ def rotate(x: Array, by: Rotation) -> Array:
     return turned.astype(x.dtype)
 
 
-def causal_attention(q: Array, k: Array, v: Array) -> Array:
+def causal_attention(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
     """Returns softmax(q k^T / sqrt(h)) v over the columns up to each token's own; the softmax is in float32.
 
     Rows are right-padded, so causality alone keeps real tokens from seeing padding.
@@ -47,10 +47,12 @@ def causal_attention(q: Array, k: Array, v: Array) -> Array:
         q: [B, T, H, h].
         k: [B, T, K, h], K divides H.
         v: [B, T, K, h].
+        segments: i32[B, T]; a token sees only those of its own segment. None: a row is one segment.
     Returns:
         [B, T, H, h].
     """
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
 
 
 def cached_attention(

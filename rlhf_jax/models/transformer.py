@@ -33,8 +33,11 @@ class Model(NamedTuple):
     """Of a key: fresh trunk parameters, float32."""
     init_policy: Callable[[Array], Params]
     """Of a key: a fresh trunk, and an LM head where embeddings are not tied."""
-    hidden: Callable[[Params, Array], Array]
-    """Of a trunk and right-padded tokens i32[B, T]: final states [B, T, D] in the compute dtype."""
+    hidden: Callable[..., Array]
+    """hidden(trunk, tokens, positions=None, segments=None): final states [B, T, D] in the compute dtype.
+
+    tokens i32[B, T], right-padded; positions i32[B, T] or [T], by default 0, 1, 2, ...; segments i32[B, T],
+    where a row holds several sequences: a token sees only those of its own."""
     logits: Callable[[Params, Array], Array]
     """Of policy parameters and hidden states [..., D]: f32[..., V]."""
     policy_axes: Params
@@ -76,13 +79,16 @@ def make_model(
             params["lm_head"] = {"kernel": INIT_STD * jax.random.normal(head_key, shape, jnp.float32)}
         return params
 
-    def hidden(trunk: Params, tokens: Array) -> Array:
+    def hidden(
+        trunk: Params, tokens: Array, positions: Array | None = None, segments: Array | None = None
+    ) -> Array:
         if tokens.shape[1] > architecture.context_length:
             raise ValueError(
                 f"rows of {tokens.shape[1]} tokens do not fit the model's context length of "
                 f"{architecture.context_length}; shorten prompts or completions"
             )
-        return bind(Trunk, architecture, trunk)(tokens, jnp.dtype(dtype), remat)
+        positions = jnp.arange(tokens.shape[1]) if positions is None else positions
+        return bind(Trunk, architecture, trunk)(tokens, positions, segments, jnp.dtype(dtype), remat)
 
     def init_scorer(key: Array) -> Params:
         return {"trunk": init_trunk(key), "score_head": zero_score_head(architecture.hidden_size)}
@@ -133,13 +139,15 @@ class Trunk(nnx.Module):
         self.layers = make_blocks(rngs.split(architecture.num_layers))
         self.final_norm = RMSNorm(architecture, rngs)
 
-    def __call__(self, tokens: Array, dtype: jnp.dtype, remat: str) -> Array:
-        turn = rotation(jnp.arange(tokens.shape[1]), self.architecture.head_dim, self.architecture.rope_theta)
+    def __call__(
+        self, tokens: Array, positions: Array, segments: Array | None, dtype: jnp.dtype, remat: str
+    ) -> Array:
+        turn = rotation(positions, self.architecture.head_dim, self.architecture.rope_theta)
         graph, stacked = nnx.split(self.layers)
 
         def layer(x_BTD: Array, weights: Any) -> tuple[Array, None]:
             block: Block = nnx.merge(graph, weights)
-            x_BTD, _ = block(x_BTD, turn, lambda q, k, v: (causal_attention(q, k, v), None))
+            x_BTD, _ = block(x_BTD, turn, lambda q, k, v: (causal_attention(q, k, v, segments), None))
             return constrain(x_BTD, ("batch", "length", "width")), None
 
         if remat != "none":

@@ -60,6 +60,20 @@ def forward(architecture, params, tokens, **options):
 # Rows
 
 
+def test_sequences_that_share_a_row_do_not_see_each_other():
+    params, model = make_params(ARCHITECTURE), make_model(ARCHITECTURE)
+    first, second = make_tokens(1, 5), make_tokens(1, 7, seed=2)
+    hidden = jax.jit(model.hidden)
+    packed = hidden(
+        params["trunk"],
+        jnp.concatenate([first, second, jnp.zeros((1, 2), jnp.int32)], axis=1),
+        jnp.asarray([[*range(5), *range(7), 0, 1]]),
+        jnp.asarray([[0] * 5 + [1] * 7 + [2] * 2]),
+    )
+    np.testing.assert_allclose(packed[:, :5], hidden(params["trunk"], first), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(packed[:, 5:12], hidden(params["trunk"], second), rtol=0, atol=1e-5)
+
+
 def test_no_column_sees_a_later_token():
     params = make_params(ARCHITECTURE)
     model = make_model(ARCHITECTURE)
