@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -20,14 +18,12 @@ from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import Preference, PromptOnly
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
 from rlhf_jax.experience import Collector
-from rlhf_jax.files import new_directory
 from rlhf_jax.metrics import MetricWriter
-from rlhf_jax.models import hf
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs, TokenIds, build_programs
 from rlhf_jax.rewards.combine import Judge
-from rlhf_jax.roles import load_policy, load_roles
+from rlhf_jax.roles import load_roles
 from rlhf_jax.sharding import place_rows
 from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
@@ -170,21 +166,3 @@ def _gold_accuracy(plan: Plan) -> float:
         prompts, [pair.rejected for pair in pairs]
     )
     return float(np.mean(np.where(margins == 0, 0.5, margins > 0)))
-
-
-def export_policy(plans: Sequence[Plan], mesh: Mesh, directory: Path) -> None:
-    """Writes the last trained policy, if there is one, as a Hugging Face directory with the tokenizer.
-
-    The directory appears when it is whole; one that is there is left as it is.
-    """
-    trained = [plan for plan in plans if "policy" in plan.algorithm.trains]
-    if not trained or directory.exists():
-        return
-    plan = trained[-1]
-    model = make_model(plan.architecture)
-    policy = load_policy(plan.directory, model, mesh)
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: id_ for name in names if (id_ := getattr(plan.tokenizer, name)) is not None}
-    with new_directory(directory) as unfinished:
-        hf.save_policy(unfinished, plan.architecture, policy, token_ids=ids)
-        plan.tokenizer.save_pretrained(str(unfinished))

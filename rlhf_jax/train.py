@@ -55,7 +55,7 @@ def _main(argv: list[str]) -> int:
     try:
         plans, mesh = prepare(config)
         has_begun = True
-        results = run(plans, mesh, Path(config.run.dir))
+        results = run(config, plans, mesh)
     except RewardError as error:
         return _failed(f"{error}\nWhat was trained before is saved; the same command goes on.", 1)
     except NotFiniteError as error:
@@ -99,8 +99,8 @@ def prepare(config: Config) -> tuple[list[Plan], Mesh]:
     return plans, mesh
 
 
-def run(plans: Sequence[Plan], mesh: Mesh, run_dir: Path) -> dict[str, dict]:
-    """Returns the figures of every stage by name; trains those that are not yet done.
+def run(config: Config, plans: Sequence[Plan], mesh: Mesh) -> dict[str, dict]:
+    """Returns the figures of every stage by name; trains those that are not yet done, and exports the policy.
 
     Raises:
         ValueError: a checkpoint does not fit.
@@ -108,16 +108,18 @@ def run(plans: Sequence[Plan], mesh: Mesh, run_dir: Path) -> dict[str, dict]:
         NotFiniteError: updates had to be skipped again and again.
         Stopped: SIGINT or SIGTERM came; what was trained is saved.
     """
-    from rlhf_jax.stage import export_policy, run_stage
+    from rlhf_jax.export import export_stage, last_policy
+    from rlhf_jax.stage import run_stage
     from rlhf_jax.summary import comparisons, render_table, write_summary
 
-    results = {}
+    results, run_dir = {}, Path(config.run.dir)
     with StopSignals() as signals:
         for plan in plans:
             results[plan.stage.name] = run_stage(plan, mesh, signals)
             write_summary(run_dir, results)
             signals.check()
-    export_policy(plans, mesh, run_dir / "export")
+    if (policy := last_policy(config)) and not (run_dir / "export").exists():
+        export_stage(run_dir, config, policy, run_dir / "export", mesh)
     text = render_table(results, run_dir, comparisons(run_dir), terminal=sys.stderr.isatty())
     print(text, file=sys.stderr)
     return results

@@ -5,7 +5,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from huggingface_hub import ModelCard
+from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from rlhf_jax import export
+from rlhf_jax.metrics import format_number
 
 SHORT = """
 run: {{dir: {dir}, log_every: 1}}
@@ -96,7 +101,45 @@ def test_export_is_a_hugging_face_directory(finished):
     assert config.model_type == "llama" and config.num_key_value_heads == 1
     assert len(tokenizer) <= config.vocab_size == 400
     assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    assert (run / "export" / "generation_config.json").exists()
+    generation = GenerationConfig.from_pretrained(run / "export")
+    assert (generation.do_sample, generation.max_new_tokens) == (True, 12)
+    card = ModelCard.load(run / "export" / "README.md")
+    assert card.data.pipeline_tag == "text-generation" and card.data.tags == ["rlhf_jax", "ppo"]
+    gold = json.loads((run / "summary.json").read_text())["ppo"]["gold_after"]
+    assert "| ppo | gold | " in card.text and f"| {format_number(gold)} |" in card.text
+
+
+def test_any_stage_with_a_policy_is_exported_by_name(finished, tmp_path, capsys):
+    run, _, _ = finished
+    flags = ["--run", str(run), "--stage", "sft", "--out", str(tmp_path / "out")]
+    assert export.main([*flags, "--dtype", "bfloat16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stage"] == "sft"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(x.dtype) for x in tensors.values()} == {"bfloat16"}
+    final = load_file(run / "export" / "model.safetensors")
+    assert tensors.keys() == final.keys()
+    assert any(np.any(tensors[name] != final[name].astype(tensors[name].dtype)) for name in final)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "| sft | eval perplexity |" in card.text and "| ppo |" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--run", "{run}/sft", "--out", "{new}"],
+            "/sft is not the directory of a run: it has no config.yaml",
+        ),
+        (["--run", "{run}", "--stage", "stf", "--out", "{new}"], "has no stage 'stf'; did you mean 'sft'"),
+        (["--run", "{run}", "--out", "{run}"], "exists already; choose another directory"),
+    ],
+)
+def test_an_export_that_cannot_be_made_is_one_line(finished, tmp_path, capsys, flags, message):
+    names = {"run": finished[0], "new": tmp_path / "new"}
+    assert export.main([flag.format(**names) for flag in flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_same_command_again_trains_nothing(finished, run_train):

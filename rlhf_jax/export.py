@@ -1,0 +1,139 @@
+"""A stage of a run becomes a Hugging Face directory: `python -m rlhf_jax.export --run DIR --out DIR`.
+
+Weights, tokenizer with its chat template, generation config, and a model card with the run's figures. Exit
+codes: 0 written; 2 there is no such run, stage or role, or the directory is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax import strict_yaml
+from rlhf_jax.algos.registry import ALGORITHMS
+from rlhf_jax.checkpoint import read_result
+from rlhf_jax.config import Config, MeshConfig, StageConfig, TokenizerConfig
+from rlhf_jax.config_file import resolve
+from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhf_jax.files import new_directory, replace_file, to_json
+from rlhf_jax.model_card import lineage, model_card
+from rlhf_jax.models import hf
+from rlhf_jax.models.transformer import make_model
+from rlhf_jax.options import did_you_mean
+from rlhf_jax.roles import load_policy, stored_architecture
+from rlhf_jax.sharding import make_mesh
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes what the flags name; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_jax.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--run", required=True, help="directory of a run", metavar="DIR")
+    parser.add_argument("--stage", default="", help="of the run; by default the last that trained a policy")
+    parser.add_argument("--out", required=True, help="directory to write; must not exist", metavar="DIR")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="float32", help="of the weights")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON on stdout")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # an accelerator that is training goes on undisturbed
+    run_dir, out = Path(args.run), Path(args.out)
+    try:
+        config = read_run_config(run_dir)
+        stage = args.stage or last_policy(config) or config.stages[-1].name
+        if out.exists():
+            raise ValueError(f"--out {out}: exists already; choose another directory")
+        mesh = make_mesh(MeshConfig(data=1), devices=jax.local_devices()[:1])
+        export_stage(run_dir, config, stage, out, mesh, dtype=args.dtype)
+    except (ValueError, OSError) as error:
+        print(f"rlhf_jax: {error}", file=sys.stderr)
+        return 2
+    print(f"{run_dir / stage} -> {out}", file=sys.stderr)
+    if args.json:
+        print(to_json({"run": str(run_dir), "stage": stage, "out": str(out)}))
+    return 0
+
+
+def read_run_config(run_dir: Path) -> Config:
+    """Returns the configuration that a run was started with; the files that it names need not be there.
+
+    Raises:
+        ValueError: the directory is no run's, or its configuration is not one of this version.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run_dir} is not the directory of a run: it has no config.yaml")
+    tree = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
+    resolved = resolve(tree if isinstance(tree, dict) else {})
+    if resolved.problems:
+        raise ValueError(f"{path} is no configuration of this version: {'; '.join(resolved.problems[:3])}")
+    return resolved.config
+
+
+def last_policy(config: Config) -> str:
+    """Returns the name of the last stage that trains a policy; empty where none does."""
+    names = [stage.name for stage in config.stages if "policy" in ALGORITHMS[stage.algorithm].trains]
+    return names[-1] if names else ""
+
+
+def export_stage(
+    run_dir: Path, config: Config, name: str, out: Path, mesh: Mesh, *, dtype: Dtype = "float32"
+) -> None:
+    """Writes a stage's model as a Hugging Face directory, which appears when it is whole.
+
+    Args:
+        run_dir: of the run.
+        config: of the run.
+        name: of the stage.
+        out: to be made.
+        mesh: where the parameters are put on their way.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: no such stage, or it has no usable checkpoint.
+    """
+    stages = {stage.name: stage for stage in config.stages}
+    if name not in stages:
+        hint = did_you_mean(name, stages) or f"; it has {', '.join(stages)}"
+        raise ValueError(f"{run_dir} has no stage {name!r}{hint}")
+    stage, directory = stages[name], run_dir / name
+    architecture = stored_architecture(directory, "policy")
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(run_dir / "tokenizer")))
+    policy = load_policy(directory, make_model(architecture), mesh)
+    chain = lineage(config, name)
+    results = {s.name: done[1] for s in chain if (done := read_result(run_dir / s.name)) is not None}
+    card = model_card(chain, "policy", results)
+    with new_directory(out) as unfinished:
+        hf.save_policy(unfinished, architecture, policy, dtype=dtype, token_ids=token_ids(tokenizer))
+        tokenizer.save_pretrained(str(unfinished))
+        generation = to_json(generation_config(stage, tokenizer), indent=2)
+        replace_file(unfinished / "generation_config.json", generation + "\n")
+        replace_file(unfinished / "README.md", card)
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the ids of the special tokens that a config.json names."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: id_ for name in names if (id_ := getattr(tokenizer, name)) is not None}
+
+
+def generation_config(stage: StageConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns how a policy is meant to be sampled; of one that was trained on its own samples, as it was."""
+    if ALGORITHMS[stage.algorithm].records != "prompt_only":
+        return token_ids(tokenizer)
+    sampling = stage.rollout
+    return token_ids(tokenizer) | {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The README.md of an exported model: what it is, what the run measured, and how to use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_jax.config import Config, StageConfig
+from rlhf_jax.summary import table_rows
+
+_METHODS = {
+    "sft": "supervised fine-tuning",
+    "reward_model": "Bradley-Terry reward modelling",
+    "ppo": "PPO against a reward",
+}
+_USE = {
+    "policy": """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```""",
+    "scorer": """\
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForSequenceClassification.from_pretrained("PATH")  # logits[0, 0] is the score
+```""",
+}
+
+
+def lineage(config: Config, name: str) -> list[StageConfig]:
+    """Returns the stages of a run that a stage came from, itself last, in the order in which they ran."""
+    stages = {stage.name: stage for stage in config.stages}
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        stage = stages.get(waiting.pop())
+        if stage is not None and stage.name not in found:
+            found.add(stage.name)
+            waiting += [stage.start_from, stage.reward_from]
+    return [stage for stage in config.stages if stage.name in found]
+
+
+def model_card(stages: Sequence[StageConfig], role: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the text of a model card in Markdown, with the front matter that the hub reads.
+
+    Args:
+        stages: of `lineage`: the exported stage last.
+        role: policy, value or reward: what is exported of it.
+        results: the figures of each stage by name, as in summary.json.
+    """
+    last, first = stages[-1], stages[0]
+    start = _last_part(first.start_from or first.model.path)
+    measured = table_rows({stage.name: results[stage.name] for stage in stages if stage.name in results})
+    front = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {'text-generation' if role == 'policy' else 'text-classification'}",
+        f"tags: [rlhf_jax, {last.algorithm}]",
+        "---",
+    ]
+    origin = f"from `{start}`" if start else "from scratch"
+    steps = ", then ".join(_METHODS[stage.algorithm] for stage in stages)
+    lines = [
+        *front,
+        f"# {last.name}: {role}",
+        "",
+        f"The {role} of stage `{last.name}`, trained {origin} by {steps}, with rlhf_jax.",
+        "",
+        "| stage | measure | before | after |",
+        "|---|---|---|---|",
+        *(f"| {row.stage} | {row.measure} | {row.before} | {row.after} |" for row in measured),
+        "",
+        "## Settings",
+        "",
+        *(f"* `{stage.name}`: {_settings(stage)}" for stage in stages),
+        "",
+        "## Use",
+        "",
+        _USE["policy" if role == "policy" else "scorer"],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(stage: StageConfig) -> str:
+    """Returns what decides a stage's outcome: its data, its algorithm's options and its optimiser's."""
+    optimizer = dataclasses.asdict(stage.optimizer)
+    read = {"data": _last_part(stage.data.train)} | dataclasses.asdict(stage.settings) | optimizer
+    return ", ".join(f"{name} {value}" for name, value in read.items()) + f"; seed {stage.run.seed}"
+
+
+def _last_part(path: str) -> str:
+    """Returns the last part of a path: where it lay on somebody's disk is nobody's business."""
+    return path if path.startswith("hub:") else path.rstrip("/").rpartition("/")[2]
