@@ -72,6 +72,17 @@ class PromptOnly(NamedTuple):
 AnyRecord = PromptCompletion | Preference | PromptOnly
 
 
+def completions(record: AnyRecord) -> tuple[str, ...]:
+    """Returns the record's completions, of a preference the chosen one first."""
+    match record:
+        case PromptCompletion(completion=completion):
+            return (completion,)
+        case Preference(chosen=chosen, rejected=rejected):
+            return (chosen, rejected)
+        case PromptOnly():
+            return ()
+
+
 def read_records(
     source: Sequence[Mapping[str, object]],
     kind: Kind,
