@@ -22,6 +22,7 @@ from jax import Array
 
 from rlhf_jax.batch import Max, Mean
 from rlhf_jax.files import replace_file, to_json
+from rlhf_jax.progress import clock
 
 logger = logging.getLogger(__name__)
 
@@ -244,13 +245,6 @@ def format_number(value: str | float) -> str:
     if math.isfinite(value) and abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
-
-
-def clock(seconds: int) -> str:
-    """Returns 2:31, or 1:02:31 from an hour on."""
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _tensorboard_writer() -> Any:

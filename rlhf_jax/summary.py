@@ -14,7 +14,8 @@ import rich.table
 import rich.text
 
 from rlhf_jax.files import replace_file, to_json
-from rlhf_jax.metrics import clock, format_number
+from rlhf_jax.metrics import format_number
+from rlhf_jax.progress import clock
 
 Result = Mapping[str, float | str | None]  # measure -> value, as in a stage's result.json
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.batch import Mean
-from rlhf_jax.metrics import MetricWriter, Progress, clock, format_number, to_host, write_samples
+from rlhf_jax.metrics import MetricWriter, Progress, format_number, to_host, write_samples
 
 
 def records(run_dir):
@@ -190,11 +190,6 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 )
 def test_format_number(value, text):
     assert format_number(value) == text
-
-
-@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (151, "2:31"), (3751, "1:02:31")])
-def test_clock(seconds, text):
-    assert clock(seconds) == text
 
 
 def test_figures_that_come_late_join_their_line(tmp_path):
