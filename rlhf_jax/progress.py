@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from time import monotonic
 from typing import TextIO
 
@@ -17,7 +17,12 @@ PERIOD = 20.0
 
 
 def watched[T](
-    items: Iterable[T], what: str, total: int | None = None, *, file: TextIO | None = None
+    items: Iterable[T],
+    what: str,
+    total: int | None = None,
+    *,
+    size: Callable[[T], int] = lambda item: 1,
+    file: TextIO | None = None,
 ) -> Iterator[T]:
     """Yields the items unchanged and shows how many are done.
 
@@ -28,7 +33,8 @@ def watched[T](
     Args:
         items: what is gone through.
         what: what is done with them, such as "tokenising data.train".
-        total: how many there are, where `items` has no length.
+        total: how many there are, where `items` has no length or an item counts for several.
+        size: how many an item counts for, such as `len` of a batch.
         file: instead of stderr.
     """
     shown_on = file or sys.stderr
@@ -38,9 +44,10 @@ def watched[T](
     bar: Progress | None = None
     done = shown = 0
     try:
-        for done, item in enumerate(items, start=1):
+        for item in items:
             yield item
             now = monotonic()
+            done += size(item)
             if bar is not None:
                 bar.update(bar.task_ids[0], completed=done)
             elif now >= due and shown_on.isatty():

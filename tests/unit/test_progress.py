@@ -13,12 +13,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def run(monkeypatch, file, seconds_per_item, items=range(4), total=None):
+def run(monkeypatch, file, seconds_per_item, items=range(4), **options):
     """Goes through the items with a clock that only the loop's own work moves on; returns what came out."""
     now = 0.0
     monkeypatch.setattr(progress, "monotonic", lambda: now)
     taken = []
-    for item in watched(items, "reading a.jsonl", total, file=file):
+    for item in watched(items, "reading a.jsonl", file=file, **options):
         taken.append(item)
         now += seconds_per_item
     return taken
@@ -57,6 +57,15 @@ def test_items_without_a_length_are_counted_and_a_given_total_is_used(monkeypatc
     file = io.StringIO()
     run(monkeypatch, file, 1.0, items=iter("abc"), total=2000)
     assert file.getvalue().splitlines()[0] == "[reading a.jsonl] 2 of 2,000, 33:18 left"
+
+
+def test_batches_count_for_what_is_in_them(monkeypatch):
+    file = io.StringIO()
+    run(monkeypatch, file, 2.0, items=["abc", "d"], total=4, size=len)
+    assert file.getvalue().splitlines() == [
+        "[reading a.jsonl] 3 of 4, 0:01 left",
+        "[reading a.jsonl] 4 of 4 in 0:04",
+    ]
 
 
 def test_bar_on_a_terminal_ends_full(monkeypatch):
