@@ -1,6 +1,6 @@
 """Hugging Face directories (config.json and safetensors): read straight into sharded arrays, and written.
 
-One table says which tensor is which parameter; reading, checking and writing all go by it.
+tensors.py says which tensor is which parameter; reading, checking and writing all go by it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cache
-from math import prod
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import ml_dtypes  # makes bfloat16 a type that numpy, and so the safetensors reader, knows
@@ -24,62 +24,13 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.batch import Params
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.tensors import Piece, pieces, tied_tensors
 from rlhf_jax.models.transformer import make_model
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _GENERATION = "generation_config.json"
-_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOAT_TYPES = ("F32", "BF16", "F16")
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
-
-# Parameter: (tensor, number of leading dimensions that a product sums over). Theirs is [outputs, inputs],
-# with heads and head_dim as one; ours is [inputs ..., outputs ...]. 0: the tensor as it is. {} is the layer.
-_TENSORS = {
-    "trunk/embed/embedding": (_EMBEDDING, 0),
-    "trunk/layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", 0),
-    "trunk/layers/attention/q": ("model.layers.{}.self_attn.q_proj.weight", 1),
-    "trunk/layers/attention/k": ("model.layers.{}.self_attn.k_proj.weight", 1),
-    "trunk/layers/attention/v": ("model.layers.{}.self_attn.v_proj.weight", 1),
-    "trunk/layers/attention/o": ("model.layers.{}.self_attn.o_proj.weight", 2),
-    "trunk/layers/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", 0),
-    "trunk/layers/mlp/gate": ("model.layers.{}.mlp.gate_proj.weight", 1),
-    "trunk/layers/mlp/up": ("model.layers.{}.mlp.up_proj.weight", 1),
-    "trunk/layers/mlp/down": ("model.layers.{}.mlp.down_proj.weight", 1),
-    "trunk/final_norm/scale": ("model.norm.weight", 0),
-    "lm_head/kernel": (_LM_HEAD, 1),
-}
-
-Slices = tuple[slice, ...]
-
-
-class _Tensor(NamedTuple):
-    """One tensor of a checkpoint, and how it becomes a parameter (of one layer)."""
-
-    name: str
-    num_inputs: int
-    ours: tuple[int, ...]  # the parameter's shape, without the layer axis
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Returns the tensor's shape in the file."""
-        if self.num_inputs == 0:
-            return self.ours
-        return (prod(self.ours[self.num_inputs :]), prod(self.ours[: self.num_inputs]))
-
-    def read(self, tensor: Any, index: Slices) -> np.ndarray:
-        """Returns the part `index` of the parameter, float32, reading no more of the tensor than that."""
-        if self.num_inputs == 0:
-            return np.asarray(tensor[index], np.float32)
-        inputs = _merge(index[: self.num_inputs], self.ours[: self.num_inputs])
-        outputs = _merge(index[self.num_inputs :], self.ours[self.num_inputs :])
-        part = np.asarray(tensor[outputs, inputs], np.float32).T
-        return part.reshape([len(range(*s.indices(size))) for s, size in zip(index, self.ours, strict=True)])
-
-    def write(self, parameter: np.ndarray) -> np.ndarray:
-        """Returns the tensor, contiguous: the writer of safetensors takes the memory as it lies."""
-        if self.num_inputs:
-            parameter = parameter.reshape(prod(self.ours[: self.num_inputs]), -1).T
-        return np.ascontiguousarray(parameter)
 
 
 def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
@@ -117,7 +68,7 @@ def load_policy(directory: str | os.PathLike[str], architecture: Architecture, s
 
         def load(path: Any, sharding: jax.sharding.Sharding) -> jax.Array:
             parameter = jax.tree_util.keystr(path, simple=True, separator="/")
-            read = _reader(parameter, expected[parameter], files)
+            read = _reader(expected[parameter], shapes[parameter], files)
             return jax.make_array_from_callback(shapes[parameter], sharding, read, dtype=np.float32)
 
         return jax.tree.map_with_path(load, shardings)
@@ -155,12 +106,14 @@ def save_policy(
         rows = [(name, shapes.get(name), found.get(name)) for name in sorted(shapes.keys() | found.keys())]
         raise ValueError(_table("parameters that are not the architecture's", "parameter", rows))
     stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
+    of_parameter = _by_parameter(pieces(architecture, shapes))
     for parameter, leaf in _flatten(params):
         values = _gather(leaf).astype(stored)
-        names = _tensors(parameter, shapes[parameter], _EMBEDDING)
-        parts = values if _is_stacked(parameter) else [values]
-        tensors |= {tensor.name: tensor.write(part) for tensor, part in zip(names, parts, strict=True)}
+        for piece in of_parameter[parameter]:
+            if piece.tensor not in tensors:
+                tensors[piece.tensor] = np.empty(piece.shape, stored)
+            piece.write(tensors[piece.tensor], values[piece.at])
     if jax.process_index() != 0:
         return
     path = Path(directory)
@@ -182,40 +135,30 @@ def _flatten(params: Params) -> Iterator[tuple[str, Any]]:
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
-def _is_stacked(parameter: str) -> bool:
-    return parameter.startswith("trunk/layers/")
+def _by_parameter(of: list[Piece]) -> dict[str, list[Piece]]:
+    grouped: dict[str, list[Piece]] = {}
+    for piece in of:
+        grouped.setdefault(piece.parameter, []).append(piece)
+    return grouped
 
 
-def _tensors(parameter: str, shape: tuple[int, ...], embedding_name: str) -> list[_Tensor]:
-    """Returns the tensors that make a parameter: one, or one for each layer."""
-    name, num_inputs = _TENSORS[parameter]
-    if _is_stacked(parameter):
-        return [_Tensor(name.format(layer), num_inputs, shape[1:]) for layer in range(shape[0])]
-    return [_Tensor(embedding_name if name == _EMBEDDING else name, num_inputs, shape)]
-
-
-def _reader(parameter: str, tensors: list[_Tensor], files: Mapping[str, Any]) -> Callable[[Any], np.ndarray]:
+def _reader(
+    parts: list[Piece], shape: tuple[int, ...], files: Mapping[str, Any]
+) -> Callable[[Any], np.ndarray]:
     """Returns what reads a part of a parameter; a part that several devices hold is read once."""
+    of_place = {piece.at: piece for piece in parts}
+    num_leading = len(parts[0].at)
 
-    def read_one(tensor: _Tensor, index: Slices) -> np.ndarray:
-        return tensor.read(files[tensor.name].get_slice(tensor.name), index)
+    def read_one(piece: Piece, index: Any) -> np.ndarray:
+        return np.asarray(piece.read(files[piece.tensor].get_slice(piece.tensor), index), np.float32)
 
     @cache
     def read(index: Any) -> np.ndarray:
-        if _is_stacked(parameter):
-            return np.stack([read_one(tensor, index[1:]) for tensor in tensors[index[0]]])
-        return read_one(tensors[0], index)
+        places = [range(*s.indices(n)) for s, n in zip(index[:num_leading], shape[:num_leading], strict=True)]
+        values = np.stack([read_one(of_place[at], index[num_leading:]) for at in product(*places)])
+        return values.reshape([*map(len, places), *values.shape[1:]])
 
     return read
-
-
-def _merge(index: Slices, sizes: tuple[int, ...]) -> slice:
-    """Returns the slice of several dimensions made one, of which only the first may be divided."""
-    inner = prod(sizes[1:])
-    if any(part.indices(size) != (0, size, 1) for part, size in zip(index[1:], sizes[1:], strict=True)):
-        raise ValueError(f"a sharding divides the inner part of heads: {index} of {sizes}; shard whole heads")
-    start, stop, _ = index[0].indices(sizes[0])
-    return slice(start * inner, stop * inner)
 
 
 def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
@@ -267,38 +210,42 @@ def _no_safetensors(directory: Path) -> str:
     )
 
 
-def _tied_name(files: Mapping[str, Any], directory: str | os.PathLike[str]) -> str:
-    """Returns the tensor that holds the one matrix of a tied checkpoint."""
-    if _LM_HEAD not in files:
-        return _EMBEDDING
-    if _EMBEDDING not in files:
-        return _LM_HEAD
-    stored = [files[name].get_tensor(name) for name in (_EMBEDDING, _LM_HEAD)]
+def _tied_name(names: tuple[str, str], files: Mapping[str, Any], directory: str | os.PathLike[str]) -> str:
+    """Returns which tensor, of embedding and LM head, holds the one matrix of a tied checkpoint."""
+    embedding, lm_head = names
+    if lm_head not in files:
+        return embedding
+    if embedding not in files:
+        return lm_head
+    stored = [files[name].get_tensor(name) for name in names]
     if not np.array_equal(*stored):
         raise ValueError(
-            f"{directory}: its {_CONFIG} says tie_word_embeddings, but {_EMBEDDING} and {_LM_HEAD} differ; "
+            f"{directory}: its {_CONFIG} says tie_word_embeddings, but {embedding} and {lm_head} differ; "
             "set tie_word_embeddings to false there if the model is not tied"
         )
-    return _EMBEDDING
+    return embedding
 
 
 def _checked_tensors(
     directory: str | os.PathLike[str], architecture: Architecture, files: Mapping[str, Any]
-) -> dict[str, list[_Tensor]]:
+) -> dict[str, list[Piece]]:
     """Returns the tensors of each parameter; ValueError where those of the files are not these."""
-    tied_name = _tied_name(files, directory) if architecture.tie_embeddings else _EMBEDDING
-    shapes = _policy_shapes(architecture)
-    expected = {parameter: _tensors(parameter, shape, tied_name) for parameter, shape in shapes.items()}
-    _check_tensors(directory, expected, files)
-    return expected
+    expected = pieces(architecture, _policy_shapes(architecture))
+    needless: set[str] = set()
+    if architecture.tie_embeddings:
+        names = tied_tensors(architecture)
+        stored = _tied_name(names, files, directory)
+        expected = [p._replace(tensor=stored) if p.tensor in names else p for p in expected]
+        needless = set(names) - {stored}
+    _check_tensors(directory, expected, needless, files)
+    return _by_parameter(expected)
 
 
 def _check_tensors(
-    directory: str | os.PathLike[str], expected: Mapping[str, list[_Tensor]], files: Mapping[str, Any]
+    directory: str | os.PathLike[str], expected: list[Piece], needless: set[str], files: Mapping[str, Any]
 ) -> None:
     """Raises ValueError with a table of all tensors that are missing, too many, mis-shaped or not floats."""
-    wanted = {tensor.name: tensor.shape for tensors in expected.values() for tensor in tensors}
-    needless = {_EMBEDDING, _LM_HEAD} if _LM_HEAD not in wanted or _EMBEDDING not in wanted else set()
+    wanted = {piece.tensor: piece.shape for piece in expected}
     rows: list[tuple[str, Any, Any]] = []
     for name in sorted(wanted.keys() | files.keys()):
         stored = files[name].get_slice(name) if name in files else None
