@@ -109,7 +109,7 @@ def load_roles(
     """
     key = keys.named(root, "init")
     policy = load_policy(where.policy, model, mesh) if where.policy else _fresh(model, mesh, key)
-    reward = None if where.reward is None else _load_reward(where.reward, model, mesh)
+    reward = None if where.reward is None else load_reward(where.reward, model, mesh)
 
     def scorer(role: str, head: Params) -> Params:
         shardings = role_shardings(model, mesh, role)
@@ -149,7 +149,7 @@ def _fresh(model: Model, mesh: Mesh, key: Array) -> Params:
     return jax.jit(model.init_policy, out_shardings=role_shardings(model, mesh, "policy"))(key)
 
 
-def _load_reward(path: Path, model: Model, mesh: Mesh) -> Params:
+def load_reward(path: Path, model: Model, mesh: Mesh) -> Params:
     shardings = role_shardings(model, mesh, "reward")
     weights = load_params(path, "reward", _abstract(model.score_shapes, shardings))
     aux = load_aux(path)

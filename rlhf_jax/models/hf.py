@@ -39,13 +39,19 @@ def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
     Raises:
         ValueError: no such directory or file, not JSON, or a model that is not supported.
     """
+    config = read_config(directory)
+    try:
+        return Architecture.from_hf(config)
+    except ValueError as error:
+        raise ValueError(f"{Path(directory) / _CONFIG}: {error}") from error
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns a directory's config.json; ValueError where there is none, or it holds no JSON object."""
     path = Path(directory) / _CONFIG
     if not path.is_file():
         raise ValueError(f"{directory} is not a Hugging Face model directory: it has no {_CONFIG}")
-    try:
-        return Architecture.from_hf(_read_json(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return _read_json(path)
 
 
 def load_policy(directory: str | os.PathLike[str], architecture: Architecture, shardings: Params) -> Params:

@@ -1,6 +1,7 @@
 """The whole chain by the real command line, shortened: what a user finds in the run directory afterwards."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from rlhf_jax import export
+from rlhf_jax import evaluate, export
 from rlhf_jax.metrics import format_number
 
 SHORT = """
@@ -140,6 +141,54 @@ def test_an_export_that_cannot_be_made_is_one_line(finished, tmp_path, capsys, f
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "figure", "key"),
+    [("sft", "perplexity", "eval_perplexity_after"), ("reward", "accuracy", "eval_accuracy")],
+)
+def test_evaluate_finds_what_the_stage_found(finished, capsys, stage, figure, key):
+    run, _, _ = finished
+    flags = ["--model", str(run / stage), "--data", "synthetic", "--data.max_eval_records", "32", "--json"]
+    assert evaluate.main(flags) == 0
+    found = json.loads(capsys.readouterr().out)
+    summary = json.loads((run / "summary.json").read_text())
+    assert found[figure] == pytest.approx(summary[stage][key], rel=1e-4)
+    assert (found["records"], found["dropped"], found["cut"]) == (32, 0, 0)
+
+
+def test_evaluate_takes_of_a_run_the_stage_that_the_data_fit(finished, tmp_path, capsys):
+    run, _, _ = finished
+    texts = {"text": "Customer: the pen broke.\nReply: Sorry."}
+    pairs = {"question": "Customer: the pen broke.\nReply:", "chosen": " Sorry.", "rejected": " So?"}
+    for record, role in ((texts, "policy"), (pairs, "reward")):
+        (tmp_path / "data.jsonl").write_text(json.dumps(record))
+        flags = ["--model", str(run), "--data", str(tmp_path / "data.jsonl"), "--json"]
+        flags += ["--data.columns.prompt", "question"] if role == "reward" else []
+        assert evaluate.main([*flags, "--mesh.data", "1", "--mesh.fsdp", "-1"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["role"], found["records"]) == (role, 1)
+        assert found["model"] == str(run / ("ppo" if role == "policy" else "reward"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "{run}"], "no file or directory|no such file"),
+        (["--model", "{run}/none"], "not a Hugging Face model directory: it has no config.json"),
+        (["--model", "{run}/reward", "--data", "{config}"], "known extensions"),
+        (["--model", "{run}/sft", "--data", "synthetic", "--data.formt", "text"], "did you mean 'format'"),
+        (["--model", "{run}/sft", "--data", "synthetic", "--sft.num_steps", "3"], "--sft.num_steps: is not"),
+        (["--model", "{run}/sft", "--data", "synthetic", "--model.num_layers", "3"], "would be ignored"),
+        (["--model", "{run}/sft", "--data", "synthetic", "--batch_size", "0"], "batch_size: must be >= 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_a_line(finished, capsys, flags, message):
+    run, config, _ = finished
+    flags = [flag.format(run=run, config=config) for flag in flags]
+    assert evaluate.main([*flags, *([] if "--data" in flags else ["--data", "none.jsonl"])]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error
 
 
 def test_the_same_command_again_trains_nothing(finished, run_train):

@@ -1,0 +1,208 @@
+"""Held-out figures of any model: `python -m rlhf_jax.evaluate --model RUN_OR_HF_DIRECTORY --data FILE`.
+
+A policy is measured by its perplexity on texts or demonstrations, a reward model by its accuracy on pairs or
+rankings. Exit codes: 0 measured; 2 model, data or a flag is wrong, and the reason is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from rlhf_jax.algos.registry import ALGORITHMS
+from rlhf_jax.checkpoint import load_info
+from rlhf_jax.command_line import apply, parse
+from rlhf_jax.config import LARGEST_INT, DataConfig, StageConfig
+from rlhf_jax.config_file import ignored, resolve
+from rlhf_jax.data.loader import Examples, Loader, load_examples
+from rlhf_jax.data.records import record_format
+from rlhf_jax.data.sources import open_source
+from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhf_jax.evaluation import evaluate_records
+from rlhf_jax.export import read_run_config
+from rlhf_jax.files import to_json
+from rlhf_jax.metrics import format_number
+from rlhf_jax.models import hf
+from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.transformer import make_model
+from rlhf_jax.plan import TOKENIZER
+from rlhf_jax.programs import TokenIds, build_programs
+from rlhf_jax.roles import is_stage_dir, load_policy, load_reward, stored_architecture
+from rlhf_jax.sharding import check_batch, make_mesh
+
+Role = Literal["policy", "reward"]
+ALGORITHM_OF: dict[Role, str] = {"policy": "sft", "reward": "reward_model"}
+"""The algorithm whose held-out figures are those of a role."""
+SECTIONS = ("data", "model", "tokenizer", "mesh")
+"""Sections of the configuration that a measurement reads."""
+CHUNK = 4096  # tokens whose logits exist at once, unless a flag says otherwise
+
+
+class Subject(NamedTuple):
+    """A model to measure."""
+
+    path: Path
+    """RUN/STAGE or a Hugging Face directory."""
+    role: Role
+    tokenizer: Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures what the flags name and prints it; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_jax.evaluate",
+        description=__doc__,
+        epilog="Options of the sections data, model, tokenizer and mesh are given as for rlhf_jax.train,\n"
+        "such as --data.format preference, --data.columns.prompt question, --data.max_length 512.",
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="a run, RUN/STAGE, or a Hugging Face directory")
+    parser.add_argument("--data", required=True, help="records, in the notation of data.train")
+    parser.add_argument("--batch_size", type=int, default=16, help="records at once, over all devices")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON on stdout")
+    args, others = parser.parse_known_args(argv)
+    try:
+        found = measure(args.model, args.data, args.batch_size, others)
+    except (ValueError, OSError) as error:
+        print(f"rlhf_jax: {error}", file=sys.stderr)
+        return 2
+    for name, value in found.items():
+        print(f"{name:<12}{format_number(value) if isinstance(value, float) else value}", file=sys.stderr)
+    if args.json:
+        print(to_json(found))
+    return 0
+
+
+def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[str, Any]:
+    """Returns the figures of a model on data.
+
+    Args:
+        model: a run, RUN/STAGE or a Hugging Face directory.
+        data: in the notation of data.train.
+        batch_size: records at once, over all devices.
+        flags: further options, as `--section.option value`.
+
+    Returns:
+        Of a policy `perplexity` and `nll`, nats per token that carries loss; of a reward model `accuracy`,
+        `margin` and `loss`, means over pairs. The `records`, those `dropped`, the rows that were `cut`, and
+        the `tokens` that carry loss (of a reward model: of all completions). `model`, its `role`, `data`.
+
+    Raises:
+        ValueError: flags, model or data that are wrong.
+    """
+    subject = find_subject(Path(model), data, read_stage("reward", model, data, batch_size, flags).data)
+    architecture = stored_architecture(subject.path, subject.role)
+    stage = read_stage(subject.role, model, data, batch_size, flags, architecture.context_length)
+    tokenizer = load_tokenizer(stage.tokenizer, str(subject.tokenizer))
+    records = ALGORITHMS[stage.algorithm].records
+    examples = load_examples(stage.data, records, "eval", tokenizer, stage.run.seed)
+    counts = {
+        "records": len(examples),
+        "dropped": examples.num_dropped,
+        "cut": examples.num_cut,
+        "tokens": sum(len(row.ids) - row.prompt_length for row in examples.rows),
+    }
+    metrics = _metrics(subject, stage, architecture, tokenizer, examples)
+    return metrics | counts | {"model": str(subject.path), "role": subject.role, "data": data}
+
+
+def find_subject(model: Path, data: str, cfg: DataConfig) -> Subject:
+    """Returns the model to measure: of a run the last stage whose model the data's columns can measure.
+
+    Raises:
+        ValueError: the run has no such stage, or the data cannot be read.
+    """
+    if is_stage_dir(model):
+        role: Role = "policy" if _trains(model, "policy") else "reward"
+        return Subject(model, role, model.parent / TOKENIZER)
+    if not (model / "config.yaml").is_file():
+        return Subject(model, "reward" if _has_score_head(model) else "policy", model)
+    role = "reward" if _is_comparison(data, cfg) else "policy"
+    stages = [s.name for s in read_run_config(model).stages if role in ALGORITHMS[s.algorithm].trains]
+    if not stages:
+        raise ValueError(f"{model} has no stage that trains a {role}, which {data} could measure")
+    return Subject(model / stages[-1], role, model / TOKENIZER)
+
+
+def read_stage(
+    role: Role, model: str, data: str, batch_size: int, flags: list[str], context_length: int = LARGEST_INT
+) -> StageConfig:
+    """Returns the stage whose evaluation the measurement is: defaults, and what the flags say.
+
+    Raises:
+        ValueError: flags that are unknown or wrong; all of them.
+    """
+    name = ALGORITHM_OF[role]
+    tree: dict[str, Any] = {
+        "run": {"dir": "."},
+        "stages": [{"name": "evaluate", "algorithm": name, "from": model}],
+        "data": {
+            "train": data,
+            "eval": data,
+            "max_length": context_length,
+            "max_prompt_length": context_length,
+            "max_eval_records": LARGEST_INT,
+        },
+        "model": {"logprob_chunk": CHUNK},
+        name: {"batch_size": batch_size},
+    }
+    line = parse(flags)
+    foreign = [path for path in line.overrides if path.partition(".")[0] not in SECTIONS]
+    problems = [f"--{path}: is not read; options of {', '.join(SECTIONS)} are" for path in foreign]
+    overridden, misplaced = apply(tree, line.overrides)
+    resolved = resolve(overridden, line.overrides)
+    problems += [*line.problems, *misplaced, *resolved.problems]
+    problems += [
+        f"{resolved.path_of(where)}: would be ignored: {why}"
+        for where, why in ignored(resolved).items()
+        if resolved.path_of(where).startswith("--")
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return resolved.config.stages[0]
+
+
+def _metrics(
+    subject: Subject, stage: StageConfig, architecture: Architecture, tokenizer: Tokenizer, examples: Examples
+) -> dict[str, float]:
+    """Returns the means over all records, by their names without `eval/`."""
+    algorithm = ALGORITHMS[stage.algorithm]
+    mesh, batch_size = make_mesh(stage.mesh), stage.settings.batch_size
+    check_batch(mesh, algorithm.rows_per_record * batch_size, "--batch_size")
+    model = make_model(architecture, stage.model.dtype)
+    load = load_policy if subject.role == "policy" else load_reward
+    longest = max(len(row.ids) - row.prompt_length for row in examples.rows)
+    ids = TokenIds(eos=cast(int, tokenizer.eos_token_id), pad=cast(int, tokenizer.pad_token_id))
+    programs = build_programs(stage, algorithm, model, mesh, longest, ids)
+    loader = Loader(examples, batch_size, stage.run.seed)
+    evaluated = evaluate_records(programs, loader, mesh)({subject.role: load(subject.path, model, mesh)}, {})
+    return {name.removeprefix("eval/"): x for name, x in evaluated.metrics.items()}
+
+
+def _trains(stage_dir: Path, role: Role) -> bool:
+    """Returns whether a stage of a run trains a role; one that this version cannot read is told of later."""
+    algorithm = ALGORITHMS.get(str(load_info(stage_dir).get("algorithm")))
+    return algorithm is not None and role in algorithm.trains
+
+
+def _is_comparison(data: str, cfg: DataConfig) -> bool:
+    """Returns whether records compare completions, so that they measure a reward model."""
+    try:
+        record_format(open_source(data, where="--data"), "preference", cfg, f"--data: {data}")
+    except ValueError:
+        return False
+    return True
+
+
+def _has_score_head(directory: Path) -> bool:
+    """Returns whether a Hugging Face directory's config.json speaks of sequence classification."""
+    names = hf.read_config(directory).get("architectures") or []
+    return any(str(name).endswith("ForSequenceClassification") for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
