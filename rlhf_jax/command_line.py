@@ -55,8 +55,10 @@ def read_command_line(argv: list[str]) -> tuple[Config, bool]:
     return read_config(argv), parse(argv).json
 
 
-def read_config(argv: list[str]) -> Config:
+def read_config(argv: list[str], *, runs: bool = True) -> Config:
     """Returns the configuration of `--config FILE [--a.b value ...]`, every stage with all its sections.
+
+    With `runs` it is going to be run, so that its directory has to be its own.
 
     Raises:
         ConfigError: with every problem of the file and the flags.
@@ -72,7 +74,7 @@ def read_config(argv: list[str]) -> Config:
         raise ConfigError([*line.problems, str(error)], line.config or "the command line") from None
     overridden, misplaced = apply(tree, line.overrides)
     resolved = resolve(overridden, line.overrides)
-    found = config_checks.problems(resolved, resolve(tree), runs=not line.print_config)
+    found = config_checks.problems(resolved, resolve(tree), runs=runs and not line.print_config)
     problems = [*line.problems, *misplaced, *found]
     if problems:
         raise ConfigError(problems, line.config)

@@ -1,0 +1,210 @@
+"""A few records as the model will see them: `python -m rlhf_jax.preview --config FILE [--stage NAME]`.
+
+Which tokens are learned, where prompt, completion, padding and special tokens are, and how long all is.
+On a terminal in colour; elsewhere ⟦ ⟧ enclose what is learned. Takes the options of rlhf_jax.train.
+Exit codes: 0 shown; 2 the configuration, the data or a model is wrong, and each problem is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from rlhf_jax.command_line import ConfigError, read_config
+from rlhf_jax.data.collate import Row
+from rlhf_jax.data.loader import Examples
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.files import to_json
+from rlhf_jax.options import did_you_mean
+from rlhf_jax.plan import Plan, plan_stages, prepare_tokenizer
+
+Part = Literal["prompt", "completion", "other turns"]
+STYLES: Mapping[str, str] = {"prompt": "cyan", "completion": "bold green", "other turns": "yellow"}
+SPECIAL = "reverse"
+OPEN, CLOSE = "⟦", "⟧"
+
+
+class Token(NamedTuple):
+    """A token of a row."""
+
+    id: int
+    text: str
+    part: Part
+    is_special: bool
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the records of a configuration's stages; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_jax.preview", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--stage", default="", help="the stage whose records to show; by default all")
+    parser.add_argument("--records", type=int, default=2, help="of each stage; by default 2")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON on stdout instead")
+    args, others = parser.parse_known_args(argv)
+    try:
+        config = read_config(others, runs=False)
+        tokenizer = prepare_tokenizer(config)
+        plans = {plan.stage.name: plan for plan in plan_stages(config, tokenizer)}
+        if args.stage and args.stage not in plans:
+            hint = did_you_mean(args.stage, plans) or f"; stages: {', '.join(plans)}"
+            raise ValueError(f"--stage: there is no stage {args.stage!r}{hint}")
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"rlhf_jax: {error}", file=sys.stderr)
+        return 2
+    chosen = [plans[args.stage]] if args.stage else list(plans.values())
+    if args.json:
+        print(to_json({plan.stage.name: as_json(plan, args.records) for plan in chosen}))
+        return 0
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    for plan in chosen:
+        for line in stage_lines(plan, args.records, in_colour=console.is_terminal and not console.no_color):
+            console.print(line)
+    return 0
+
+
+def read_tokens(row: Row, tokenizer: Tokenizer, *, is_prompt_alone: bool) -> list[Token]:
+    """Returns the tokens of a row with their texts, whose concatenation is the text of the row.
+
+    A character of several tokens is the text of its last one.
+
+    Args:
+        row: of a record.
+        tokenizer: that made it.
+        is_prompt_alone: of a prompt to complete: nothing of it carries loss.
+    """
+    special = set(tokenizer.all_special_ids)
+    tokens = []
+    plain = ""
+    for end, id_ in enumerate(row.ids, start=1):
+        in_prompt = is_prompt_alone or end <= row.prompt_length
+        part: Part = "prompt" if in_prompt else "completion"
+        if id_ in special:
+            tokens.append(Token(id_, str(tokenizer.convert_ids_to_tokens(id_)), part, is_special=True))
+            continue
+        longer = str(
+            tokenizer.decode(row.ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+        is_whole = end == len(row.ids) or not longer.endswith("\ufffd")
+        tokens.append(Token(id_, longer[len(plain) :] if is_whole else "", part, is_special=False))
+        plain = longer if is_whole else plain
+    return tokens
+
+
+def stage_lines(plan: Plan, num_records: int, *, in_colour: bool) -> Iterator[Text]:
+    """Yields what is printed of a stage: a legend, its first training records, statistics of lengths.
+
+    Args:
+        plan: of the stage.
+        num_records: how many.
+        in_colour: colours tell the parts; otherwise brackets tell what carries loss.
+    """
+    examples = plan.train
+    yield Text(
+        f"\n== stage {plan.stage.name}: {plan.stage.algorithm} on {plan.stage.data.train}", style="bold"
+    )
+    legend = Text("   ")
+    for part, style in STYLES.items():
+        legend.append(part, style=style).append("  ")
+    yield (
+        legend.append("special token", style=SPECIAL) if in_colour else Text(f"   {OPEN}completion{CLOSE}")
+    )
+    for title, row in _titled_rows(examples, num_records):
+        tokens = read_tokens(row, plan.tokenizer, is_prompt_alone=examples.kind == "prompt_only")
+        yield Text(f"\n-- {title}: {_describe(tokens, row, examples)}", style="dim" if in_colour else "")
+        yield _painted(tokens, in_colour)
+    yield Text("")
+    for split, of in (("train", plan.train), ("eval", plan.held_out)):
+        yield Text(f"data.{split}: {len(of)} records, {of.num_dropped} dropped, {of.num_cut} rows cut")
+        for what, lengths in length_statistics(of).items():
+            shown = ", ".join(f"{name} {value:g}" for name, value in lengths.items())
+            yield Text(f"  {what + ' tokens':<18}{shown}")
+
+
+def length_statistics(examples: Examples) -> dict[str, dict[str, float]]:
+    """Returns minimum, median, 95th percentile and maximum of prompts, completions and rows, in tokens."""
+    prompts = [row.prompt_length for row in examples.rows]
+    rows = [len(row.ids) for row in examples.rows]
+    lengths = {"prompt": prompts}
+    if examples.kind != "prompt_only":
+        completions = [row - prompt for row, prompt in zip(rows, prompts, strict=True)]
+        lengths |= {"completion": completions, "row": rows}
+    return {
+        what: {
+            "min": min(of),
+            "median": float(np.median(of)),
+            "p95": float(np.percentile(of, 95)),
+            "max": max(of),
+        }
+        for what, of in lengths.items()
+    }
+
+
+def as_json(plan: Plan, num_records: int) -> dict[str, Any]:
+    """Returns what `stage_lines` shows, for programs: tokens with their ids, and whether they carry loss."""
+    examples = plan.train
+    records = []
+    for title, row in _titled_rows(examples, num_records):
+        tokens = read_tokens(row, plan.tokenizer, is_prompt_alone=examples.kind == "prompt_only")
+        records.append(
+            {
+                "row": title,
+                "ids": [token.id for token in tokens],
+                "tokens": [token.text for token in tokens],
+                "parts": [token.part for token in tokens],
+                "prompt_length": row.prompt_length,
+                "padding": examples.length - len(row.ids),
+            }
+        )
+    counts = {"records": len(examples), "dropped": examples.num_dropped, "cut": examples.num_cut}
+    return counts | {"lengths": length_statistics(examples), "rows": records}
+
+
+def _titled_rows(examples: Examples, num_records: int) -> list[tuple[str, Row]]:
+    """Returns the rows of the first records, each with what it is of which record."""
+    names = ("chosen", "rejected") if examples.kind == "preference" else ("",)
+    count = min(num_records, len(examples))
+    return [
+        (f"record {number + 1}{name and ', '}{name}", examples.rows[len(names) * number + k])
+        for number in range(count)
+        for k, name in enumerate(names)
+    ]
+
+
+def _describe(tokens: Sequence[Token], row: Row, examples: Examples) -> str:
+    """Returns the counts of a row's parts."""
+    counts = Counter[str](token.part for token in tokens)
+    counts["padding"] = examples.length - len(row.ids)
+    shown = ", ".join(f"{count} of {name}" for name, count in counts.items())
+    return f"{len(tokens)} tokens: {shown}" + ("; CUT" if row.was_cut else "")
+
+
+def _painted(tokens: Sequence[Token], in_colour: bool) -> Text:
+    """Returns the text of a row, its parts in colours, or what carries loss in brackets."""
+    text = Text()
+    for part, of_part in itertools.groupby(tokens, key=lambda token: token.part):
+        if not in_colour and part == "completion":
+            text.append(OPEN)
+        for token in of_part:
+            style = f"{STYLES[part]} {SPECIAL}" if token.is_special else STYLES[part]
+            text.append(token.text, style=style if in_colour else "")
+        if not in_colour and part == "completion":
+            text.append(CLOSE)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
