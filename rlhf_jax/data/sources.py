@@ -6,54 +6,19 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast, overload
+from typing import IO, cast
 
-from rlhf_jax.data.third_party import told_as
+from rlhf_jax.data.arrow import Record, is_path, read_directory, read_hub, read_parquet, read_stream
+from rlhf_jax.data.tfds import read_tfds
 from rlhf_jax.options import did_you_mean
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-Record = dict[str, object]
 NOTATION = (
-    "a .jsonl[.gz] or .parquet file, a directory of datasets.save_to_disk, or hub:NAME[/CONFIG]:SPLIT, "
-    "each with an optional slice such as [:4000]"
+    "a .jsonl[.gz] or .parquet file, a directory of datasets.save_to_disk, hub:NAME[/CONFIG]:SPLIT, "
+    "tfds:NAME[/CONFIG][:VERSION]:SPLIT, each with an optional slice such as [:4000], or "
+    "stream:NAME[/CONFIG]:SPLIT[:4000]"
 )
-
-
-class ArrowRecords(Sequence[Record]):
-    """Rows of a `datasets` table, which stays on disk; ValueError where one cannot be read."""
-
-    def __init__(self, dataset: Dataset, name: str):
-        """`name` is the configuration key and the name of the source, for messages."""
-        self._dataset = dataset
-        self._name = name
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> ArrowRecords: ...
-    def __getitem__(self, index: int | slice) -> Record | ArrowRecords:
-        taken = range(len(self))[index]
-        with self._reading():
-            if isinstance(taken, int):
-                return self._dataset[taken]
-            part = self._dataset.select(taken)
-            part.data.validate(full=True)  # to read rows of a damaged file may end the process without a word
-            return ArrowRecords(part, self._name)
-
-    def __iter__(self) -> Iterator[Record]:
-        with self._reading():
-            yield from cast("Iterator[Record]", self._dataset)
-
-    def _reading(self) -> AbstractContextManager[None]:
-        return told_as(f"{self._name} cannot be read")
 
 
 def open_source(spec: str, *, where: str = "data.train") -> Sequence[Record]:
@@ -61,20 +26,56 @@ def open_source(spec: str, *, where: str = "data.train") -> Sequence[Record]:
 
     Args:
         spec: see NOTATION. `hub:owner/name:split` names a data set of the hub, `hub:owner/name/config:split`
-            one configuration of it; code of the hub is never run. A slice counts as Python's, without a step.
+            one configuration of it; `stream:` reads the beginning of one without downloading the rest. Code
+            of the hub is never run. `tfds:` names a set that is prepared. In place of NAME[/CONFIG] all three
+            take a directory that begins with `/`, `.` or `~`. A slice counts as Python's, without a step.
         where: the configuration key that holds `spec`, for messages.
 
     Raises:
         ValueError: nothing there, a file of no known kind, a broken line or a damaged file, or no records.
     """
     path, part = _split_slice(spec, where)
-    records = _read_hub(path, where) if path.startswith("hub:") else _read_path(Path(path), where)
+    if path.startswith("stream:"):
+        records, path, part = read_stream(path, part, where), spec, slice(None)
+    elif path.startswith("hub:"):
+        records = read_hub(path, where)
+    elif path.startswith("tfds:"):
+        records = read_tfds(path, where)
+    else:
+        records = _read_path(Path(path), where)
     if not len(records):
         raise ValueError(f"{where}: {path} holds no records; a stage needs at least one")
     taken = records[part]
     if not len(taken):
         raise ValueError(f"{where}: {spec} takes no records: there are {len(records)}; widen the slice")
     return taken
+
+
+def open_sources(specs: Iterable[str], *, where: str = "data.train") -> list[Sequence[Record]]:
+    """Returns the records of each source, as open_source.
+
+    Raises:
+        ValueError: a line for each source that cannot be opened.
+    """
+    opened, problems = [], []
+    for spec in specs:
+        try:
+            opened.append(open_source(spec, where=where))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return opened
+
+
+def local_path(spec: str) -> Path | None:
+    """Returns the file or directory that a specification reads; None where it is known by a name."""
+    path = re.sub(r"\[[^\[\]]*\]$", "", spec)
+    kind, _, rest = path.partition(":")
+    if kind not in ("hub", "stream", "tfds"):
+        return Path(path)
+    name = rest.rpartition(":")[0]
+    return Path(name).expanduser() if is_path(name) else None
 
 
 def _split_slice(spec: str, where: str) -> tuple[str, slice]:
@@ -97,7 +98,7 @@ def _read_path(path: Path, where: str) -> Sequence[Record]:
         names = sorted(entry.name for entry in path.parent.iterdir())
         raise ValueError(f"{where}: no such file: {path}{did_you_mean(path.name, names)}")
     if path.is_dir():
-        return _read_directory(path, where)
+        return read_directory(path, where, NOTATION)
     for suffix, reader in READERS.items():
         if path.name.endswith(suffix):
             return reader(path, where)
@@ -156,48 +157,11 @@ SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 SURROGATE = re.compile("[\ud800-\udfff]")  # those of a pair have become one character
 
 
-def _read_parquet(path: Path, where: str) -> ArrowRecords:
-    import pyarrow.parquet
-    from datasets import Dataset
-
-    with told_as(f"{where}: {path} cannot be read as Parquet"):
-        return ArrowRecords(Dataset(pyarrow.parquet.read_table(path)), f"{where}: {path}")
-
-
-def _read_directory(path: Path, where: str) -> ArrowRecords:
-    from datasets import DatasetDict, load_from_disk
-
-    with told_as(f"{where}: {path} is not a directory that datasets.save_to_disk wrote", f"give {NOTATION}"):
-        dataset = load_from_disk(str(path))
-    if isinstance(dataset, DatasetDict):
-        raise ValueError(
-            f"{where}: {path} holds several data sets; name one of them: {_listed(path, dataset)}"
-        )
-    return ArrowRecords(dataset, f"{where}: {path}")
-
-
-def _read_hub(spec: str, where: str) -> ArrowRecords:
-    from datasets import load_dataset
-
-    match = re.fullmatch(r"hub:([^:\[\]]+):([^:\[\]]+)", spec)
-    if not match:
-        raise ValueError(f"{where}: {spec}: must read hub:NAME[/CONFIG]:SPLIT, such as hub:owner/name:train")
-    parts = match[1].split("/")
-    name, config = "/".join(parts[:2]), "/".join(parts[2:])
-    with told_as(f"{where}: {spec} cannot be loaded from the hub"):
-        dataset = load_dataset(name, config or None, split=match[2])
-    return ArrowRecords(cast("Dataset", dataset), f"{where}: {spec}")
-
-
-def _listed(path: Path, names: Sequence[str] | dict) -> str:
-    return ", ".join(str(path / name) for name in names)
-
-
 READERS: dict[str, Callable[[Path, str], Sequence[Record]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json_lines,
     ".jsonl.gz": _read_gzip_json_lines,
     ".json.gz": _read_gzip_json_lines,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
 }
 """How a file is read, by the end of its name; a new format is a new row."""

@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf_jax.data.sources import ArrowRecords, open_source
+from rlhf_jax.data.arrow import ArrowRecords
+from rlhf_jax.data.sources import local_path, open_source, open_sources
 
 TEXTS = [{"text": f"story {i}"} for i in range(5)]
 
@@ -92,6 +93,154 @@ def test_hub_failure_is_one_line(monkeypatch):
         ValueError, match=r"^data.eval: hub:a/b:test cannot be loaded from the hub: no route to host$"
     ):
         open_source("hub:a/b:test", where="data.eval")
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> Path:
+    """Returns an empty directory in which Arrow files are kept."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "rlhf_jax"
+
+
+def test_parquet_stays_on_disk_and_is_converted_once(kept, tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list(TEXTS).to_parquet(path)
+    records = open_source(str(path))
+    (file,) = kept.iterdir()
+    assert records._dataset.cache_files == [{"filename": str(file)}]  # mapped, not held
+    written = file.stat().st_mtime_ns
+    assert list(open_source(str(path))) == TEXTS
+    assert file.stat().st_mtime_ns == written
+    datasets.Dataset.from_list(TEXTS[1:]).to_parquet(path)
+    assert list(open_source(str(path))) == TEXTS[1:]
+
+
+def test_conversion_that_fails_leaves_nothing(kept, tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list(TEXTS).to_parquet(path)
+
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rlhf_jax.data.arrow.os.replace", full)
+    fails(path, "a.parquet cannot be read as Parquet: [Errno 28] No space left on device")
+    assert list(kept.iterdir()) == []
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def hub_directory(request, tmp_path) -> Path:
+    """Returns a directory that is laid out like a data set of the hub."""
+    home = tmp_path / "stories"
+    home.mkdir()
+    if request.param == "jsonl":
+        write_lines(home / "train.jsonl")
+    else:
+        datasets.Dataset.from_list(TEXTS).to_parquet(home / "train-00000-of-00001.parquet")
+    return home
+
+
+@pytest.mark.parametrize(
+    "part, expected",
+    [("[:3]", TEXTS[:3]), ("[2:4]", TEXTS[2:4]), ("[0:99]", TEXTS)],
+)
+def test_stream_reads_its_beginning(part, expected, hub_directory, kept):
+    spec = f"stream:{hub_directory}:train{part}"
+    records = open_source(spec)
+    assert list(records) == expected
+    assert records[-1] == expected[-1] and list(records[1:]) == expected[1:]
+
+
+def test_stream_is_read_again_where_it_is_not_kept_and_says_so(hub_directory, kept, capsys):
+    spec = f"stream:{hub_directory}:train[:2]"
+    open_source(spec)
+    (file,) = kept.iterdir()
+    said = (
+        f"[data.train] {spec.replace('[:', '[0:')} is read from its beginning and kept in {file}; a run that "
+    )
+    assert capsys.readouterr().err.startswith(said)
+    open_source(spec)
+    assert capsys.readouterr().err == ""
+    file.unlink()
+    assert list(open_source(spec)) == TEXTS[:2]
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_stream_does_not_go_by_what_was_there_before(tmp_path, kept):
+    home = tmp_path / "stories"
+    home.mkdir()
+    write_lines(home / "train.jsonl")
+    spec = f"stream:{home}:train[:2]"
+    assert list(open_source(spec)) == TEXTS[:2]
+    write_lines(home / "train.jsonl", TEXTS[2:])
+    assert list(open_source(spec)) == TEXTS[2:4]
+
+
+def test_stream_reads_no_further_than_asked(tmp_path, kept, monkeypatch):
+    """What comes after is never read, or else a large set would be downloaded whole."""
+    home = tmp_path / "stories"
+    home.mkdir()
+    for shard in range(3):
+        write_lines(home / f"train-{shard}-of-3.jsonl", [{"text": f"{shard} {i}"} for i in range(2)])
+    (home / "train-2-of-3.jsonl").write_text("broken")
+    assert [record["text"] for record in open_source(f"stream:{home}:train[:4]")] == [
+        "0 0",
+        "0 1",
+        "1 0",
+        "1 1",
+    ]
+    fails(f"stream:{home}:train[:5]", "cannot be read as a stream: ")
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_what_a_stream_needs(tmp_path, kept):
+    home = tmp_path / "stories"
+    home.mkdir()
+    write_lines(home / "train.jsonl")
+    for part in ("", "[1:]", "[-2:]", "[:-1]", "[-3:2]", "[2:2]", "[:0]"):
+        fails(
+            f"stream:{home}:train{part}",
+            f"stream:{home}:train: a stream needs a slice that says which records are read, counted from the "
+            f"beginning, such as stream:{home}:train[:10000]",
+        )
+    fails(
+        f"stream:{home}:test[:5]", "cannot be read as a stream: Bad split: test. Available splits: ['train']"
+    )
+    fails(f"stream:{home}:train[7:9]", f"stream:{home}:train[7:9] holds no records")
+    fails(
+        "stream:name[:5]",
+        "stream:name: must read stream:NAME[/CONFIG]:SPLIT, such as stream:owner/name:train",
+    )
+    fails(f"stream:{tmp_path}/nowhere:train[:5]", "cannot be read as a stream: Couldn't find any data file")
+
+
+def test_directory_that_is_laid_out_like_the_hub(hub_directory, kept):
+    assert list(open_source(f"hub:{hub_directory}:train[1:]")) == TEXTS[1:]
+
+
+def test_several_sources_tell_all_their_problems(tmp_path):
+    whole = write_lines(tmp_path / "a.jsonl")
+    assert [len(records) for records in open_sources([f"{whole}", f"{whole}[:2]"])] == [5, 2]
+    with pytest.raises(ValueError) as caught:
+        open_sources([f"{tmp_path}/b.jsonl", str(whole), f"{whole}[9:]"])
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"data.train: no such file: {tmp_path}/b.jsonl")
+    assert second.startswith(f"data.train: {whole}[9:] takes no records")
+
+
+@pytest.mark.parametrize(
+    "spec, path",
+    [
+        ("a/b.jsonl[:5]", "a/b.jsonl"),
+        ("sets/x", "sets/x"),
+        ("hub:owner/name:train[:5]", None),
+        ("hub:./name:train", "name"),
+        ("stream:/sets/x:train[:5]", "/sets/x"),
+        ("tfds:imdb/plain:1.0.0:train", None),
+        ("tfds:/sets/x/1.0.0:train", "/sets/x/1.0.0"),
+    ],
+)
+def test_local_path(spec, path):
+    assert local_path(spec) == (path and Path(path))
 
 
 def fails(spec: object, message: str) -> None:
