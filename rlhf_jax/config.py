@@ -49,7 +49,8 @@ class ModelConfig:
     """The decoder-only transformer: a checkpoint, or an architecture to train from scratch."""
 
     path: str = ""
-    """Directory of a Hugging Face checkpoint; its config.json then decides the architecture."""
+    """Directory of a Hugging Face checkpoint, or `hub:OWNER/NAME[@REVISION]`; its config.json then decides
+    the architecture."""
     hidden_size: PositiveInt = 64
     """Width of the residual stream (from scratch)."""
     num_layers: PositiveInt = 2
@@ -81,8 +82,8 @@ class TokenizerConfig:
     """The tokenizer: the model's own, another one, or one trained on the training text."""
 
     path: str = ""
-    """Directory or hub name; empty: that of model.path, or a BPE trained on the spot when there is no
-    model.path."""
+    """Directory, or `hub:OWNER/NAME[@REVISION]`; empty: that of model.path, or a BPE trained on the spot when
+    there is no model.path."""
     vocab_size: Annotated[int, Field(ge=260, le=LARGEST_INT)] = 512
     """Size of the vocabulary when a tokenizer is trained on the spot."""
     eos_token: str = ""
@@ -336,9 +337,10 @@ class StageConfig:
     name: Name
     algorithm: Literal["sft", "reward_model", "ppo"]
     start_from: str
-    """Stage name or directory whose policy or trunk this stage starts from; empty: the model section."""
+    """Stage, directory or `hub:OWNER/NAME` whose policy or trunk this stage starts from; empty: the model
+    section."""
     reward_from: str
-    """Stage name or directory of the reward model; empty: none."""
+    """Stage, directory or `hub:OWNER/NAME` of the reward model; empty: none."""
     settings: AlgorithmConfig
     model: ModelConfig
     tokenizer: TokenizerConfig

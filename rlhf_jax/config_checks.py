@@ -25,6 +25,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.config_file import Resolved, Where, dump_config, ignored
 from rlhf_jax.data.records import SERVES, Kind
+from rlhf_jax.models.hub import PREFIX, is_hub, split_name
 from rlhf_jax.options import OPTIONS, did_you_mean, show
 from rlhf_jax.rewards.functions import load_function
 
@@ -63,6 +64,7 @@ def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> 
             found += sources or check_normalizer(stage, earlier, path)
         found += check_name(stage)
         found += check_local(stage, path)
+        found += check_hub(stage, path)
         found += check_batches(stage, path)
         found += check_architecture(stage, earlier, path)
         found += check_ppo(stage, path)
@@ -91,7 +93,8 @@ def check_sources(stage: StageConfig, earlier: dict[str, StageConfig], others: l
         if name in others:
             place = "is this stage itself" if name == stage.name else "comes later in the list"
             return f"stages.{stage.name}.{key}: {name!r} {place}; name an earlier stage or a directory"
-        near = did_you_mean(name, earlier) or ("; earlier stages: " + ", ".join(earlier) if earlier else "")
+        near = did_you_mean(name, earlier) or _hub_hint(name)
+        near = near or ("; earlier stages: " + ", ".join(earlier) if earlier else "")
         return f"stages.{stage.name}.{key}: {name!r} is neither an earlier stage nor a directory{near}"
 
     source, judge = stage.start_from, stage.reward_from
@@ -137,6 +140,19 @@ def check_local(stage: StageConfig, path: PathOf) -> Iterator[str]:
                 f"{place}: {value!r} is not on this machine; only local files and directories are read and "
                 "written: copy it, or mount it and give its path"
             )
+
+
+def check_hub(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields names of the hub that have another form than hub:OWNER/NAME[@REVISION]."""
+    values = {path("model", "path"): stage.model.path, "tokenizer.path": stage.tokenizer.path}
+    values |= {f"stages.{stage.name}.from": stage.start_from}
+    values |= {f"stages.{stage.name}.reward_from": stage.reward_from}
+    for place, value in values.items():
+        try:
+            if is_hub(value):
+                split_name(value)
+        except ValueError as error:
+            yield f"{place}: {error}"
 
 
 def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
@@ -307,14 +323,13 @@ def check_paths(stage: StageConfig, path: PathOf) -> Iterator[str]:
         yield f"{path('data', 'train')}: must not be empty; 'synthetic' is the embedded task"
     elif data.train != "synthetic" and not data.eval:
         yield f"{path('data', 'eval')}: must be given: held-out records, such as a slice of {data.train!r}"
-    if model.path and not _is_remote(model.path):
-        if not _is_directory(model.path):
-            yield f"{path('model', 'path')}: there is no directory {model.path!r}"
-        elif not (Path(model.path) / "config.json").is_file():
-            yield f"{path('model', 'path')}: no Hugging Face checkpoint: {model.path!r} has no config.json"
+    if model.path and not _is_directory(model.path):
+        yield f"{path('model', 'path')}: there is no directory {model.path!r}{_hub_hint(model.path)}"
+    elif model.path and Path(model.path).is_dir() and not (Path(model.path) / "config.json").is_file():
+        yield f"{path('model', 'path')}: no Hugging Face checkpoint: {model.path!r} has no config.json"
     tokenizer = stage.tokenizer.path
-    if tokenizer.startswith(("/", ".")) and not _is_directory(tokenizer):
-        yield f"tokenizer.path: there is no directory {tokenizer!r}"
+    if tokenizer and not _is_directory(tokenizer):
+        yield f"tokenizer.path: there is no directory {tokenizer!r}{_hub_hint(tokenizer)}"
 
 
 def check_functions(stage: StageConfig, path: PathOf) -> Iterator[str]:
@@ -426,7 +441,13 @@ def _is_remote(path: str) -> bool:
 
 
 def _is_directory(path: str) -> bool:
-    return _is_remote(path) or Path(path).is_dir()
+    """Returns whether a path is a directory, or will be one, or is told to be neither elsewhere."""
+    return _is_remote(path) or is_hub(path) or Path(path).is_dir()
+
+
+def _hub_hint(name: str) -> str:
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    return f"; a model of the hub is named {PREFIX}{name}" if is_name else ""
 
 
 def _similar_file(file: str) -> str:

@@ -76,23 +76,31 @@ def _main(argv: list[str]) -> int:
 def prepare(config: Config) -> tuple[list[Plan], Mesh]:
     """Returns the plans and the mesh of a run, its configuration and tokenizer written to its directory.
 
+    Models of the hub are downloaded first; the run goes on with the commits that it began with.
+
     Raises:
         ValueError: data, lengths, models or mesh do not fit; all that the host can tell, at once.
         OSError: the run directory cannot be written.
     """
+    from rlhf_jax.models import hub
     from rlhf_jax.plan import TOKENIZER, check_mesh, plan_stages, prepare_tokenizer
     from rlhf_jax.sharding import make_mesh
 
-    tokenizer = prepare_tokenizer(config)
-    plans = plan_stages(config, tokenizer)
+    run_dir = Path(config.run.dir)
+    known = hub.read_commits(run_dir)
+    fetched, commits = hub.fetch_models(config, known)
+    for name in commits.keys() - known.keys():
+        print(hub.said_of(name, commits[name]), file=sys.stderr)
+    tokenizer = prepare_tokenizer(fetched)
+    plans = plan_stages(fetched, tokenizer)
     mesh = make_mesh(config.stages[0].mesh)
     check_mesh(plans, mesh)
     for plan in plans:
         for line in plan.losses():
             print(line, file=sys.stderr)
 
-    run_dir = Path(config.run.dir)
     replace_file(run_dir / "config.yaml", dump_config(config))
+    hub.write_commits(run_dir, commits)
     if not (run_dir / TOKENIZER).exists():
         with new_directory(run_dir / TOKENIZER) as unfinished:
             tokenizer.save_pretrained(str(unfinished))

@@ -128,7 +128,7 @@ def test_environment_variables_in_strings(write, tmp_path, monkeypatch):
 FILES = """
 run: {dir: RUN, seed: 3, tensorboard: true}
 mesh: {data: 2, fsdp: 1, tensor: 2}
-tokenizer: {path: org/name, eos_token: "no"}
+tokenizer: {path: 'hub:org/name@v1', eos_token: "no"}
 data: {train: "FILE[:7]", eval: "FILE", columns: {prompt: "1e-5", completion: "${}"}}
 model: {remat: dots}
 stages:
@@ -389,6 +389,29 @@ def test_jax_is_not_imported_before_the_configuration_is_known(write):
         ("model: {path: tests}", [], "model.path: no Hugging Face checkpoint: 'tests' has no config.json"),
         ("tokenizer: {path: ./nowhere}", [], "tokenizer.path: there is no directory './nowhere'"),
         (
+            "tokenizer: {path: org/name}",
+            [],
+            "tokenizer.path: there is no directory 'org/name'; a model of the hub is named hub:org/name",
+        ),
+        (
+            "model: {path: 'hub:org/name/config'}",
+            [],
+            "model.path: 'hub:org/name/config' must read hub:OWNER/NAME[@REVISION], such as "
+            "hub:EleutherAI/pythia-1b",
+        ),
+        (
+            "",
+            ["--stages.ppo.from", "org/name"],
+            "stages.ppo.from: 'org/name' is neither an earlier stage nor a directory; a model of the hub is "
+            "named hub:org/name",
+        ),
+        (
+            "",
+            ["--stages.ppo.reward_from", "hub:org/name@"],
+            "stages.ppo.reward_from: 'hub:org/name@' must read hub:OWNER/NAME[@REVISION], such as "
+            "hub:EleutherAI/pythia-1b",
+        ),
+        (
             "rewards: {gold: 'math:sinn'}",
             [],
             "rewards.gold: reward function 'math:sinn': math has no sinn; did you mean 'sin'?",
@@ -422,7 +445,7 @@ def test_jax_is_not_imported_before_the_configuration_is_known(write):
             "data.columns: would be ignored: the embedded task (data.train: synthetic) has no columns",
         ),
         (
-            "tokenizer: {path: org/name, vocab_size: 512}",
+            "tokenizer: {path: 'hub:org/name@v1', vocab_size: 512}",
             [],
             "tokenizer.vocab_size: would be ignored: tokenizer.path names a trained tokenizer",
         ),
