@@ -114,6 +114,8 @@ class DataConfig:
     prose."""
     prompt_tokens: Count = 0
     """Where a stage needs prompts and the records are plain text: the prompt is the first so many tokens."""
+    prompt_template: str = ""
+    """What stands around every prompt, such as "Question: {prompt}\\nAnswer:"; empty: nothing."""
     max_prompt_length: PositiveInt = 128
     """Longest prompt in tokens, BOS included; longer ones are dropped and counted."""
     max_length: PositiveInt = 256
@@ -121,6 +123,10 @@ class DataConfig:
     right, the cut is counted, and no EOS is appended to a cut completion."""
     max_eval_records: PositiveInt = 512
     """At most so many held-out records are read."""
+
+
+PROMPTLESS_FORMATS = ("text", "labelled")
+"""Formats whose records have no prompt of their own, which data.prompt_template could stand around."""
 
 
 @dataclass(frozen=True, kw_only=True)

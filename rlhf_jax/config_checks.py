@@ -24,7 +24,7 @@ from rlhf_jax.config import (
     StageConfig,
 )
 from rlhf_jax.config_file import Resolved, Where, dump_config, ignored
-from rlhf_jax.data.records import SERVES, Kind
+from rlhf_jax.data.records import PROMPT, SERVES, Kind
 from rlhf_jax.models.hub import PREFIX, is_hub, split_name
 from rlhf_jax.options import OPTIONS, did_you_mean, show
 from rlhf_jax.rewards.functions import load_function
@@ -294,6 +294,11 @@ def check_formats(stage: StageConfig, path: PathOf) -> Iterator[str]:
         )
     elif data.prompt_tokens == 0 and data.prompts:
         yield f"{path('data', 'prompt_tokens')}: must be >= 1 where data.prompts is set, got 0"
+    if data.prompt_template and data.prompt_template.count(PROMPT) != 1:
+        yield (
+            f"{path('data', 'prompt_template')}: must have {PROMPT} once, such as "
+            f"'Question: {PROMPT}\\nAnswer:', got {data.prompt_template!r}"
+        )
 
 
 def check_normalizer(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf) -> Iterator[str]:

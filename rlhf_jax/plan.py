@@ -125,7 +125,7 @@ def _idle_data(plans: Sequence[Plan]) -> list[str]:
             unread(dataclasses.replace(plan.stage, data=dataclasses.replace(data, format=format)), stages)
             for format in formats
         ]
-        for option in ("prompts", "detokenize", "prompt_tokens"):
+        for option in ("prompts", "detokenize", "prompt_tokens", "prompt_template"):
             if value := getattr(data, option):
                 why = [of_format.get(f"data.{option}", "") for of_format in reasons]
                 idle.setdefault((option, str(value)), {})[plan.stage.name] = why[0] if all(why) else ""

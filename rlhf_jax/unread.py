@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_jax.config import ALGORITHM_SECTIONS, PPOConfig, RewardModelConfig, StageConfig
+from rlhf_jax.config import (
+    ALGORITHM_SECTIONS,
+    PROMPTLESS_FORMATS,
+    PPOConfig,
+    RewardModelConfig,
+    StageConfig,
+)
 
 ARCHITECTURE = (
     "path",
@@ -54,8 +60,12 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         reasons["data.prompt_tokens"] = "data.prompts is not set"
     elif stage.algorithm == "ppo" and data.format not in ("auto", "text"):
         reasons["data.prompt_tokens"] = f"records of data.format {data.format!r} have prompts"
+    if data.format in PROMPTLESS_FORMATS:
+        reasons["data.prompt_template"] = (
+            f"records of data.format {data.format!r} have no prompt of their own"
+        )
     if data.train == "synthetic" and data.eval in ("", "synthetic"):
-        for key in ("format", "columns", "prompts", "detokenize", "prompt_tokens"):
+        for key in ("format", "columns", "prompts", "detokenize", "prompt_tokens", "prompt_template"):
             reasons[f"data.{key}"] = "the embedded task (data.train: synthetic) has no columns"
     if stage.algorithm == "ppo":
         reasons["data.max_length"] = "ppo has max_prompt_length and rollout.max_new_tokens"

@@ -14,9 +14,17 @@ from typing import Literal, cast
 import numpy as np
 
 from rlhf_jax.batch import Prompts, Rows
-from rlhf_jax.config import DataConfig
+from rlhf_jax.config import PROMPTLESS_FORMATS, DataConfig
 from rlhf_jax.data.collate import Row, collate_prompts, collate_rows, static_length
-from rlhf_jax.data.records import AnyRecord, Format, Kind, completions, read_records, record_format
+from rlhf_jax.data.records import (
+    AnyRecord,
+    Format,
+    Kind,
+    completions,
+    in_template,
+    read_records,
+    record_format,
+)
 from rlhf_jax.data.sources import open_source
 from rlhf_jax.data.synthetic import synthetic_records
 from rlhf_jax.data.tokenize import encode_records
@@ -165,6 +173,8 @@ def load_records(
         is_paired = format == "labelled" and cfg.prompts
         prompts = open_source(cfg.prompts, where="data.prompts") if is_paired else ()
         records = read_records(source, kind, cfg, name, prompts=prompts, seed=seed)
+        if format not in PROMPTLESS_FORMATS:
+            records = [in_template(record, cfg.prompt_template) for record in records]
     return records if split == "train" else records[: cfg.max_eval_records], format
 
 

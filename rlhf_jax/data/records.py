@@ -40,6 +40,8 @@ SERVES: dict[Kind, tuple[Format, ...]] = {
     "preference": ("preference", "labelled"),
     "prompt_only": ("prompt_only", "prompt_completion", "preference", "text"),
 }
+PROMPT = "{prompt}"
+"""Where the prompt stands in data.prompt_template."""
 USUAL_COLUMNS = ("prompt", "completion", "chosen", "rejected", "text", "label")
 ASSISTANT_TURN = "\n\nAssistant:"
 
@@ -134,6 +136,11 @@ def read_records(
             return _pair_labelled(reader, source, cfg, prompts, seed)
         case _:
             return [PromptOnly(prompt, columns) for (prompt,), columns in reader.read(source, ("prompt",))]
+
+
+def in_template[R: AnyRecord](record: R, template: str) -> R:
+    """Returns the record with its prompt in data.prompt_template; an empty template changes nothing."""
+    return record._replace(prompt=template.replace(PROMPT, record.prompt)) if template else record
 
 
 def reward_columns(records: Sequence[PromptOnly]) -> dict[str, list[object]]:

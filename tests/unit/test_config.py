@@ -389,6 +389,18 @@ def test_jax_is_not_imported_before_the_configuration_is_known(write):
         ("model: {path: tests}", [], "model.path: no Hugging Face checkpoint: 'tests' has no config.json"),
         ("tokenizer: {path: ./nowhere}", [], "tokenizer.path: there is no directory './nowhere'"),
         (
+            "data: {prompt_template: 'Question: {question}'}",
+            ["--data.train", "hub:a/b:x", "--data.eval", "hub:a/b:y"],
+            "data.prompt_template: must have {prompt} once, such as 'Question: {prompt}\\nAnswer:', got "
+            "'Question: {question}'",
+        ),
+        (
+            "data: {train: hub:a/b:x, eval: hub:a/b:y, format: text, prompt_template: 'Q: {prompt}'}",
+            ["--stages.reward.data.format", "labelled", "--data.prompt_tokens", "4"],
+            "data.prompt_template: would be ignored: records of data.format 'text' have no prompt of their "
+            "own; records of data.format 'labelled' have no prompt of their own",
+        ),
+        (
             "tokenizer: {path: org/name}",
             [],
             "tokenizer.path: there is no directory 'org/name'; a model of the hub is named hub:org/name",

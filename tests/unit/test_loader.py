@@ -279,3 +279,26 @@ def test_real_stories_give_rows_and_openings(test_data):
     sentences = load_examples(pairs, "preference", "train", tokenizer, 0)
     assert len(sentences.rows) == 2 * len(sentences) > 800
     assert sentences.rows[0].ids[:20] == sentences.rows[1].ids[:20]
+
+
+def test_a_template_stands_around_every_prompt(tokenizer, tmp_path):
+    """Braces elsewhere are plain text, in the template and in the prompt; completions and columns stay."""
+    path = tmp_path / "demos.jsonl"
+    path.write_text(json.dumps({"question": "{prompt} {x}", "answer": "b", "label": 1}))
+    columns = {"prompt": "question", "completion": "answer"}
+    cfg = DataConfig(train=str(path), eval=str(path), columns=columns, prompt_template="{Q} {prompt}\n")
+    examples = load_examples(cfg, "prompt_completion", "train", tokenizer, 0)
+    assert examples.records == [PromptCompletion("{Q} {prompt} {x}\n", "b", {"label": 1})]
+    (row,) = examples.rows
+    assert list(row.ids[: row.prompt_length]) == list(encode_prompts(tokenizer, ["{Q} {prompt} {x}\n"])[0])
+    only = load_examples(cfg, "prompt_only", "eval", tokenizer, 0)
+    assert [record.prompt for record in only.records] == ["{Q} {prompt} {x}\n"]
+
+
+def test_a_template_leaves_texts_alone(tokenizer, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "the lamp is broken"}))
+    cfg = DataConfig(train=str(path), eval=str(path), prompt_template="Q: {prompt}\n", prompt_tokens=9)
+    for kind in ("prompt_completion", "prompt_only"):
+        examples = load_examples(cfg, kind, "train", tokenizer, 0)
+        assert "Q" not in examples.records[0].prompt

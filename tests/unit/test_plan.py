@@ -210,6 +210,7 @@ data: {OPTIONS}
         ),
         ("prompt_tokens: 1, columns: {text: text}", "texts.jsonl", None),
         ("columns: {prompt: prompt}", "demos.jsonl", None),
+        ("prompt_tokens: 1, prompt_template: 'Q: {prompt}'", "texts.jsonl", None),  # not of ppo
     ],
 )
 def test_options_that_no_stage_reads_once_the_formats_are_known(tmp_path, options, texts, message):
