@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 from jax.sharding import Mesh
@@ -23,12 +23,11 @@ from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.files import new_directory, replace_file, to_json
 from rlhf_jax.model_card import lineage, model_card
 from rlhf_jax.models import hf
+from rlhf_jax.models.hf import Dtype
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.options import did_you_mean
 from rlhf_jax.roles import load_policy, stored_architecture
 from rlhf_jax.sharding import make_mesh
-
-Dtype = Literal["float32", "bfloat16"]
 
 
 def main(argv: list[str] | None = None) -> int:

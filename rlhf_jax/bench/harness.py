@@ -181,7 +181,7 @@ class Bench:
         rate = self.useful_flops(task) / median / 1e9
         line = {
             "bench": task,
-            "commit": _commit(),
+            "commit": commit(),
             "device": jax.devices()[0].device_kind,
             "mesh": dict(self.mesh.shape),
             "shape": args.shape,
@@ -218,7 +218,8 @@ def matrix_rate(dtype: str, size: int = 2048, repeats: int = 5) -> float:
     return 2 * size**3 / min(seconds) / 1e9
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Returns the commit that is measured."""
     here = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"

@@ -7,30 +7,30 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import ml_dtypes  # makes bfloat16 a type that numpy, and so the safetensors reader, knows
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rlhf_jax.batch import Params
+from rlhf_jax.models import tensor_files
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.tensor_files import FLOAT_TYPES, NewTensor, StoredTensor, open_tensors, read_json
 from rlhf_jax.models.tensors import Piece, pieces, tied_tensors
 from rlhf_jax.models.transformer import make_model
+from rlhf_jax.progress import watched
 
-_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_GENERATION = "generation_config.json"
-_FLOAT_TYPES = ("F32", "BF16", "F16")
-_OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+_STORED_AS: dict[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+Slices = tuple[slice, ...]
 
 
 def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
@@ -51,13 +51,14 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(directory) / _CONFIG
     if not path.is_file():
         raise ValueError(f"{directory} is not a Hugging Face model directory: it has no {_CONFIG}")
-    return _read_json(path)
+    return read_json(path)
 
 
 def load_policy(directory: str | os.PathLike[str], architecture: Architecture, shardings: Params) -> Params:
     """Returns the policy parameters of a checkpoint, float32, each device holding and reading only its part.
 
-    A checkpoint with tied embeddings may store the matrix as either of the two, or as both if they are equal.
+    The host holds the parts of one parameter at a time; those of CPU devices stay where they were read to. A
+    checkpoint with tied embeddings may store the matrix as either of the two, or as both if they are equal.
 
     Args:
         directory: config.json and model.safetensors, or several safetensors with their index.
@@ -67,35 +68,26 @@ def load_policy(directory: str | os.PathLike[str], architecture: Architecture, s
         ValueError: no safetensors, a file that is damaged or outside the directory, or tensors that are
             missing, not expected, of another shape or not of floats; these all in one table.
     """
-    shapes = _policy_shapes(architecture)
-    with ExitStack() as stack:
-        files = _open_tensors(Path(directory), stack)
-        expected = _checked_tensors(directory, architecture, files)
-
-        def load(path: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-            parameter = jax.tree_util.keystr(path, simple=True, separator="/")
-            read = _reader(expected[parameter], shapes[parameter], files)
-            return jax.make_array_from_callback(shapes[parameter], sharding, read, dtype=np.float32)
-
-        return jax.tree.map_with_path(load, shardings)
+    files = open_tensors(Path(directory))
+    return _load(directory, _checked_tensors(directory, architecture, files), files, shardings)
 
 
 def check_policy(directory: str | os.PathLike[str], architecture: Architecture) -> None:
     """Raises what `load_policy` would raise, reading the headers alone (and a tied matrix stored twice)."""
-    with ExitStack() as stack:
-        _checked_tensors(directory, architecture, _open_tensors(Path(directory), stack))
+    _checked_tensors(directory, architecture, open_tensors(Path(directory)))
 
 
 def save_policy(
     directory: str | os.PathLike[str],
     architecture: Architecture,
     params: Params,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     token_ids: Mapping[str, int] | None = None,
+    shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> None:
-    """Writes config.json, generation_config.json and model.safetensors for transformers' LlamaForCausalLM.
+    """Writes config.json, generation_config.json and safetensors for transformers' LlamaForCausalLM.
 
-    All processes call it, for parameters are gathered leaf by leaf; the first process writes.
+    All processes call it, for parameters are gathered tensor by tensor; the first process writes.
 
     Args:
         directory: made where it does not exist.
@@ -103,37 +95,75 @@ def save_policy(
         params: policy parameters, sharded in any way.
         dtype: of the tensors written.
         token_ids: see `Architecture.to_hf`.
+        shard_bytes: a larger checkpoint becomes several files of at most so many bytes, and an index.
     Raises:
         ValueError: parameters that are not this architecture's.
     """
-    shapes = _policy_shapes(architecture)
-    found = {name: leaf.shape for name, leaf in _flatten(params)}
+    tensors = _new_tensors(architecture, params, make_model(architecture).policy_shapes, dtype)
+    _save(directory, tensors, architecture.to_hf(dtype, token_ids), dtype, shard_bytes)
+    if jax.process_index() == 0:
+        _write_json(Path(directory) / _GENERATION, token_ids or {})
+
+
+def _save(
+    directory: str | os.PathLike[str],
+    tensors: list[NewTensor],
+    config: Mapping[str, Any],
+    dtype: Dtype,
+    shard_bytes: int,
+) -> None:
+    """Writes the tensors and config.json; see `save_policy`."""
+    path, writes = Path(directory), jax.process_index() == 0
+    if writes:
+        path.mkdir(parents=True, exist_ok=True)
+    tensor_files.write_tensors(path, tensors, _STORED_AS[dtype], shard_bytes, writes=writes)
+    if writes:
+        _write_json(path / _CONFIG, config)
+
+
+def _new_tensors(
+    architecture: Architecture, params: Params, abstract: Params, dtype: Dtype
+) -> list[NewTensor]:
+    """Returns the tensors of the parameters, none of them gathered yet; ValueError for other parameters."""
+    leaves, shapes = dict(_flatten(params)), _shapes(abstract)
+    found = _shapes(params)
     if found != shapes:
         rows = [(name, shapes.get(name), found.get(name)) for name in sorted(shapes.keys() | found.keys())]
         raise ValueError(_table("parameters that are not the architecture's", "parameter", rows))
-    stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-    tensors: dict[str, np.ndarray] = {}
-    of_parameter = _by_parameter(pieces(architecture, shapes))
-    for parameter, leaf in _flatten(params):
-        values = _gather(leaf).astype(stored)
-        for piece in of_parameter[parameter]:
-            if piece.tensor not in tensors:
-                tensors[piece.tensor] = np.empty(piece.shape, stored)
-            piece.write(tensors[piece.tensor], values[piece.at])
-    if jax.process_index() != 0:
-        return
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    _replace(path / _WEIGHTS, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
-    config = json.dumps(architecture.to_hf(dtype, token_ids), indent=2)
-    _replace(path / _CONFIG, lambda partial: partial.write_text(config + "\n"))
-    generation = json.dumps(dict(token_ids or {}), indent=2)
-    _replace(path / _GENERATION, lambda partial: partial.write_text(generation + "\n"))
-    shutil.copymode(path / _CONFIG, path / _WEIGHTS)  # safetensors lets nobody else read its files
+    of_tensor: dict[str, list[Piece]] = {}
+    for piece in pieces(architecture, shapes):
+        of_tensor.setdefault(piece.tensor, []).append(piece)
+
+    def make(parts: list[Piece]) -> np.ndarray:
+        tensor = np.empty(parts[0].shape, FLOAT_TYPES[_STORED_AS[dtype]])
+        for piece in parts:
+            piece.write(tensor, _gather(leaves[piece.parameter][piece.at]))
+        return tensor
+
+    return [NewTensor(name, parts[0].shape, partial(make, parts)) for name, parts in of_tensor.items()]
 
 
-def _policy_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    return {name: leaf.shape for name, leaf in _flatten(make_model(architecture).policy_shapes)}
+def _load(
+    directory: str | os.PathLike[str],
+    expected: Mapping[str, list[Piece]],
+    files: Mapping[str, StoredTensor],
+    shardings: Params,
+) -> Params:
+    """Returns the parameters of a tree of shardings, read one after the other."""
+    flat, tree = jax.tree.flatten_with_path(shardings)
+
+    def load(path: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        parts = expected[jax.tree_util.keystr(path, simple=True, separator="/")]
+        shape = (*(n + 1 for n in parts[-1].at), *parts[0].ours)  # the last piece is that of the last layer
+        read = _reader(parts, shape, files)
+        # Waited for, so that the host does not hold many parameters that are on their way to the devices.
+        return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read, dtype=np.float32))
+
+    return jax.tree.unflatten(tree, [load(*leaf) for leaf in watched(flat, f"reading {directory}")])
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in _flatten(params)}
 
 
 def _flatten(params: Params) -> Iterator[tuple[str, Any]]:
@@ -149,82 +179,38 @@ def _by_parameter(of: list[Piece]) -> dict[str, list[Piece]]:
 
 
 def _reader(
-    parts: list[Piece], shape: tuple[int, ...], files: Mapping[str, Any]
+    parts: list[Piece], shape: tuple[int, ...], files: Mapping[str, StoredTensor]
 ) -> Callable[[Any], np.ndarray]:
     """Returns what reads a part of a parameter; a part that several devices hold is read once."""
     of_place = {piece.at: piece for piece in parts}
     num_leading = len(parts[0].at)
 
-    def read_one(piece: Piece, index: Any) -> np.ndarray:
-        return np.asarray(piece.read(files[piece.tensor].get_slice(piece.tensor), index), np.float32)
-
     @cache
-    def read(index: Any) -> np.ndarray:
-        places = [range(*s.indices(n)) for s, n in zip(index[:num_leading], shape[:num_leading], strict=True)]
-        values = np.stack([read_one(of_place[at], index[num_leading:]) for at in product(*places)])
-        return values.reshape([*map(len, places), *values.shape[1:]])
+    def read(index: Slices) -> np.ndarray:
+        places = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+        out = tensor_files.empty([len(place) for place in places])
+        for here, at in zip(
+            np.ndindex(*out.shape[:num_leading]), product(*places[:num_leading]), strict=True
+        ):
+            stored = files[of_place[at].tensor]
+            values = of_place[at].read(stored, index[num_leading:])
+            tensor_files.copy_in_blocks(out[here], values, stored.release)
+        return out
 
     return read
 
 
-def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
-    """Returns the open file of each tensor in a directory."""
-    if not (directory / _INDEX).is_file():
-        if not (directory / _WEIGHTS).is_file():
-            raise ValueError(_no_safetensors(directory))
-        file = _open(directory / _WEIGHTS, stack)
-        return dict.fromkeys(file.keys(), file)
-    content = _read_json(directory / _INDEX)
-    weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{directory / _INDEX} has no weight_map from tensors to file names")
-    outside = [name for name in set(weight_map.values()) if not _is_plain_name(name)]
-    if outside:
-        raise ValueError(f"{directory / _INDEX} names files outside its directory: {sorted(outside)}")
-    opened = {name: _open(directory / name, stack) for name in sorted(set(weight_map.values()))}
-    lost = [
-        f"{tensor} ({name})" for tensor, name in weight_map.items() if tensor not in set(opened[name].keys())
-    ]
-    if lost:
-        raise ValueError(
-            f"{directory / _INDEX} names tensors that their files do not have: {', '.join(lost[:8])}"
-        )
-    return {tensor: opened[name] for tensor, name in weight_map.items()}
-
-
-def _is_plain_name(name: str) -> bool:
-    return name not in ("", ".", "..") and "/" not in name and "\\" not in name
-
-
-def _open(path: Path, stack: ExitStack) -> Any:
-    try:
-        return stack.enter_context(safe_open(path, framework="numpy"))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {path}: {error}; is it complete? Copy or download it again") from error
-
-
-def _no_safetensors(directory: Path) -> str:
-    if not directory.is_dir():
-        return f"{directory} is not a directory"
-    others = sorted(path.name for pattern in _OTHER_FORMATS for path in directory.glob(pattern))
-    if not others:
-        return f"{directory} has no {_WEIGHTS} and no {_INDEX}"
-    return (
-        f"{directory} has weights only as {', '.join(others)}. Such files can run code when they are opened; "
-        "only safetensors are read. Where you trust them, convert them once, with torch and transformers: "
-        f"AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
-    )
-
-
-def _tied_name(names: tuple[str, str], files: Mapping[str, Any], directory: str | os.PathLike[str]) -> str:
+def _tied_name(
+    names: tuple[str, str], files: Mapping[str, StoredTensor], directory: str | os.PathLike[str]
+) -> str:
     """Returns which tensor, of embedding and LM head, holds the one matrix of a tied checkpoint."""
     embedding, lm_head = names
     if lm_head not in files:
         return embedding
     if embedding not in files:
         return lm_head
-    stored = [files[name].get_tensor(name) for name in names]
-    if not np.array_equal(*stored):
+    one, other = (files[name] for name in names)
+    if one.dtype in FLOAT_TYPES and not _is_equal(one, other):
         raise ValueError(
             f"{directory}: its {_CONFIG} says tie_word_embeddings, but {embedding} and {lm_head} differ; "
             "set tie_word_embeddings to false there if the model is not tied"
@@ -232,11 +218,20 @@ def _tied_name(names: tuple[str, str], files: Mapping[str, Any], directory: str 
     return embedding
 
 
+def _is_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    equal = np.array_equal(one[:], other[:])
+    one.release()
+    other.release()
+    return equal
+
+
 def _checked_tensors(
-    directory: str | os.PathLike[str], architecture: Architecture, files: Mapping[str, Any]
+    directory: str | os.PathLike[str], architecture: Architecture, files: Mapping[str, StoredTensor]
 ) -> dict[str, list[Piece]]:
     """Returns the tensors of each parameter; ValueError where those of the files are not these."""
-    expected = pieces(architecture, _policy_shapes(architecture))
+    expected = pieces(architecture, _shapes(make_model(architecture).policy_shapes))
     needless: set[str] = set()
     if architecture.tie_embeddings:
         names = tied_tensors(architecture)
@@ -248,18 +243,21 @@ def _checked_tensors(
 
 
 def _check_tensors(
-    directory: str | os.PathLike[str], expected: list[Piece], needless: set[str], files: Mapping[str, Any]
+    directory: str | os.PathLike[str],
+    expected: list[Piece],
+    needless: set[str],
+    files: Mapping[str, StoredTensor],
 ) -> None:
     """Raises ValueError with a table of all tensors that are missing, too many, mis-shaped or not floats."""
     wanted = {piece.tensor: piece.shape for piece in expected}
     rows: list[tuple[str, Any, Any]] = []
     for name in sorted(wanted.keys() | files.keys()):
-        stored = files[name].get_slice(name) if name in files else None
-        shape = tuple(stored.get_shape()) if stored else None
+        stored = files.get(name)
+        shape = stored.shape if stored else None
         if name in wanted and shape != wanted[name]:
             rows.append((name, wanted[name], shape))
-        elif name in wanted and stored and stored.get_dtype() not in _FLOAT_TYPES:
-            rows.append((name, " or ".join(_FLOAT_TYPES), stored.get_dtype()))
+        elif name in wanted and stored and stored.dtype not in FLOAT_TYPES:
+            rows.append((name, " or ".join(FLOAT_TYPES), stored.dtype))
         elif name not in wanted and name not in needless and not name.endswith("rotary_emb.inv_freq"):
             rows.append((name, None, shape))
     if rows:
@@ -282,18 +280,5 @@ def _gather(leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside `path` and moves it there, so that a half-written one never has its name."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    tensor_files.write_file(path, [json.dumps(content, indent=2).encode() + b"\n"])

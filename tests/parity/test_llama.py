@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, GenerationConfig, LlamaConfig
 
 from rlhf_jax.config import MeshConfig
-from rlhf_jax.models import hf, kv_cache
+from rlhf_jax.models import hf, kv_cache, tensor_files
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.sharding import make_mesh, param_shardings
@@ -228,33 +228,47 @@ def test_each_device_holds_its_part_of_what_one_device_loads(checkpoint, one_dev
 
 def test_a_device_reads_no_more_than_its_part(checkpoint, monkeypatch):
     read = []
+    copy = tensor_files.copy_in_blocks
 
-    class Counting:
-        def __init__(self, file):
-            self.file = file
+    def counting(out, values, release):
+        read.append(values.size)
+        copy(out, values, release)
 
-        def keys(self):
-            return self.file.keys()
-
-        def get_slice(self, name):
-            part = self.file.get_slice(name)
-
-            class Slice:
-                get_shape, get_dtype = part.get_shape, part.get_dtype
-
-                def __getitem__(self, index):
-                    read.append(part[index].size)
-                    return part[index]
-
-            return Slice()
-
-    plain_open = hf._open
-    monkeypatch.setattr(hf, "_open", lambda path, stack: Counting(plain_open(path, stack)))
+    monkeypatch.setattr(tensor_files, "copy_in_blocks", counting)
     load(checkpoint, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     assert sum(read) == sum(
         np.prod(shape) for shape in SHAPES.values()
     )  # each part once, for all that hold it
     assert max(read) == 48 * 24 // 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_files_of_every_float_type_load(checkpoint, tmp_path, one_device_mesh, dtype):
+    """By hand, with safetensors' own writer and reader; and ours writes the same."""
+    stored = {name: values.astype(jnp.dtype(dtype)) for name, values in random_tensors(SHAPES).items()}
+    save_file(stored, checkpoint / "model.safetensors")
+    architecture, params = load(checkpoint, one_device_mesh)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    kernel = np.asarray(params["lm_head"]["kernel"])
+    np.testing.assert_array_equal(kernel, stored["lm_head.weight"].T.astype(np.float32))
+    hf.save_policy(tmp_path / "out", architecture, params, dtype=dtype)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {values.dtype for values in written.values()} == {jnp.dtype(dtype)}
+    assert_trees_equal(written, stored)
+    assert str(AutoConfig.from_pretrained(tmp_path / "out").dtype).endswith(dtype)
+
+
+def test_a_part_is_copied_in_blocks_of_the_file(checkpoint, one_device_mesh, monkeypatch):
+    _, whole = load(checkpoint, one_device_mesh)
+    monkeypatch.setattr(tensor_files, "_BLOCK_BYTES", 200)  # two rows of 24 numbers
+    releases = []
+    plain = tensor_files.StoredTensor.release
+    monkeypatch.setattr(
+        tensor_files.StoredTensor, "release", lambda self: (releases.append(self.shape), plain(self))
+    )
+    assert_trees_equal(load(checkpoint, one_device_mesh)[1], whole)
+    assert releases.count((48, 24)) == 2 * 48 / 2  # embedding and head
+    assert releases.count((40, 24)) == 2 * 3 * 40 / 2  # gate and up of three layers
 
 
 # Checkpoints in several files
@@ -278,12 +292,67 @@ def test_a_checkpoint_in_several_files_loads(checkpoint, one_device_mesh):
     assert_trees_equal(load(checkpoint, one_device_mesh)[1], whole)
 
 
+def test_a_large_checkpoint_is_written_in_several_files(checkpoint, tmp_path, one_device_mesh):
+    architecture, params = load(checkpoint, one_device_mesh)
+    limit = 3 * 4 * 48 * 24  # three of the largest tensors
+    hf.save_policy(tmp_path / "out", architecture, params, shard_bytes=limit)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    assert len(files) > 3 and set(index["weight_map"].values()) == set(files)
+    tensors = {name: load_file(tmp_path / "out" / name) for name in files}
+    sizes = [sum(values.nbytes for values in of.values()) for of in tensors.values()]
+    assert max(sizes) <= limit and sum(sizes) == index["metadata"]["total_size"]
+    assert all(
+        set(of) == {t for t, n in index["weight_map"].items() if n == name} for name, of in tensors.items()
+    )
+    together = {name: values for of in tensors.values() for name, values in of.items()}
+    assert_trees_equal(together, random_tensors(SHAPES))
+    assert_trees_equal(load(tmp_path / "out", one_device_mesh)[1], params)
+
+    hf.save_policy(
+        tmp_path / "out", architecture, params
+    )  # transformers would read the one file, we the index
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    hf.save_policy(tmp_path / "out", architecture, params, shard_bytes=1)
+    assert len(list((tmp_path / "out").glob("model-*"))) == len(SHAPES)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_one_tensor_at_a_time_is_gathered(checkpoint, tmp_path, one_device_mesh, monkeypatch):
+    architecture, params = load(checkpoint, one_device_mesh)
+    gathered = []
+    plain = hf._gather
+    monkeypatch.setattr(hf, "_gather", lambda leaf: (gathered.append(leaf.size), plain(leaf))[1])
+    hf.save_policy(tmp_path / "out", architecture, params)
+    assert sorted(gathered) == sorted(np.prod(shape) for shape in SHAPES.values())
+
+
 @pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "..", "sub/a.safetensors"])
 def test_an_index_may_not_leave_its_directory(checkpoint, one_device_mesh, name):
     index, weight_map = split(checkpoint)
     index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": name}}))
     with pytest.raises(ValueError, match="names files outside its directory"):
         load(checkpoint, one_device_mesh)
+
+
+def test_a_link_may_not_leave_the_directory_but_into_the_hub_s_cache(checkpoint, tmp_path, one_device_mesh):
+    """MODEL/snapshots/REVISION is made of links to MODEL/blobs."""
+    _, whole = load(checkpoint, one_device_mesh)
+    split(checkpoint)
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
+    blobs, elsewhere = snapshot.parent.parent / "blobs", tmp_path / "elsewhere"
+    for directory in (snapshot, blobs, elsewhere):
+        directory.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        path.rename(blobs / f"blob-{path.name}")
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", f"blob-{path.name}"))
+    assert_trees_equal(load(snapshot, one_device_mesh)[1], whole)
+    (blobs / "blob-a.safetensors").rename(elsewhere / "a.safetensors")
+    (snapshot / "a.safetensors").unlink()
+    (snapshot / "a.safetensors").symlink_to(elsewhere / "a.safetensors")
+    with pytest.raises(ValueError, match=r"names files outside its directory: \['a.safetensors'\]"):
+        load(snapshot, one_device_mesh)
 
 
 @pytest.mark.parametrize(

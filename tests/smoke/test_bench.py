@@ -45,3 +45,16 @@ def test_one_json_line(name, dtype):
     assert 0 < line["ms_min"] <= line["ms"] <= line["ms_max"]
     for key in ("tokens_per_s", "useful_gflops", "ceiling_gflops", "peak_rss_mib"):
         assert math.isfinite(line[key]) and line[key] >= 0, key
+
+
+def test_loading_keeps_no_more_of_a_checkpoint_than_its_parameters():
+    """A copy of the embedding or the LM head, of 32 MiB each, would be seen."""
+    flags = ["--layers", "2", "--width", "512", "--shard_mib", "30"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_jax.bench.load_checkpoint", *flags],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert line["files"] > 2 and line["files_mib"] == line["parameters_mib"]
+    assert line["parameters_mib"] <= line["growth_mib"] < 1.3 * line["parameters_mib"]
