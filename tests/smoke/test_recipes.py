@@ -1,0 +1,114 @@
+"""Every file in configs/ says what it is and can start: against a stand-in for the hub, on 8 devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.command_line import read_tree
+from tests import tiny_hub
+from tests.conftest import ROOT
+from tests.stand_in_hub import StandIn
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = [path for path in CONFIGS if re.fullmatch(r"(sft|reward_model|ppo)_[^_]+_[^_]+", path.stem)]
+FIELDS = ("Paper", "Settings", "Hardware", "Time", "Expected")
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
+    """Returns a hub that has what the recipes name."""
+    with StandIn() as stand_in:
+        tiny_hub.fill(stand_in, tmp_path_factory.mktemp("models"))
+        yield stand_in
+
+
+@pytest.fixture(scope="module")
+def hub(stand_in: StandIn, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    """Returns the environment in which a program finds it."""
+    return stand_in.environment(tmp_path_factory.mktemp("home"))
+
+
+def dry_build(
+    path: Path, flags: Sequence[str | Path], hub: dict[str, str | None], cwd: Path
+) -> subprocess.CompletedProcess[str]:
+    """Returns what `python -m tests.dry_build` did on eight devices."""
+    variables = os.environ | hub | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "tests.dry_build", path, *flags],
+        env={name: value for name, value in variables.items() if value is not None},
+        cwd=cwd, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_configs_are_recipes_but_for_the_two_that_need_no_hub():
+    assert {path.stem for path in set(CONFIGS) - set(RECIPES)} == {"quickstart", "stories"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_what_it_is(path: Path):
+    """What it does, then the fields in their order, then its command; its run directory has its name."""
+    header = re.match(r"(#.*\n)+", path.read_text())
+    assert header is not None
+    lines = [line.removeprefix("#").removeprefix(" ") for line in header[0].splitlines()]
+    assert re.match(r"\w.*: .*\.$", " ".join(lines[: lines.index("")]))
+    found = [match[1] for line in lines if (match := re.match(r"([A-Z]\w+): +\S", line))]
+    assert tuple(found) == FIELDS
+    assert lines[-2:] == ["", f"  python -m rlhf_jax.train --config configs/{path.name}"]
+    tree = read_tree(str(path))
+    assert tree["run"]["dir"] == f"runs/{path.stem}"
+    assert tree["stages"][-1]["algorithm"] == re.match(r"(sft|reward_model|ppo)_", path.stem)[1]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_can_start(path: Path, hub: dict[str, str | None], tmp_path: Path):
+    if path.stem == "stories" and not os.environ.get("RLHF_JAX_TEST_DATA"):
+        pytest.skip("RLHF_JAX_TEST_DATA is not set")
+    done = dry_build(path, ["--run.dir", tmp_path / "run"], hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout)
+    assert list(stages) == [stage["name"] for stage in read_tree(str(path))["stages"]]
+    commits = json.loads((tmp_path / "run" / "hub.json").read_text()) if path in RECIPES else {}
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits.values())
+    assert len(commits) == (path in RECIPES)
+
+
+def test_a_config_that_cannot_start_is_found(hub: dict[str, str | None], tmp_path: Path):
+    """What only the models and the mesh tell: rows that do not divide, and more than the context holds."""
+    flags = ["--rollout.max_new_tokens", "1600", "--stages.sft.sft.microbatch_size", "4", "--run.dir", "run"]
+    done = dry_build(ROOT / "configs" / "ppo_pythia-1b_tldr.yaml", flags, hub, tmp_path)
+    assert done.returncode == 2
+    assert "stage ppo: rows of up to 2112 tokens do not fit the model's context of 2048" in done.stderr
+    done = dry_build(ROOT / "configs" / "ppo_pythia-1b_tldr.yaml", flags[2:], hub, tmp_path)
+    assert done.returncode == 2
+    assert "sft.microbatch_size is 4; it must be a multiple of 8" in done.stderr
+
+
+def test_a_run_goes_on_with_the_commit_that_it_began_with(
+    stand_in: StandIn, hub: dict[str, str | None], tmp_path: Path
+):
+    """Also when the branch has moved, to something that could not even be read."""
+    recipe, name = ROOT / "configs" / "ppo_qwen2.5-1.5b_gsm8k.yaml", "Qwen/Qwen2.5-1.5B"
+    commits = stand_in.commits["models", name]
+    (old,) = commits
+    began = dry_build(recipe, ["--run.dir", "run"], hub, tmp_path)
+    assert began.returncode == 0, began.stderr
+    assert f"hub:{name} is commit {old}, where a branch may move: pin it as hub:{name}@{old}" in began.stderr
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert f"path: hub:{name}\n" in config  # as written
+    new = stand_in.add("models", name, {"config.json": b"{}", "model.safetensors": b""})
+    try:
+        again = dry_build(recipe, ["--run.dir", "run"], hub, tmp_path)
+        other = dry_build(recipe, ["--run.dir", "other"], hub, tmp_path)
+    finally:
+        del commits[new]
+    assert again.returncode == 0 and name not in again.stderr
+    assert json.loads((tmp_path / "run" / "hub.json").read_text()) == {f"hub:{name}": old}
+    assert other.returncode == 2 and new in other.stderr
