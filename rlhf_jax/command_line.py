@@ -180,7 +180,7 @@ def _set(tree: dict[str, Any], path: str, text: str) -> None:
         if not isinstance(target, dict):
             raise ValueError(f"cannot be set, as {section} is {show(target)} in the file")
     option = OPTIONS.get(keys[0], {}).get(keys[1]) if len(keys) > 1 else None
-    is_text = keys[0] in STAGE_KEYS or len(keys) > 2 or (option is not None and option.is_text)
+    is_text = keys[0] in STAGE_KEYS or len(keys) > 2 or (option is not None and option.is_text(text))
     target[last] = text if is_text else strict_yaml.load(text, "the value")
 
 

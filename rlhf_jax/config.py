@@ -96,11 +96,13 @@ class TokenizerConfig:
 class DataConfig:
     """Which records a stage reads."""
 
-    train: str = "synthetic"
+    train: str | dict[str, PositiveFloat] = "synthetic"
     """`synthetic` (the embedded task), a .jsonl[.gz] or .parquet file, a directory of datasets.save_to_disk,
-    or `hub:NAME[/CONFIG]:SPLIT`; a slice such as `file.jsonl[:4000]` takes a part."""
+    `hub:NAME[/CONFIG]:SPLIT`, `tfds:NAME[/CONFIG][:VERSION]:SPLIT`, or the beginning of a large set of the
+    hub, `stream:NAME[/CONFIG]:SPLIT[:4000]`; a slice such as `file.jsonl[:4000]` takes a part. Several are
+    mixed by weight: `{a.jsonl: 3, b.jsonl: 1}` takes three records of a.jsonl for one of b.jsonl."""
     eval: str = ""
-    """Held-out records, in the same notation; must be given unless train is `synthetic`."""
+    """Held-out records, in the notation of one source; must be given unless train is `synthetic`."""
     format: Literal["auto", "text", "prompt_completion", "preference", "prompt_only", "labelled"] = "auto"
     """What the columns mean; `auto` tells it from their names. `labelled` makes preference pairs of texts
     with a 0/1 label."""
@@ -123,6 +125,11 @@ class DataConfig:
     right, the cut is counted, and no EOS is appended to a cut completion."""
     max_eval_records: PositiveInt = 512
     """At most so many held-out records are read."""
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """Returns the sources of the training records and their weights."""
+        return {self.train: 1.0} if isinstance(self.train, str) else self.train
 
 
 PROMPTLESS_FORMATS = ("text", "labelled")

@@ -8,6 +8,7 @@ that is reported already is left out.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,12 +20,14 @@ from rlhf_jax.config import (
     PATH_OPTIONS,
     RESERVED_NAMES,
     Config,
+    DataConfig,
     PPOConfig,
     RewardModelConfig,
     StageConfig,
 )
 from rlhf_jax.config_file import Resolved, Where, dump_config, ignored
 from rlhf_jax.data.records import PROMPT, SERVES, Kind
+from rlhf_jax.data.sources import local_path
 from rlhf_jax.models.hub import PREFIX, is_hub, split_name
 from rlhf_jax.options import OPTIONS, did_you_mean, show
 from rlhf_jax.rewards.functions import load_function
@@ -135,11 +138,12 @@ def check_local(stage: StageConfig, path: PathOf) -> Iterator[str]:
     values |= {f"stages.{stage.name}.from": stage.start_from}
     values |= {f"stages.{stage.name}.reward_from": stage.reward_from}
     for place, value in values.items():
-        if _is_remote(value):
-            yield (
-                f"{place}: {value!r} is not on this machine; only local files and directories are read and "
-                "written: copy it, or mount it and give its path"
-            )
+        for item in [value] if isinstance(value, str) else value:
+            if _is_remote(item):
+                yield (
+                    f"{place}: {item!r} is not on this machine; only local files and directories are read "
+                    "and written: copy it, or mount it and give its path"
+                )
 
 
 def check_hub(stage: StageConfig, path: PathOf) -> Iterator[str]:
@@ -319,15 +323,18 @@ def check_normalizer(stage: StageConfig, earlier: dict[str, StageConfig], path: 
 def check_paths(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields the files and directories of a stage that do not exist, and the lack of held-out records."""
     data, model = stage.data, stage.model
-    for option, spec in (("train", data.train), ("eval", data.eval), ("prompts", data.prompts)):
-        file = re.sub(r"\[[^\[\]]*\]$", "", spec)
-        is_local = file and file != "synthetic" and not file.startswith("hub:") and not _is_remote(file)
-        if is_local and not Path(file).exists():
-            yield f"{path('data', option)}: there is no file or directory {file!r}{_similar_file(file)}"
+    named = [*(("train", spec) for spec in data.sources), ("eval", data.eval), ("prompts", data.prompts)]
+    for option, spec in named:
+        file = local_path(spec)
+        is_named = spec in ("", "synthetic") or _is_remote(spec)
+        if file and not is_named and not file.exists():
+            yield f"{path('data', option)}: there is no file or directory {str(file)!r}{_similar_file(file)}"
+    yield from check_mixture(data, path)
     if not data.train:
         yield f"{path('data', 'train')}: must not be empty; 'synthetic' is the embedded task"
     elif data.train != "synthetic" and not data.eval:
-        yield f"{path('data', 'eval')}: must be given: held-out records, such as a slice of {data.train!r}"
+        example = next(iter(data.sources))
+        yield f"{path('data', 'eval')}: must be given: held-out records, such as a slice of {example!r}"
     if model.path and not _is_directory(model.path):
         yield f"{path('model', 'path')}: there is no directory {model.path!r}{_hub_hint(model.path)}"
     elif model.path and Path(model.path).is_dir() and not (Path(model.path) / "config.json").is_file():
@@ -335,6 +342,17 @@ def check_paths(stage: StageConfig, path: PathOf) -> Iterator[str]:
     tokenizer = stage.tokenizer.path
     if tokenizer and not _is_directory(tokenizer):
         yield f"tokenizer.path: there is no directory {tokenizer!r}{_hub_hint(tokenizer)}"
+
+
+def check_mixture(data: DataConfig, path: PathOf) -> Iterator[str]:
+    """Yields sources of a mixture that are the same file, and the one that cannot be mixed."""
+    names: dict[str, str] = {}
+    for spec in data.sources if isinstance(data.train, dict) else ():
+        if spec in ("", "synthetic"):
+            yield f"{path('data', 'train')}: {spec!r} cannot be mixed with others"
+        same = names.setdefault(os.path.normpath(spec), spec)
+        if same != spec:
+            yield f"{path('data', 'train')}: {same!r} and {spec!r} are the same; add their weights"
 
 
 def check_functions(stage: StageConfig, path: PathOf) -> Iterator[str]:
@@ -455,6 +473,7 @@ def _hub_hint(name: str) -> str:
     return f"; a model of the hub is named {PREFIX}{name}" if is_name else ""
 
 
-def _similar_file(file: str) -> str:
-    parent = Path(file).parent
-    return did_you_mean(Path(file).name, sorted(p.name for p in parent.iterdir())) if parent.is_dir() else ""
+def _similar_file(file: Path) -> str:
+    return (
+        did_you_mean(file.name, sorted(p.name for p in file.parent.iterdir())) if file.parent.is_dir() else ""
+    )

@@ -251,7 +251,7 @@ class _Reader:
             try:
                 option = OPTIONS[section][key].read(_expanded(value))
                 is_path = f"{section}.{key}" in PATH_OPTIONS
-                valid[key] = os.path.expanduser(option) if is_path else option
+                valid[key] = _at_home(option) if is_path else option
                 self.explicit.add((stage, section, key))
             except _UnsetVariable as error:
                 self.unset.setdefault(error.name, []).append(f"{path}.{key}")
@@ -323,6 +323,13 @@ class _Reader:
             return None
 
 
+def _at_home(option: Any) -> Any:
+    """Returns a path, or a mapping of paths, with ~ replaced by the home directory."""
+    if isinstance(option, dict):
+        return {os.path.expanduser(path): item for path, item in option.items()}
+    return os.path.expanduser(option)
+
+
 class _UnsetVariable(Exception):
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -337,9 +344,13 @@ def _expanded(value: Any) -> Any:
 
     Raises:
         _UnsetVariable: the environment has no such variable.
+        ValueError: two keys of a mapping become the same.
     """
     if isinstance(value, dict):
-        return {key: _expanded(item) for key, item in value.items()}
+        keys = [_expanded(key) for key in value]
+        if twice := [key for key in value if keys.count(_expanded(key)) > 1]:
+            raise ValueError(f"{' and '.join(map(repr, twice))} are the same")
+        return {key: _expanded(item) for key, item in zip(keys, value.values(), strict=True)}
     if not isinstance(value, str):
         return value
 
@@ -357,5 +368,5 @@ def _expanded(value: Any) -> Any:
 def _escaped(value: Any) -> Any:
     """Returns a value that `_expanded` makes the given one of."""
     if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
+        return {_escaped(key): _escaped(item) for key, item in value.items()}
     return _VARIABLE.sub(lambda match: f"${match.group()}", value) if isinstance(value, str) else value

@@ -89,10 +89,14 @@ def model_card(stages: Sequence[StageConfig], role: str, results: Mapping[str, M
 def _settings(stage: StageConfig) -> str:
     """Returns what decides a stage's outcome: its data, its algorithm's options and its optimiser's."""
     optimizer = dataclasses.asdict(stage.optimizer)
-    read = {"data": _last_part(stage.data.train)} | dataclasses.asdict(stage.settings) | optimizer
+    read = (
+        {"data": " + ".join(map(_last_part, stage.data.sources))}
+        | dataclasses.asdict(stage.settings)
+        | optimizer
+    )
     return ", ".join(f"{name} {value}" for name, value in read.items()) + f"; seed {stage.run.seed}"
 
 
 def _last_part(path: str) -> str:
     """Returns the last part of a path: where it lay on somebody's disk is nobody's business."""
-    return path if path.startswith("hub:") else path.rstrip("/").rpartition("/")[2]
+    return path if path.startswith(("hub:", "stream:", "tfds:")) else path.rstrip("/").rpartition("/")[2]

@@ -13,12 +13,20 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rlhf_jax import config
-from rlhf_jax.config import ALGORITHM_SECTIONS, LARGEST_INT, RUN_SECTIONS, STAGE_SECTIONS
+from rlhf_jax.config import ALGORITHM_SECTIONS, LARGEST_INT, RUN_SECTIONS, STAGE_SECTIONS, PositiveFloat
 
 SECTIONS = RUN_SECTIONS | STAGE_SECTIONS | ALGORITHM_SECTIONS
 REQUIRED = dataclasses.MISSING
+MIXTURE = str | dict[str, PositiveFloat]
+"""One source, or several and their weights."""
 
-_NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_NOUNS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    MIXTURE: "a string, or a mapping of strings to weights",
+}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -43,10 +51,10 @@ class Option:
         """Returns the values of a Literal; empty for every other type."""
         return typing.get_args(self.base) if typing.get_origin(self.base) is typing.Literal else ()
 
-    @property
-    def is_text(self) -> bool:
-        """Whether every value is a string."""
-        return self.base is str or bool(self.choices)
+    def is_text(self, given: str) -> bool:
+        """Returns whether what is given on the command line is the value itself, not YAML that tells it."""
+        is_source = self.base == MIXTURE and not given.lstrip().startswith("{")
+        return self.base is str or bool(self.choices) or is_source
 
     @property
     def kind(self) -> str:
@@ -74,6 +82,8 @@ class Option:
         Raises:
             ValueError: it is of another type or out of range; the text says what is allowed and what came.
         """
+        if self.base == MIXTURE and isinstance(value, dict):
+            return _weights(value)
         try:
             return TypeAdapter(self.hint).validate_python(value, strict=True)
         except ValidationError as error:
@@ -91,6 +101,19 @@ class Option:
         if reason == "string_pattern_mismatch":
             raise ValueError(f"must be made of letters, digits, '_' and '-', got {show(value)}")
         raise ValueError(f"expected {self.kind}, got {show(value)}")
+
+
+def _weights(value: dict[str, Any]) -> dict[str, float]:
+    """Returns the weights of a mixture's sources; ValueError with all that are none."""
+    weight, read, problems = Option("weight", PositiveFloat, REQUIRED, ""), {}, []
+    for source, given in value.items():
+        try:
+            read[source] = weight.read(given)
+        except ValueError as error:
+            problems.append(f"the weight of {source!r} {error}")
+    if problems or not value:
+        raise ValueError("; ".join(problems) or "must not be empty")
+    return read
 
 
 def _texts() -> dict[str, dict[str, str]]:

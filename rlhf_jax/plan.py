@@ -18,6 +18,7 @@ from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.config import Config, RewardModelConfig, SFTConfig, StageConfig, TokenizerConfig
 from rlhf_jax.data.loader import Examples, Split, load_examples, load_records, training_texts
+from rlhf_jax.data.mixture import mixture_counts
 from rlhf_jax.data.records import Format, is_read
 from rlhf_jax.data.tokenize import prompt_limit
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -64,6 +65,17 @@ class Plan(NamedTuple):
             "batch_size / num_minibatches": per_record * minibatch,
             "microbatch_size": per_record * (settings.microbatch_size or minibatch),
         }
+
+    def mixture(self) -> list[str]:
+        """Returns a line for each source of a mixture: its records, and how often the stage goes through."""
+        settings, sources = self.stage.settings, self.stage.data.sources
+        if len(sources) == 1:
+            return []
+        taken = mixture_counts(self.train.weights, settings.num_updates * settings.batch_size)
+        return [
+            f"[{self.stage.name}] data.train: {source}: {count} records, {draws / count:.3g} epochs"
+            for source, count, draws in zip(sources, self.train.counts, taken, strict=True)
+        ]
 
     def losses(self) -> list[str]:
         """Returns a line for each split of which records are dropped or rows cut."""
@@ -118,7 +130,7 @@ def _idle_data(plans: Sequence[Plan]) -> list[str]:
     idle: dict[tuple[str, str], dict[str, str]] = {}  # (option, value) -> {stage: why}
     for plan in plans:
         data = plan.stage.data
-        formats: set[Format] = {f for of in (plan.train, plan.held_out) if (f := of.format) is not None}
+        formats: set[Format] = {*plan.train.formats, *plan.held_out.formats}
         if not formats:
             continue
         reasons = [
@@ -277,7 +289,7 @@ def _attempt[T](problems: list[str], make: Callable[..., T], *args: Any, **optio
     try:
         return make(*args, **options)
     except ValueError as error:
-        problems.append(str(error))
+        problems += str(error).splitlines()
         return None
 
 

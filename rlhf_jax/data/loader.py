@@ -9,13 +9,15 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
 from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.config import PROMPTLESS_FORMATS, DataConfig
+from rlhf_jax.data.arrow import Record
 from rlhf_jax.data.collate import Row, collate_prompts, collate_rows, static_length
+from rlhf_jax.data.mixture import mixture_pick
 from rlhf_jax.data.records import (
     AnyRecord,
     Format,
@@ -25,7 +27,7 @@ from rlhf_jax.data.records import (
     read_records,
     record_format,
 )
-from rlhf_jax.data.sources import open_source
+from rlhf_jax.data.sources import open_source, open_sources
 from rlhf_jax.data.synthetic import synthetic_records
 from rlhf_jax.data.tokenize import encode_records
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -39,7 +41,7 @@ class Examples:
     """The tokenised records of a stage; how many were left out or cut stands beside them."""
 
     kind: Kind
-    format: Format | None  # of the source's columns; the embedded task has none
+    formats: tuple[Format, ...]  # of each source's columns; the embedded task has none
     records: Sequence[AnyRecord]  # as text; a prompt that was cut to its first tokens reads as cut
     rows: Sequence[Row]  # one per record, of a preference two: chosen, rejected; of a prompt its prompt alone
     length: int  # static length of a collated row: T, of prompts P
@@ -48,6 +50,8 @@ class Examples:
     num_cut: int  # rows that were cut at data.max_length and so have no EOS
     longest_row: int
     longest_prompt: int
+    weights: tuple[float, ...] = (1.0,)  # of each source; its records are drawn in this proportion
+    counts: tuple[int, ...] = ()  # records of each source, which follow each other; of a single one all
 
     def __len__(self) -> int:
         return len(self.records)
@@ -76,7 +80,7 @@ class Examples:
 
 
 class Loader[Batch: Rows | Prompts, Taken: AnyRecord]:
-    """Batches of examples in an order that is reshuffled for every epoch.
+    """Batches of examples in an order that is reshuffled for every epoch of a source.
 
     The type parameters say what the examples' kind only tells at run time: Loader[Prompts, PromptOnly] gives
     prompts to sample from.
@@ -113,15 +117,20 @@ class Loader[Batch: Rows | Prompts, Taken: AnyRecord]:
         return [cast(Taken, self.examples.records[number]) for number in numbers]
 
     def _numbers(self, position: int) -> list[int]:
-        count = len(self.examples)
-        places = range(position, position + self.batch_size)
-        return [int(epoch_order(self._seed, place // count, count)[place % count]) for place in places]
+        return [self._number(place) for place in range(position, position + self.batch_size)]
+
+    def _number(self, place: int) -> int:
+        counts = self.examples.counts or (len(self.examples),)
+        source, taken = mixture_pick(self.examples.weights, place)
+        epoch, within = divmod(taken, counts[source])
+        return sum(counts[:source]) + int(epoch_order(self._seed, epoch, counts[source], source)[within])
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Returns i64[count], the order of the records in an epoch: a function of its arguments alone."""
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(count)
+@functools.lru_cache(maxsize=32)
+def epoch_order(seed: int, epoch: int, count: int, source: int = 0) -> np.ndarray:
+    """Returns i64[count], the order of a source's records in an epoch: a function of its arguments alone."""
+    entropy = np.random.SeedSequence([seed, epoch, source])
+    order = np.random.Generator(np.random.Philox(entropy)).permutation(count)
     order.flags.writeable = False
     return order
 
@@ -148,41 +157,83 @@ def load_examples(
     Raises:
         ValueError: as open_source, read_records, tokenize_records.
     """
-    records, format = load_records(cfg, kind, split, seed)
-    examples = tokenize_records(records, kind, tokenizer, cfg, loss_on=loss_on, where=f"data.{split}")
-    return dataclasses.replace(examples, format=format)
+    parts = [
+        dataclasses.replace(
+            tokenize_records(source.records, kind, tokenizer, cfg, loss_on=loss_on, where=source.name),
+            formats=(source.format,) if source.format else (),
+            weights=(source.weight,),
+        )
+        for source in load_records(cfg, kind, split, seed)
+    ]
+    return functools.reduce(_joined, parts)
 
 
-def load_records(
-    cfg: DataConfig, kind: Kind, split: Split, seed: int
-) -> tuple[list[AnyRecord], Format | None]:
-    """Returns the records of a split as text, and the format they were in; see load_examples."""
+def _joined(first: Examples, second: Examples) -> Examples:
+    """Returns the examples of two lots of sources as one, those of the first before those of the second."""
+    longer = max(first, second, key=lambda examples: examples.length)
+    return dataclasses.replace(
+        longer,
+        formats=first.formats + second.formats,
+        records=[*first.records, *second.records],
+        rows=[*first.rows, *second.rows],
+        num_dropped=first.num_dropped + second.num_dropped,
+        num_cut=first.num_cut + second.num_cut,
+        longest_row=max(first.longest_row, second.longest_row),
+        longest_prompt=max(first.longest_prompt, second.longest_prompt),
+        weights=first.weights + second.weights,
+        counts=(*(first.counts or (len(first),)), *(second.counts or (len(second),))),
+    )
+
+
+class SourceRecords(NamedTuple):
+    """The records of one source as text."""
+
+    name: str
+    """Configuration key and source, for messages."""
+    weight: float
+    format: Format | None
+    """What the columns meant; the embedded task has none."""
+    records: list[AnyRecord]
+
+
+def load_records(cfg: DataConfig, kind: Kind, split: Split, seed: int) -> list[SourceRecords]:
+    """Returns the records of each source of a split; see load_examples."""
     own_eval = SYNTHETIC if cfg.train == SYNTHETIC else ""
-    spec = cfg.train if split == "train" else cfg.eval or own_eval
-    if not spec:
+    weights = cfg.sources if split == "train" else {cfg.eval or own_eval: 1.0}
+    where = f"data.{split}"
+    if "" in weights:
         raise ValueError(
             "data.eval: is empty; name held-out records (only data.train: synthetic brings its own)"
         )
-    where = f"data.{split}"
-    format = None
-    if spec == SYNTHETIC:
-        records = synthetic_records(kind, split, seed)
+    if SYNTHETIC in weights:
+        found = [SourceRecords(where, 1.0, None, synthetic_records(kind, split, seed))]
     else:
-        source, name = open_source(spec, where=where), f"{where}: {spec}"
-        format = record_format(source, kind, cfg, name)
-        is_paired = format == "labelled" and cfg.prompts
-        prompts = open_source(cfg.prompts, where="data.prompts") if is_paired else ()
-        records = read_records(source, kind, cfg, name, prompts=prompts, seed=seed)
-        if format not in PROMPTLESS_FORMATS:
-            records = [in_template(record, cfg.prompt_template) for record in records]
-    return records if split == "train" else records[: cfg.max_eval_records], format
+        opened = zip(weights.items(), open_sources(weights, where=where), strict=True)
+        found = [
+            _read(f"{where}: {spec}", weight, source, cfg, kind, seed) for (spec, weight), source in opened
+        ]
+    limit = None if split == "train" else cfg.max_eval_records
+    return [source._replace(records=source.records[:limit]) for source in found]
+
+
+def _read(
+    name: str, weight: float, source: Sequence[Record], cfg: DataConfig, kind: Kind, seed: int
+) -> SourceRecords:
+    format = record_format(source, kind, cfg, name)
+    is_paired = format == "labelled" and cfg.prompts
+    prompts = open_source(cfg.prompts, where="data.prompts") if is_paired else ()
+    records = read_records(source, kind, cfg, name, prompts=prompts, seed=seed)
+    if format not in PROMPTLESS_FORMATS:
+        records = [in_template(record, cfg.prompt_template) for record in records]
+    return SourceRecords(name, weight, format, records)
 
 
 def training_texts(cfg: DataConfig, kind: Kind, seed: int) -> Iterator[str]:
     """Yields the texts of the training records, for the training of a tokenizer."""
-    for record in load_records(cfg, kind, "train", seed)[0]:
-        yield record.prompt
-        yield from completions(record)
+    for source in load_records(cfg, kind, "train", seed):
+        for record in source.records:
+            yield record.prompt
+            yield from completions(record)
 
 
 def tokenize_records(
@@ -199,7 +250,7 @@ def tokenize_records(
     longest = max(len(row.ids) for row in encoded.rows)
     return Examples(
         kind=kind,
-        format=None,
+        formats=(),
         records=encoded.records,
         rows=encoded.rows,
         length=static_length(longest, cfg.max_prompt_length if kind == "prompt_only" else cfg.max_length),

@@ -142,7 +142,10 @@ stages:
 """
 
 
-@pytest.mark.parametrize("text", [CHAIN, FILES])
+MIXED = CHAIN + 'data: {train: {"FILE[:7]": 3, "hub:a/b:train": 0.001}, eval: "FILE"}\n'
+
+
+@pytest.mark.parametrize("text", [CHAIN, FILES, MIXED])
 def test_print_config_is_a_file_of_the_same_configuration(text, write, tmp_path, capsys):
     file = tmp_path / "a$${HOME}.jsonl"
     Path(str(file).replace("$$", "$")).touch()
@@ -155,6 +158,29 @@ def test_print_config_is_a_file_of_the_same_configuration(text, write, tmp_path,
     printed = capsys.readouterr().out
     assert printed == dump_config(cfg)
     assert read_config(["--config", write(printed)]) == cfg
+
+
+def test_mixture_is_given_by_file_or_flag(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SOME_DATA", str(tmp_path))
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).touch()
+    mixture = "{'~/a.jsonl[:5]': 3, '${SOME_DATA}/b.jsonl': 1}"
+    by_file = write(CHAIN + f"data: {{train: {mixture}, eval: ~/a.jsonl}}\n")
+    data = read_config(["--config", by_file]).stages[0].data
+    assert data.train == data.sources == {f"{tmp_path}/a.jsonl[:5]": 3.0, f"{tmp_path}/b.jsonl": 1.0}
+    by_flag = write(CHAIN + "data: {eval: ~/a.jsonl}\n")
+    assert read_config(["--config", by_flag, "--data.train", mixture]).stages[0].data == data
+    one = read_config(["--config", by_flag, "--data.train", "~/b.jsonl"]).stages[0].data
+    assert one.train == f"{tmp_path}/b.jsonl"
+    assert one.sources == {f"{tmp_path}/b.jsonl": 1.0}
+
+
+def test_variable_that_makes_two_sources_one_is_a_problem(problems, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_DATA", "README.md")
+    monkeypatch.chdir(ROOT)
+    text = CHAIN + "data: {train: {'${SOME_DATA}': 1, README.md: 2}, eval: README.md}"
+    assert problems(text) == ["data.train: '${SOME_DATA}' and 'README.md' are the same"]
 
 
 def test_the_quickstart_file_is_good_and_round_trips(write):
@@ -233,7 +259,7 @@ def test_jax_is_not_imported_before_the_configuration_is_known(write):
         ),
         ("ppo: {whiten_rewards: yes}", [], "ppo.whiten_rewards: expected true or false, got 'yes'"),
         ("ppo: {whiten_rewards: 1}", [], "ppo.whiten_rewards: expected true or false, got 1"),
-        ("data: {train: 3}", [], "data.train: expected a string, got 3"),
+        ("data: {train: 3}", [], "data.train: expected a string, or a mapping of strings to weights, got 3"),
         (
             "data: {columns: [a]}",
             [],
@@ -379,6 +405,43 @@ def test_jax_is_not_imported_before_the_configuration_is_known(write):
             "data: {train: nowhere.jsonl, eval: hub:a/b:test}",
             [],
             "data.train: there is no file or directory 'nowhere.jsonl'",
+        ),
+        (
+            "data: {train: 'tfds:./nowhere:train', eval: 'hub:a/b:test'}",
+            [],
+            "data.train: there is no file or directory 'nowhere'",
+        ),
+        (
+            "data: {train: {README.md: 1, READMEE.md: 2}, eval: hub:a/b:test}",
+            [],
+            "data.train: there is no file or directory 'READMEE.md'; did you mean 'README.md'?",
+        ),
+        (
+            "data: {train: {README.md: 0, Makefile: -1, LICENSE: much}, eval: hub:a/b:test}",
+            [],
+            "data.train: the weight of 'README.md' must be > 0, got 0; the weight of 'Makefile' must be > 0, "
+            "got -1; the weight of 'LICENSE' expected a number, got 'much'",
+        ),
+        ("data: {train: {}, eval: hub:a/b:test}", [], "data.train: must not be empty"),
+        (
+            "data: {train: {./README.md: 1, README.md: 2}, eval: hub:a/b:test}",
+            [],
+            "data.train: './README.md' and 'README.md' are the same; add their weights",
+        ),
+        (
+            "data: {train: {synthetic: 1, README.md: 2}, eval: hub:a/b:test}",
+            [],
+            "data.train: 'synthetic' cannot be mixed with others",
+        ),
+        (
+            "data: {train: {README.md: 2}}",
+            [],
+            "data.eval: must be given: held-out records, such as a slice of 'README.md'",
+        ),
+        (
+            "data: {eval: hub:a/b:test}",
+            ["--data.train", "{README.md: .inf}"],
+            "--data.train: the weight of 'README.md' must be a finite number, got inf",
         ),
         (
             "data: {train: hub:a/b:train}",
@@ -799,6 +862,8 @@ def test_only_local_paths_are_taken(problems):
         "run.dir: 'gs://bucket/run'",
         "data.train: 's3://b/a.jsonl'",
     ]
+    text = CHAIN + "data: {train: {'gs://b/a.jsonl': 1, README.md: 1}, eval: hub:a/b:test}"
+    assert problems(text)[0].startswith("data.train: 'gs://b/a.jsonl' is not on this machine")
     text = CHAIN.replace("algorithm: sft", "algorithm: sft, from: 'gs://bucket/sft'")
     assert problems(text)[0].startswith(
         "stages.sft.from: 'gs://bucket/sft' is not on this machine; only local"

@@ -84,6 +84,39 @@ def test_batch_is_a_function_of_the_position(tokenizer):
             assert list(batch.tokens[i, : batch.lengths[i]]) == ids
 
 
+def test_mixture_has_its_shares_and_every_source_its_own_epochs(tokenizer, tmp_path):
+    for name, count in (("a", 6), ("b", 4)):
+        texts = [{"prompt": f"{name}{i}", "source": name} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    sources = {str(tmp_path / "a.jsonl"): 3.0, str(tmp_path / "b.jsonl"): 1.0}
+    examples = load_examples(DataConfig(train=sources), "prompt_only", "train", tokenizer, 0)
+    loader = Loader(examples, 5, seed=1)
+    taken = [record.prompt for position in range(0, 40, 5) for record in loader.records(position)]
+    of = {name: [prompt for prompt in taken if prompt[0] == name] for name in "ab"}
+    assert (len(of["a"]), len(of["b"])) == (30, 10)
+    for start in range(0, 30, 6):
+        assert sorted(of["a"][start : start + 6]) == [f"a{i}" for i in range(6)]
+    for start in (0, 4):
+        assert sorted(of["b"][start : start + 4]) == [f"b{i}" for i in range(4)]
+    assert of["a"][:6] != of["a"][6:12]
+    alone = load_examples(DataConfig(train=str(tmp_path / "a.jsonl")), "prompt_only", "train", tokenizer, 0)
+    assert [record.prompt for record in Loader(alone, 30, seed=1).records(0)] == of["a"]
+
+
+def test_members_of_a_mixture_may_have_formats_of_their_own(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n{"text": "another one, long"}')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "q", "completion": "a"}')
+    sources = {str(tmp_path / "a.jsonl"): 1.0, str(tmp_path / "b.jsonl"): 1.0}
+    examples = load_examples(DataConfig(train=sources), "prompt_completion", "train", tokenizer, 0)
+    assert examples.formats == ("text", "prompt_completion")
+    assert examples.counts == (2, 1) and len(examples) == 3
+    assert examples.longest_row == len("another one, long") + 2  # BOS and EOS
+    assert list(training_texts(DataConfig(train=sources), "prompt_completion", 0))[-2:] == ["q", "a"]
+    (tmp_path / "b.jsonl").write_text('{"question": "q"}')
+    with pytest.raises(ValueError, match=f"data.train: {tmp_path}/b.jsonl: no column"):
+        load_examples(DataConfig(train=sources), "prompt_completion", "train", tokenizer, 0)
+
+
 def test_order_is_kept_and_cannot_be_written(tokenizer):
     order = epoch_order(0, 0, 5)
     with pytest.raises(ValueError, match="read-only"):

@@ -100,6 +100,23 @@ def test_weights_that_do_not_fit_are_told_before_anything_is_trained(plans, chec
         plans("HERE/hf")
 
 
+def test_mixture_tells_records_and_epochs_of_each_source(plans, tmp_path):
+    mixed = "train: {'HERE/prompts.jsonl[:1]': 3, 'HERE/prompts.jsonl': 1}, eval:"
+    (plan,) = plans(
+        **{"train: HERE/prompts.jsonl, eval": mixed, "rewards": "ppo: {num_iterations: 5}\nrewards:"}
+    )
+    assert plan.mixture() == [  # of 5 * 64 prompts three quarters and one quarter; one of five is too long
+        f"[ppo] data.train: {tmp_path}/prompts.jsonl[:1]: 1 records, 240 epochs",
+        f"[ppo] data.train: {tmp_path}/prompts.jsonl: 4 records, 20 epochs",
+    ]
+    missing = "train: {'HERE/prompts.jsonl[9:]': 3, 'HERE/prompts.jsonl[8:]': 1}, eval:"
+    with pytest.raises(ValueError) as caught:
+        plans(**{"train: HERE/prompts.jsonl, eval": missing})
+    assert [line.partition(" takes")[0] for line in str(caught.value).splitlines()] == [
+        f"stage ppo: data.train: {tmp_path}/prompts.jsonl[{first}:]" for first in (9, 8)
+    ]
+
+
 def test_a_first_stage_that_starts_from_a_whole_run(plans, tmp_path):
     with pytest.raises(ValueError, match="whole run; name one of its stages: .*run/sft"):
         plans("HERE/run")
@@ -113,6 +130,7 @@ def test_stages_of_another_run_that_fit(plans, tmp_path):
     assert plan.architecture == ARCHITECTURE
     assert plan.origins == (tmp_path / "run" / "sft", tmp_path / "run" / "reward")
     half = "data.{}: 1 of 5 records dropped (prompt longer than 128 tokens)"
+    assert plan.mixture() == []
     assert plan.losses() == [f"[ppo] {half.format(split)}" for split in ("train", "eval")]
 
 
