@@ -69,12 +69,12 @@ def load_policy(directory: str | os.PathLike[str], architecture: Architecture, s
             missing, not expected, of another shape or not of floats; these all in one table.
     """
     files = open_tensors(Path(directory))
-    return _load(directory, _checked_tensors(directory, architecture, files), files, shardings)
+    return read_parameters(directory, checked_tensors(directory, architecture, files), files, shardings)
 
 
 def check_policy(directory: str | os.PathLike[str], architecture: Architecture) -> None:
     """Raises what `load_policy` would raise, reading the headers alone (and a tied matrix stored twice)."""
-    _checked_tensors(directory, architecture, open_tensors(Path(directory)))
+    checked_tensors(directory, architecture, open_tensors(Path(directory)))
 
 
 def save_policy(
@@ -99,20 +99,20 @@ def save_policy(
     Raises:
         ValueError: parameters that are not this architecture's.
     """
-    tensors = _new_tensors(architecture, params, make_model(architecture).policy_shapes, dtype)
-    _save(directory, tensors, architecture.to_hf(dtype, token_ids), dtype, shard_bytes)
+    tensors = new_tensors(architecture, params, make_model(architecture).policy_shapes, dtype)
+    write_checkpoint(directory, tensors, architecture.to_hf(dtype, token_ids), dtype, shard_bytes)
     if jax.process_index() == 0:
         _write_json(Path(directory) / _GENERATION, token_ids or {})
 
 
-def _save(
+def write_checkpoint(
     directory: str | os.PathLike[str],
     tensors: list[NewTensor],
     config: Mapping[str, Any],
     dtype: Dtype,
     shard_bytes: int,
 ) -> None:
-    """Writes the tensors and config.json; see `save_policy`."""
+    """Writes the tensors and a config.json; all processes call it. See `save_policy`."""
     path, writes = Path(directory), jax.process_index() == 0
     if writes:
         path.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def _save(
         _write_json(path / _CONFIG, config)
 
 
-def _new_tensors(
+def new_tensors(
     architecture: Architecture, params: Params, abstract: Params, dtype: Dtype
 ) -> list[NewTensor]:
     """Returns the tensors of the parameters, none of them gathered yet; ValueError for other parameters."""
@@ -137,13 +137,13 @@ def _new_tensors(
     def make(parts: list[Piece]) -> np.ndarray:
         tensor = np.empty(parts[0].shape, FLOAT_TYPES[_STORED_AS[dtype]])
         for piece in parts:
-            piece.write(tensor, _gather(leaves[piece.parameter][piece.at]))
+            piece.write(tensor, gather(leaves[piece.parameter][piece.at]))
         return tensor
 
     return [NewTensor(name, parts[0].shape, partial(make, parts)) for name, parts in of_tensor.items()]
 
 
-def _load(
+def read_parameters(
     directory: str | os.PathLike[str],
     expected: Mapping[str, list[Piece]],
     files: Mapping[str, StoredTensor],
@@ -227,29 +227,42 @@ def _is_equal(one: StoredTensor, other: StoredTensor) -> bool:
     return equal
 
 
-def _checked_tensors(
-    directory: str | os.PathLike[str], architecture: Architecture, files: Mapping[str, StoredTensor]
+def checked_tensors(
+    directory: str | os.PathLike[str],
+    architecture: Architecture,
+    files: Mapping[str, StoredTensor],
+    others: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, list[Piece]]:
-    """Returns the tensors of each parameter; ValueError where those of the files are not these."""
-    expected = pieces(architecture, _shapes(make_model(architecture).policy_shapes))
+    """Returns the tensors of each parameter of a policy; ValueError where those of the files are not these.
+
+    Args:
+        directory: for messages.
+        architecture: of the policy.
+        files: what the directory holds.
+        others: shapes of tensors by name: those of a model that has them in place of an LM head.
+    """
+    shapes = _shapes(make_model(architecture).policy_shapes)
+    if others is not None:
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith("trunk/")}
+    expected = pieces(architecture, shapes)
     needless: set[str] = set()
     if architecture.tie_embeddings:
         names = tied_tensors(architecture)
         stored = _tied_name(names, files, directory)
         expected = [p._replace(tensor=stored) if p.tensor in names else p for p in expected]
         needless = set(names) - {stored}
-    _check_tensors(directory, expected, needless, files)
+    wanted = {piece.tensor: piece.shape for piece in expected} | dict(others or {})
+    _check_tensors(directory, wanted, needless, files)
     return _by_parameter(expected)
 
 
 def _check_tensors(
     directory: str | os.PathLike[str],
-    expected: list[Piece],
+    wanted: Mapping[str, tuple[int, ...]],
     needless: set[str],
     files: Mapping[str, StoredTensor],
 ) -> None:
     """Raises ValueError with a table of all tensors that are missing, too many, mis-shaped or not floats."""
-    wanted = {piece.tensor: piece.shape for piece in expected}
     rows: list[tuple[str, Any, Any]] = []
     for name in sorted(wanted.keys() | files.keys()):
         stored = files.get(name)
@@ -273,7 +286,7 @@ def _table(title: str, first: str, rows: list[tuple[str, Any, Any]]) -> str:
     return "\n".join([f"{title}:", *lines])
 
 
-def _gather(leaf: Any) -> np.ndarray:
+def gather(leaf: Any) -> np.ndarray:
     """Returns the whole array on the host, on every process."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return multihost_utils.process_allgather(leaf, tiled=True)

@@ -322,8 +322,8 @@ def test_a_large_checkpoint_is_written_in_several_files(checkpoint, tmp_path, on
 def test_one_tensor_at_a_time_is_gathered(checkpoint, tmp_path, one_device_mesh, monkeypatch):
     architecture, params = load(checkpoint, one_device_mesh)
     gathered = []
-    plain = hf._gather
-    monkeypatch.setattr(hf, "_gather", lambda leaf: (gathered.append(leaf.size), plain(leaf))[1])
+    plain = hf.gather
+    monkeypatch.setattr(hf, "gather", lambda leaf: (gathered.append(leaf.size), plain(leaf))[1])
     hf.save_policy(tmp_path / "out", architecture, params)
     assert sorted(gathered) == sorted(np.prod(shape) for shape in SHAPES.values())
 

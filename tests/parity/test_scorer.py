@@ -1,0 +1,158 @@
+"""Reward models against transformers' sequence classification: theirs here, ours there, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig
+
+from rlhf_jax.batch import Rows
+from rlhf_jax.models import heads
+from rlhf_jax.models.scorers import (
+    Normalizer,
+    check_scorer,
+    load_scorer,
+    read_scorer,
+    save_scorer,
+)
+from rlhf_jax.models.transformer import make_model
+from rlhf_jax.sharding import param_shardings
+from tests import tiny
+from tests.parity.make_scorer_golden import GOLDEN, MEAN, PAD, STD, digest, export, random_tensors, texts
+from tests.parity.test_llama import SHAPES
+
+SCORER_SHAPES = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
+SCORER_SHAPES |= {"score.weight": (1, 24)}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, golden):
+    """Returns a reward model as transformers writes it."""
+    directory = tmp_path / "theirs"
+    directory.mkdir()
+    (directory / "config.json").write_text(str(golden["config"]))
+    assert list(golden["names"]) == sorted(SCORER_SHAPES)
+    save_file(random_tensors(SCORER_SHAPES), directory / "model.safetensors")
+    return directory
+
+
+def change_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def load(directory, mesh):
+    scorer = read_scorer(directory)
+    check_scorer(directory, scorer)
+    model = make_model(scorer.architecture)
+    return scorer, load_scorer(directory, scorer, param_shardings(mesh, model.score_axes, model.score_shapes))
+
+
+def scores(scorer, params):
+    tokens, lengths = (jnp.asarray(x, jnp.int32) for x in texts())
+    rows = Rows(tokens, lengths, lengths)
+    hidden = make_model(scorer.architecture).hidden(params["trunk"], rows.tokens)
+    return np.asarray(heads.scores(params["score_head"], hidden, rows.lengths))
+
+
+def test_a_reward_model_of_transformers_has_its_logits_here(checkpoint, golden, one_device_mesh):
+    scorer, params = load(checkpoint, one_device_mesh)
+    assert (scorer.pad_id, scorer.normalizer, scorer.role) == (PAD, (0.0, 1.0), "reward")
+    np.testing.assert_allclose(scores(scorer, params), golden["logits"], rtol=0, atol=1e-4)
+
+
+def test_our_reward_model_has_its_scores_in_transformers(tmp_path, golden, one_device_mesh):
+    """transformers gives the logit; the normaliser is what config.json says."""
+    export(tmp_path / "ours")
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 2
+    assert digest(tmp_path / "ours") == str(golden["digest"])
+    config = AutoConfig.from_pretrained(tmp_path / "ours")
+    assert (config.num_labels, config.pad_token_id) == (1, PAD)
+    assert config.score_normalizer == {"mean": MEAN, "std": STD}
+    scorer, params = load(tmp_path / "ours", one_device_mesh)
+    expected = (golden["exported_logits"] - MEAN) / STD
+    np.testing.assert_allclose(scores(scorer, params), expected, rtol=0, atol=1e-4)
+
+
+def test_each_device_holds_its_part(checkpoint, one_device_mesh):
+    _, whole = load(checkpoint, one_device_mesh)
+    _, sharded = load(checkpoint, tiny.mesh(fsdp=2, tensor=2))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(sharded), jax.device_get(whole))
+    assert sharded["trunk"]["layers"]["attention"]["q"].addressable_shards[0].data.shape == (3, 12, 2, 8)
+
+
+def test_a_value_model_keeps_its_bias(checkpoint, tmp_path, one_device_mesh):
+    """The bias is trained, and score.weight has no place for it."""
+    scorer, params = load(checkpoint, one_device_mesh)
+    params["score_head"]["bias"] = jnp.float32(0.75)
+    save_scorer(tmp_path / "value", scorer.architecture, params, "value")
+    assert sorted(load_file(tmp_path / "value" / "model.safetensors")) == sorted(SCORER_SHAPES)
+    read, loaded = load(tmp_path / "value", one_device_mesh)
+    assert (read.role, read.pad_id, read.normalizer) == ("value", None, (-0.75, 1.0))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded), jax.device_get(params))
+
+
+def test_a_normaliser_is_folded_back(checkpoint, tmp_path, one_device_mesh):
+    scorer, params = load(checkpoint, one_device_mesh)
+    raw = scores(scorer, params)
+    params["score_head"]["bias"] = jnp.float32(0.5)
+    save_scorer(tmp_path / "out", scorer.architecture, params, "reward", Normalizer(2.0, 4.0))
+    np.testing.assert_allclose(
+        scores(*load(tmp_path / "out", one_device_mesh)), (raw + 0.5 - 2.0) / 4.0, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "deberta-v2"}, r"model_type is 'deberta-v2'; supported: 'llama'"),
+        ({"architectures": ["LlamaForCausalLM"]}, r"has no score head: arch.* is \['LlamaForCausalLM'\]"),
+        ({"architectures": None}, "has no score head: architectures .* is None"),
+        ({"id2label": {"0": "bad", "1": "good"}}, "config.json: the model has 2 labels"),
+        ({"id2label": None, "num_labels": 5}, "has 5 labels"),
+        ({"id2label": None}, "has 2 labels"),  # what transformers takes a missing number for
+        ({"pad_token_id": "5"}, "pad_token_id is '5'; it must be a token's id or null"),
+        ({"score_role": "judge"}, "score_role is 'judge'; it must be 'reward' or 'value'"),
+        ({"score_normalizer": {"std": 0.0}}, "score_normalizer is {'std': 0.0}; it must be such as"),
+        ({"score_normalizer": {"mean": "0"}}, "score_normalizer is {'mean': '0'}; it must"),
+        ({"score_normalizer": {"shift": 1}}, "score_normalizer is {'shift': 1}; it must"),
+        ({"score_normalizer": [1, 2]}, r"score_normalizer is \[1, 2\]; it must"),
+    ],
+)  # fmt: skip
+def test_what_is_no_reward_model_is_refused(checkpoint, changes, message):
+    change_config(checkpoint, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_scorer(checkpoint)
+
+
+def test_a_head_of_another_shape_is_in_the_table(checkpoint):
+    tensors = random_tensors(SCORER_SHAPES | {"score.weight": (2, 24)})
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=r"score\.weight  \(1, 24\)   \(2, 24\)$"):
+        check_scorer(checkpoint, read_scorer(checkpoint))
+
+
+def test_a_pad_token_that_is_the_eos_is_refused(checkpoint, tmp_path, one_device_mesh):
+    scorer, params = load(checkpoint, one_device_mesh)
+    with pytest.raises(
+        ValueError, match="pad_token_id and eos_token_id are both 7.*set another tokenizer.pad_token"
+    ):
+        save_scorer(
+            tmp_path / "out",
+            scorer.architecture,
+            params,
+            "reward",
+            token_ids={"eos_token_id": 7, "pad_token_id": 7},
+        )
+    assert not (tmp_path / "out").exists()
