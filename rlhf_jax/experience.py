@@ -17,6 +17,7 @@ from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.programs import Programs
 from rlhf_jax.rewards.combine import Judge
+from rlhf_jax.rewards.external import ExternalReward
 from rlhf_jax.sharding import place_rows
 
 
@@ -39,9 +40,26 @@ class Collector:
     """Makes experience with one set of programs; keeps the host side: tokenizer and judge."""
 
     def __init__(
-        self, programs: Programs, judge: Judge, tokenizer: Tokenizer, mesh: Mesh, *, leaves_out: bool
+        self,
+        programs: Programs,
+        judge: Judge,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        leaves_out: bool,
+        external: ExternalReward | None = None,
     ) -> None:
-        """With leaves_out, completions without EOS do not count in metrics."""
+        """Makes a collector.
+
+        Args:
+            programs: of the stage.
+            judge: combines scores.
+            tokenizer: of the policy.
+            mesh: where everything lies.
+            leaves_out: completions without EOS do not count in metrics.
+            external: gives the learned scores where the reward model is not among the stage's roles.
+        """
+        self._external = external
         self._leaves_out = leaves_out
         self._programs = programs
         self._judge = judge
@@ -83,7 +101,11 @@ class Collector:
             clean_up_tokenization_spaces=False,
         )
         rows_counted = ended[: len(records)] | (not self._leaves_out)
-        verdict = self._judge(records, completions, scored.scores, rows_counted)
+        learned = scored.scores
+        if self._external is not None:
+            learned, told = self._external(rows, records, completions, ended)
+            metrics = metrics | told
+        verdict = self._judge(records, completions, learned, rows_counted)
         scores = np.zeros(rows.lengths.shape, np.float32)
         scores[: len(records)] = verdict.scores
         scored = scored._replace(scores=place_rows(self._mesh, scores))

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from jax.sharding import Mesh
 
@@ -21,10 +21,12 @@ from rlhf_jax.data.loader import Examples, Split, load_examples, load_records, t
 from rlhf_jax.data.mixture import mixture_counts
 from rlhf_jax.data.records import Format, is_read
 from rlhf_jax.data.tokenize import prompt_limit
-from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer, train_tokenizer
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.scorers import read_scorer
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.programs import role_shardings
+from rlhf_jax.rewards.external import RewardReader, leading_bos
 from rlhf_jax.rewards.functions import RewardFunction, load_function
 from rlhf_jax.roles import Origins, checkpoint_architecture, is_stage_dir, origins, stored_architecture
 from rlhf_jax.sharding import check_batch
@@ -32,6 +34,14 @@ from rlhf_jax.unread import unread
 
 TOKENIZER = "tokenizer"  # RUN/tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+class External(NamedTuple):
+    """A reward model that a stage does not hold among its roles, for it is not like the policy."""
+
+    path: Path
+    architecture: Architecture
+    reader: RewardReader
 
 
 class Plan(NamedTuple):
@@ -50,6 +60,8 @@ class Plan(NamedTuple):
     """Where a stage normalises scores: the texts whose mean score becomes 0."""
     function: RewardFunction | None
     gold: RewardFunction | None
+    external: External | None = None
+    """The reward model, where it has another architecture or tokenizer than the policy."""
 
     @property
     def directory(self) -> Path:
@@ -93,6 +105,15 @@ class Plan(NamedTuple):
                 warning = "WARNING: more than half is lost: " if 2 * of.num_dropped > total else ""
                 lines.append(f"[{self.stage.name}] {warning}data.{name}: {', '.join(parts)}")
         return lines
+
+    def reward_notes(self) -> list[str]:
+        """Returns a line where the reward model is given other tokens than those that the policy wrote."""
+        if self.external is None or self.external.reader.tokenizer is None:
+            return []
+        return [
+            f"[{self.stage.name}] the reward model {self.external.path} has another tokenizer than the "
+            "policy: it is given prompt and completion as text, in its own tokens"
+        ]
 
 
 def plan_stages(config: Config, tokenizer: Tokenizer) -> list[Plan]:
@@ -175,8 +196,10 @@ def _plan(
         return function
 
     architecture = attempt(_architecture, stage, where, tokenizer, earlier)
+    external = None
     if architecture is not None:
         attempt(_check_length, stage, algorithm, architecture)
+        external = attempt(_external, stage, where, tokenizer, architecture, earlier)
     train, held_out = examples("train"), examples("eval")
     function = judge(stage.rewards.function, train, held_out)
     gold = judge(stage.rewards.gold, held_out)
@@ -195,13 +218,14 @@ def _plan(
         number=number,
         algorithm=algorithm,
         architecture=architecture,
-        origins=where,
+        origins=where._replace(reward=None) if external else where,
         tokenizer=tokenizer,
         train=train,
         held_out=held_out,
         demonstrations=demonstrations,
         function=function,
         gold=gold,
+        external=external,
     )
 
 
@@ -233,28 +257,80 @@ def _architecture(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has "
             f"{architecture.vocab_size}; use the tokenizer that the model was trained with (tokenizer.path)"
         )
-    if where.reward is None:
-        return architecture
+    return architecture
+
+
+def _external(
+    stage: StageConfig,
+    where: Origins,
+    tokenizer: Tokenizer,
+    architecture: Architecture,
+    earlier: dict[str, Plan],
+) -> External | None:
+    """Returns the reward model that is no role of the stage; None where there is none, or it is one.
+
+    It is one where it reads the policy's tokens with the policy's architecture: the value model can then
+    start from it.
+
+    Raises:
+        ValueError: there is no such reward model, or no tokenizer with it.
+    """
+    path = where.reward
+    if path is None:
+        return None
+    pad_id, own, is_foreign = None, None, False
     if stage.reward_from in earlier:
         of_reward = earlier[stage.reward_from].architecture
     else:
-        of_reward = stored_architecture(where.reward, "reward")
-        _check_vocabulary(where.reward, tokenizer, stage.tokenizer)
-    ours, theirs = architecture.to_dict(), of_reward.to_dict()
-    differing = [f"{name} {theirs[name]} and {ours[name]}" for name in ours if ours[name] != theirs[name]]
-    if differing:
+        of_reward = stored_architecture(path, "reward")
+        is_foreign = not is_stage_dir(path)
+        pad_id = read_scorer(path).pad_id if is_foreign else None
+        own = open_tokenizer(str(_tokenizer_dir(path)), f"stages.{stage.name}.reward_from")
+        if _encode_alike(own, tokenizer, is_foreign):
+            own = None
+        elif len(own) > of_reward.vocab_size:
+            raise ValueError(
+                f"the tokenizer of {path} has {len(own)} tokens, but its model's vocabulary has "
+                f"{of_reward.vocab_size}; the tokenizer is not that of the model"
+            )
+    if own is None and of_reward == architecture and pad_id != tokenizer.eos_token_id:
+        return None
+    bos_id = cast("int | None", (own or tokenizer).bos_token_id)
+    reader = RewardReader(own, is_foreign, bos_id, pad_id, of_reward.context_length)
+    return External(path, of_reward, reader)
+
+
+def _tokenizer_dir(path: Path) -> Path:
+    """Returns where the tokenizer of another run's stage, or of a checkpoint, lies; ValueError: nowhere."""
+    if is_stage_dir(path):
+        beside = path.parent / TOKENIZER
+        if not beside.is_dir():
+            raise ValueError(
+                f"{path} is of a run without a tokenizer: there is no {beside}; copy the whole run"
+            )
+        return beside
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(
-            f"the reward model of {where.reward} and the policy have other architectures: "
-            f"{', '.join(differing)}; train the reward model from the same model"
+            f"{path} holds a reward model without a tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy "
+            "the one that it was trained with there"
         )
-    return architecture
+    return path
+
+
+def _encode_alike(own: Tokenizer, tokenizer: Tokenizer, is_foreign: bool) -> bool:
+    """Returns whether a reward model's tokenizer gives texts the ids that the policy's rows have."""
+    begins = tokenizer.bos_token_id is not None
+    return (
+        own.get_vocab() == tokenizer.get_vocab()
+        and own.eos_token_id == tokenizer.eos_token_id
+        and own.bos_token_id == tokenizer.bos_token_id
+        and (not is_foreign or bool(leading_bos(own)) == begins)
+    )
 
 
 def _check_vocabulary(start: Path, tokenizer: Tokenizer, cfg: TokenizerConfig) -> None:
     """Raises ValueError where a stage of another run, or a checkpoint, gave its tokens other ids."""
-    beside = start.parent / TOKENIZER if is_stage_dir(start) else start
-    if is_stage_dir(start) and not beside.is_dir():
-        raise ValueError(f"{start} is of a run without a tokenizer: there is no {beside}; copy the whole run")
+    beside = _tokenizer_dir(start) if is_stage_dir(start) else start
     if not is_stage_dir(start) and (
         cfg.path or not any((beside / name).is_file() for name in TOKENIZER_FILES)
     ):
@@ -280,6 +356,8 @@ def check_mesh(plans: Sequence[Plan], mesh: Mesh) -> None:
         problems += rows[:1]  # what does not divide the first does not divide its parts
         for role in (*algorithm.trains, *algorithm.reads):
             _attempt(problems, role_shardings, model, mesh, role)
+        if plan.external is not None:
+            _attempt(problems, role_shardings, make_model(plan.external.architecture), mesh, "reward")
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
 

@@ -173,6 +173,11 @@ def build_programs(
     )
 
 
+def reward_program(model: Model, mesh: Mesh) -> Callable[[Params, Params, Rows], Array]:
+    """Returns the program that scores rows with a frozen reward model of its own architecture, f32[B]."""
+    return _compiled(mesh, make_forward(model, num_completion=1).scores)
+
+
 def _compiled(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
     """Returns the jitted function; while it is traced, models may name logical axes of activations."""
 

@@ -21,6 +21,7 @@ from rlhf_jax.config import StageConfig
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import fold_normalizer, init_score_head, zero_score_head
+from rlhf_jax.models.scorers import check_scorer, load_scorer, read_scorer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.programs import role_shardings
 
@@ -82,7 +83,10 @@ def stored_architecture(path: Path, role: str) -> Architecture:
             logger.warning("%s; its newest checkpoint is used", unfinished)
         return Architecture.from_dict(info["architecture"])
     architecture = checkpoint_architecture(path, role)
-    hf.check_policy(path, architecture)
+    if role == "policy":
+        hf.check_policy(path, architecture)
+    else:
+        check_scorer(path, read_scorer(path))
     return architecture
 
 
@@ -91,9 +95,14 @@ def checkpoint_architecture(path: Path, role: str) -> Architecture:
     stages = sorted(str(entry) for entry in path.iterdir() if is_stage_dir(entry)) if path.is_dir() else []
     if stages:
         raise ValueError(f"{path} is a whole run; name one of its stages: {', '.join(stages)}")
-    if role != "policy":
-        raise ValueError(f"{path} is no stage's directory; a {role} model is named as RUN/STAGE")
-    return hf.read_architecture(path)
+    if role == "policy":
+        return hf.read_architecture(path)
+    scorer = read_scorer(path)
+    if scorer.role != role:
+        raise ValueError(
+            f"{path} is a {scorer.role} model (score_role in its config.json), not a {role} model"
+        )
+    return scorer.architecture
 
 
 def load_roles(
@@ -103,7 +112,7 @@ def load_roles(
 
     policy     the stage or checkpoint that this stage starts from, or fresh
     reference  a copy of that policy
-    reward     to be read: the reward stage's, its normaliser folded into the head;
+    reward     to be read: the reward stage's or checkpoint's, its normaliser folded into the head;
                to be trained: the policy's trunk with a fresh head
     value      a copy of that reward model, or without one the policy's trunk with a zero head
     """
@@ -150,7 +159,10 @@ def _fresh(model: Model, mesh: Mesh, key: Array) -> Params:
 
 
 def load_reward(path: Path, model: Model, mesh: Mesh) -> Params:
+    """Returns the reward model of a stage or Hugging Face directory, its normaliser folded into the head."""
     shardings = role_shardings(model, mesh, "reward")
+    if not is_stage_dir(path):
+        return load_scorer(path, read_scorer(path), shardings)
     weights = load_params(path, "reward", _abstract(model.score_shapes, shardings))
     aux = load_aux(path)
     fold = jax.jit(partial(fold_normalizer, mean=aux["normalizer_mean"], std=aux["normalizer_std"]))

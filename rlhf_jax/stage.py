@@ -21,9 +21,10 @@ from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import Programs, TokenIds, build_programs
+from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program
 from rlhf_jax.rewards.combine import Judge
-from rlhf_jax.roles import load_roles
+from rlhf_jax.rewards.external import ExternalReward
+from rlhf_jax.roles import load_reward, load_roles
 from rlhf_jax.sharding import place_rows
 from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
@@ -108,9 +109,16 @@ def _online(
     """Returns where batches of experience come from, and the evaluation on held-out prompts."""
     stage = plan.stage
     loader = Loader[Prompts, PromptOnly](plan.train, stage.settings.batch_size, stage.run.seed)
-    judge = Judge(stage.rewards, plan.function, has_model="reward" in frozen)
-    leaves_out = plan.algorithm.leaves_out(stage.settings)
-    collector = Collector(programs, judge, plan.tokenizer, mesh, leaves_out=leaves_out)
+    external = _external_reward(plan, mesh)
+    has_model = "reward" in frozen or external is not None
+    collector = Collector(
+        programs,
+        Judge(stage.rewards, plan.function, has_model=has_model),
+        plan.tokenizer,
+        mesh,
+        leaves_out=plan.algorithm.leaves_out(stage.settings),
+        external=external,
+    )
 
     def source(state: TrainState, position: int, key: Array) -> NextBatch:
         records = loader.records(position)
@@ -122,6 +130,15 @@ def _online(
     held_out = Loader(plan.held_out, stage.settings.batch_size, stage.run.seed)
     key = keys.named(root, "evaluate")
     return source, evaluate_prompts(collector, held_out, key, stage.run.num_samples, plan.gold)
+
+
+def _external_reward(plan: Plan, mesh: Mesh) -> ExternalReward | None:
+    """Returns the reward model that is not among the stage's roles, if there is one, on the mesh."""
+    if plan.external is None:
+        return None
+    path, architecture, reader = plan.external
+    model = make_model(architecture, plan.stage.model.dtype)
+    return ExternalReward(reader, reward_program(model, mesh), load_reward(path, model, mesh), mesh)
 
 
 def _normalized(plan: Plan, programs: Programs, state: TrainState, mesh: Mesh) -> TrainState:

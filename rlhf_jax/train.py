@@ -96,7 +96,7 @@ def prepare(config: Config) -> tuple[list[Plan], Mesh]:
     mesh = make_mesh(config.stages[0].mesh)
     check_mesh(plans, mesh)
     for plan in plans:
-        for line in (*plan.mixture(), *plan.losses()):
+        for line in (*plan.mixture(), *plan.losses(), *plan.reward_notes()):
             print(line, file=sys.stderr)
 
     replace_file(run_dir / "config.yaml", dump_config(config))

@@ -44,10 +44,18 @@ def load_tokenizer(cfg: TokenizerConfig, model_path: str = "") -> Tokenizer:
         raise ValueError(
             "tokenizer.path: is empty and so is model.path; name a tokenizer, or train one on the text"
         )
+    return settle_special_tokens(open_tokenizer(path, key), cfg, path)
+
+
+def open_tokenizer(path: str, key: str) -> Tokenizer:
+    """Returns the tokenizer of a directory or hub name as it is; its own code is never run.
+
+    Raises:
+        ValueError: no tokenizer there; the message begins with the key.
+    """
     _check_directory(path, key)
     with told_as(f"{key}: {path} holds no tokenizer that transformers can load"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    return settle_special_tokens(tokenizer, cfg, path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def settle_special_tokens(tokenizer: Tokenizer, cfg: TokenizerConfig, path: str) -> Tokenizer:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from rlhf_jax import config
@@ -14,6 +15,7 @@ from rlhf_jax.command_line import read_config
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.scorers import save_scorer
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import Plan, plan_stages, prepare_tokenizer
 from rlhf_jax.roles import stored_architecture
@@ -152,7 +154,6 @@ def test_more_than_half_dropped_is_a_warning_and_cut_rows_are_counted(plans):
         ("HERE/other/sft", "other/sft was trained with another tokenizer: "),
         ("HERE/alone/sft", "alone/sft is of a run without a tokenizer: there is no HERE/alone/tokenizer"),
         ("HERE/foreign/sft", "are not those of a stage that this version can read"),
-        ("HERE/wide/sft", "have other architectures: mlp_size 48 and 64; train the reward model from"),
     ],
 )  # fmt: skip
 def test_a_start_that_does_not_fit(plans, tmp_path, start, message):
@@ -160,7 +161,6 @@ def test_a_start_that_does_not_fit(plans, tmp_path, start, message):
     write_stage(tmp_path / "alone", "sft", "sft")
     (tmp_path / "alone" / "tokenizer").rename(tmp_path / "elsewhere")
     write_stage(tmp_path / "foreign", "sft", "dpo")
-    write_stage(tmp_path / "wide", "sft", "sft", dataclasses.replace(ARCHITECTURE, mlp_size=64))
     with pytest.raises(ValueError) as raised:
         plans(start)
     assert message.replace("HERE", str(tmp_path)) in str(raised.value)
@@ -170,8 +170,94 @@ def test_a_start_that_does_not_fit(plans, tmp_path, start, message):
 def test_a_policy_is_no_reward_model(plans, tmp_path):
     with pytest.raises(ValueError, match="is the result of sft, which trains no reward; .* reward_model"):
         stored_architecture(tmp_path / "run" / "sft", "reward")
-    with pytest.raises(ValueError, match="is no stage's directory; a reward model is named as RUN/STAGE"):
+    with pytest.raises(ValueError, match="new is not a Hugging Face model directory: it has no config.json"):
         stored_architecture(tmp_path / "new", "reward")
+
+
+WIDE = dataclasses.replace(ARCHITECTURE, mlp_size=64)
+OTHER = train_tokenizer(["quite another text"] * 3, 270)
+
+
+@pytest.fixture
+def scorer(tmp_path):
+    """Returns a function that writes HERE/judge, a reward model in transformers' layout."""
+
+    def scorer(architecture=ARCHITECTURE, tokenizer=TOKENIZER, role="reward", pad=0, **changes):
+        params = make_model(architecture).score_shapes
+        params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), params)
+        judge = tmp_path / "judge"
+        save_scorer(judge, architecture, params, role, token_ids={"pad_token_id": pad})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(judge)
+        config = json.loads((judge / "config.json").read_text())
+        (judge / "config.json").write_text(json.dumps(config | changes))
+        return judge
+
+    return scorer
+
+
+JUDGE = {"HERE/run/reward}]\ndata": "HERE/judge}]\ndata:"}
+
+
+def test_a_reward_model_like_the_policy_is_one_of_the_roles(plans, scorer):
+    judge = scorer()
+    (plan,) = plans(**JUDGE)
+    assert plan.external is None and plan.origins.reward == judge
+    assert plan.reward_notes() == []
+
+
+@pytest.mark.parametrize(
+    "changes, reads_text",
+    [
+        ({"architecture": WIDE}, False),
+        ({"pad": TOKENIZER.eos_token_id}, False),  # transformers scores the token before the EOS
+        ({"tokenizer": OTHER, "architecture": dataclasses.replace(ARCHITECTURE, vocab_size=400)}, True),
+    ],
+)
+def test_a_reward_model_unlike_the_policy_has_a_program_of_its_own(plans, scorer, changes, reads_text):
+    """With the same tokenizer it is still given the policy's tokens, which are never decoded for nothing."""
+    judge = scorer(**changes)
+    (plan,) = plans(**JUDGE)
+    assert plan.origins.reward is None and plan.external is not None
+    path, architecture, reader = plan.external
+    assert (path, architecture) == (judge, changes.get("architecture", ARCHITECTURE))
+    assert (reader.tokenizer is not None, reader.joins) == (reads_text, True)
+    assert (reader.pad_id, reader.context_length) == (changes.get("pad", 0), 256)
+    notes = [f"[ppo] the reward model {judge} has another tokenizer than the policy: it is given prompt and "
+             "completion as text, in its own tokens"]  # fmt: skip
+    assert plan.reward_notes() == (notes if reads_text else [])
+
+
+def test_a_reward_stage_of_another_run_with_another_tokenizer(plans, tmp_path):
+    wide = dataclasses.replace(ARCHITECTURE, vocab_size=len(OTHER))
+    write_stage(tmp_path / "theirs", "reward", "reward_model", wide, OTHER)
+    (plan,) = plans(**{"HERE/run/reward}]\ndata": "HERE/theirs/reward}]\ndata:"})
+    assert plan.external is not None and plan.external.reader.tokenizer is not None
+    assert not plan.external.reader.joins  # it learned from prompt and completion apart
+    assert "theirs/reward has another tokenizer than the policy" in plan.reward_notes()[0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tokenizer": None}, "judge holds a reward model without a tokenizer (none of tokenizer.json"),
+        ({"role": "value"}, "judge is a value model (score_role in its config.json), not a reward model"),
+        ({"model_type": "deberta-v2"}, "model_type is 'deberta-v2'; supported: 'llama'"),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "judge has no score head: architectures in its config.json",
+        ),
+        ({"id2label": {"0": "a", "1": "b"}}, "the model has 2 labels (num_labels, id2label)"),
+        ({"intermediate_size": 40}, "judge are not those of its config.json"),
+        ({"tokenizer": train_tokenizer(["a b c d" * 99], 262)}, "the tokenizer of HERE/judge has 26"),
+    ],
+)
+def test_a_directory_that_is_no_reward_model(plans, scorer, tmp_path, changes, message):
+    scorer(**changes)
+    with pytest.raises(ValueError) as raised:
+        plans(**JUDGE)
+    assert str(raised.value).startswith("stage ppo: ")
+    assert message.replace("HERE", str(tmp_path)) in str(raised.value)
 
 
 def test_problems_of_both_splits_and_of_functions_come_together(plans, tmp_path):

@@ -1,0 +1,118 @@
+"""What a reward model with a tokenizer of its own is given, and that its scores are those of just that."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.batch import Rows
+from rlhf_jax.data.records import PromptOnly
+from rlhf_jax.data.tokenizer import train_tokenizer
+from rlhf_jax.models import heads
+from rlhf_jax.programs import reward_program
+from rlhf_jax.rewards.external import ExternalReward, RewardReader, render
+from tests import tiny
+
+PAD, BOS, EOS = 0, 1, 2  # of a tokenizer that is trained on the spot
+TOKENIZER = train_tokenizer(["abab"] * 9, 260)  # "ab" is a token
+
+
+def ids(text):
+    """Letter by letter, but for ab."""
+    vocabulary = TOKENIZER.get_vocab()
+    parts = text.replace("ab", "\n").replace("\n", " ab ").replace("  ", " ")
+    return [vocabulary[p] for word in parts.split() for p in ([word] if word == "ab" else word)]
+
+
+def reader(**changes):
+    told = {"tokenizer": TOKENIZER, "joins": True, "bos_id": BOS, "pad_id": PAD, "context_length": 48}
+    return RewardReader(**told | changes)
+
+
+@pytest.mark.parametrize(
+    "prompt, completion, ended, joins, expected",
+    [
+        ("xa", "by", True, True, [BOS, *ids("x"), *ids("ab"), *ids("y"), EOS]),
+        ("xa", "by", False, True, [BOS, *ids("x"), *ids("ab"), *ids("y")]),
+        ("xa", "by", True, False, [BOS, *ids("x"), *ids("a"), *ids("b"), *ids("y"), EOS]),
+        ("x", "", False, True, [BOS, *ids("x")]),
+        ("", "", True, True, [BOS, EOS]),
+    ],
+)
+def test_rendered_text(prompt, completion, ended, joins, expected):
+    assert render(TOKENIZER, PromptOnly(prompt), completion, ended, joins=joins) == expected
+
+
+def test_a_control_token_s_name_in_a_text_is_letters():
+    made = render(TOKENIZER, PromptOnly("x"), "<|eos|>", False, joins=True)
+    assert EOS not in made and len(made) == 2 + len("<|eos|>")
+
+
+def test_bos_only_where_the_tokenizer_puts_it():
+    """Ours always has it; others say themselves, by what they do with a text."""
+    plain = train_tokenizer(["abab"] * 9, 260)
+    plain.backend_tokenizer.post_processor = None
+    assert BOS not in render(plain, PromptOnly("x"), "y", False, joins=True)
+    assert render(plain, PromptOnly("x"), "y", False, joins=False)[0] == BOS
+
+
+def rollout_rows(*rows):
+    tokens = np.zeros((4, 16), np.int32)
+    for row, of in zip(tokens, rows, strict=False):
+        row[: len(of)] = of
+    lengths = np.array([*map(len, rows), *[0] * (4 - len(rows))])
+    return Rows(tokens, np.minimum(lengths, 1), lengths)
+
+
+@pytest.mark.parametrize("tokenizer", [None, TOKENIZER])
+def test_a_long_text_loses_its_beginning_but_for_bos(tokenizer):
+    text = "qwertyuiop"
+    of_policy = rollout_rows([BOS, *ids(text), EOS], [BOS, *ids("q"), EOS])
+    made = reader(tokenizer=tokenizer, context_length=6).rows(
+        of_policy, [PromptOnly(text[:4]), PromptOnly("q")], [text[4:], ""], np.array([True] * 4)
+    )
+    rows, num_cut = made
+    assert num_cut == 1
+    assert rows.tokens[0].tolist() == [BOS, *ids("uiop"), EOS]
+    assert rows.tokens[1, :3].tolist() == [BOS, *ids("q"), EOS]
+    assert rows.lengths.tolist() == [6, 3, 0, 0]
+
+
+def test_lengths_climb_a_ladder():
+    """32, 64, 128 ..., at most the context: few programs are compiled."""
+    for letters, length in ((3, 32), (31, 32), (32, 64), (64, 100), (200, 100)):
+        rows, _ = reader(context_length=100).rows(
+            rollout_rows([BOS]), [PromptOnly("")], ["x" * letters], np.array([False] * 4)
+        )
+        assert rows.tokens.shape == (4, length)
+
+
+def test_the_score_is_read_before_trailing_pads_as_in_transformers():
+    """Where EOS is the padding token, that is before the EOS."""
+    of_policy = rollout_rows([BOS, 7, 8, EOS], [EOS, EOS])
+    records, completions = [PromptOnly("")] * 2, [""] * 2
+    rows, _ = reader(tokenizer=None, pad_id=EOS).rows(of_policy, records, completions, np.array([True] * 4))
+    assert rows.lengths.tolist() == [3, 1, 0, 0]
+    rows, _ = reader(tokenizer=None, pad_id=None).rows(of_policy, records, completions, np.array([True] * 4))
+    assert rows.lengths.tolist() == [4, 2, 0, 0]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2}])
+def test_scores_of_the_policy_s_own_tokens(sizes):
+    """Against the head at the last token of each row alone; filling rows do not disturb."""
+    mesh = tiny.mesh(**sizes)
+    weights = tiny.weights("reward", mesh, seed=3)
+    external = ExternalReward(
+        reader(tokenizer=None, pad_id=PAD), reward_program(tiny.model(), mesh), weights, mesh
+    )
+    texts = [[BOS, 7, 8, EOS], [BOS, 9, 10, 11, 12], [BOS, 30]]
+    records = [PromptOnly("")] * 3
+    found, metrics = external(rollout_rows(*texts), records, [""] * 3, np.array([True] * 4))
+    host = jax.device_get(weights)
+    for score, text in zip(np.asarray(found), texts, strict=False):
+        hidden = tiny.model().hidden(host["trunk"], jnp.asarray([text]))
+        expected = heads.values(host["score_head"], hidden)[0, -1]
+        np.testing.assert_allclose(score, expected, rtol=1e-5, atol=1e-5)
+    assert float(metrics["reward/cut_rate"].value) == 0
