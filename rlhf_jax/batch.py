@@ -2,8 +2,9 @@
 
 Dimension key, used as a suffix of local names where the rank matters:
 
-    B sequences   N prompts   G group   P prompt tokens   C static maximum of completion tokens
-    T tokens of a row   D model   F feed-forward   H heads   K key/value heads   V vocabulary
+    B rows   S sequences of a packed row   N prompts   G group   P prompt tokens   T tokens of a row
+    C static maximum of a row's completion tokens   D model   F feed-forward   H heads   K key/value heads
+    V vocabulary
 
 Per-token arrays are [B, T]; column t speaks about token t given the tokens before it.
 """
@@ -43,32 +44,66 @@ Metrics = dict[str, Mean | Max | Array | float]  # a float is the host's own, su
 class Rows(NamedTuple):
     """Token rows for scoring and training: prompt, completion, padding; contiguous, right-padded.
 
-    A row that only fills up a batch has length 0 and so has no weight anywhere.
+    A row is one sequence, or packs up to S of them, one behind the other: then both lengths are [B, S], and a
+    sequence of length 0 is none. A row that only fills up a batch has no length and so no weight anywhere.
     """
 
     tokens: Array  # i32[B, T]
-    prompt_lengths: Array  # i32[B], tokens before the completion, BOS included
-    lengths: Array  # i32[B], prompt and completion
+    prompt_lengths: Array  # i32[B] or i32[B, S], tokens before the completion, BOS included
+    lengths: Array  # i32[B] or i32[B, S], prompt and completion
+    excluded: Array | None = None  # bool[B, T], tokens behind the prompt that are not the model's own
+
+    @property
+    def is_packed(self) -> bool:
+        """Returns whether a row may hold several sequences."""
+        return self.lengths.ndim == 2
 
     @property
     def attention_mask(self) -> Array:
         """Returns bool[B, T]: the real tokens."""
-        return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
+        total = self.lengths.sum(axis=1) if self.is_packed else self.lengths
+        return self._columns < total[:, None]
 
     @property
     def completion_mask(self) -> Array:
-        """Returns bool[B, T]: the completion's tokens, its EOS included when it has one."""
-        return self.attention_mask & ~self.prompt_mask
+        """Returns bool[B, T]: the model's own tokens, its EOS included when it has one."""
+        mask = self.attention_mask & ~self.prompt_mask
+        return mask if self.excluded is None else mask & ~self.excluded
 
     @property
     def prompt_mask(self) -> Array:
-        """Returns bool[B, T]: the prompt's tokens."""
-        return jnp.arange(self.tokens.shape[1]) < self.prompt_lengths[:, None]
+        """Returns bool[B, T]: the prompts' tokens."""
+        if not self.is_packed:
+            return self._columns < self.prompt_lengths[:, None]
+        return self.attention_mask & (self.positions < self._of_token(self.prompt_lengths))
 
     @property
-    def row_mask(self) -> Array:
-        """Returns bool[B]: the rows that are data, not filling."""
-        return self.lengths > 0
+    def segments(self) -> Array:
+        """Returns i32[B, T]: the number of the sequence in its row; padding has a number of its own, S."""
+        ends = jnp.cumsum(self.lengths, axis=1) if self.is_packed else self.lengths[:, None]
+        return jnp.sum(self._columns[:, None] >= ends[:, None, :], axis=-1, dtype=jnp.int32)
+
+    @property
+    def positions(self) -> Array:
+        """Returns i32[B, T]: the number of the token in its sequence, counted on through the padding."""
+        if not self.is_packed:
+            return jnp.broadcast_to(self._columns, self.tokens.shape)
+        starts = jnp.cumsum(self.lengths, axis=1) - self.lengths
+        return self._columns - self._of_token(starts)
+
+    @property
+    def sequence_mask(self) -> Array:
+        """Returns bool[B], packed bool[B * S]: the sequences that are data, not filling."""
+        return self.lengths.reshape(-1) > 0
+
+    @property
+    def _columns(self) -> Array:
+        return jnp.arange(self.tokens.shape[1])
+
+    def _of_token(self, of_sequence: Array) -> Array:
+        """Returns i32[B, T] of i32[B, S]: each token's sequence's; of padding, the last one's."""
+        sequence = jnp.minimum(self.segments, self.lengths.shape[1] - 1)
+        return jnp.take_along_axis(of_sequence, sequence, axis=1)
 
 
 class Prompts(NamedTuple):

@@ -123,6 +123,10 @@ class DataConfig:
     max_length: PositiveInt = 256
     """Longest row in tokens, prompt and completion, of SFT and reward training; longer ones are cut on the
     right, the cut is counted, and no EOS is appended to a cut completion."""
+    packing: bool = False
+    """Several short records share a row of max_length tokens and do not see each other: less padding, the
+    same loss. A pair stays together, in a row of twice max_length. batch_size and microbatch_size then count
+    rows, so that a step has more records than without, and their number varies a little."""
     max_eval_records: PositiveInt = 512
     """At most so many held-out records are read."""
 
@@ -213,9 +217,10 @@ class SFTConfig:
     num_steps: PositiveInt = 300
     """Optimiser steps."""
     batch_size: PositiveInt = 32
-    """Records of one step, over all devices."""
+    """Records of one step, over all devices; rows where data.packing."""
     microbatch_size: Count = 0
-    """Records of one forward and backward pass; 0: the whole batch. Divides batch_size."""
+    """Records (rows where data.packing) of one forward and backward pass; 0: the whole batch. Divides
+    batch_size."""
     loss_on: Literal["completion", "all"] = "completion"
     """Tokens that carry loss: the completion's, or the prompt's too."""
     eval_every: PositiveInt = 100
@@ -241,9 +246,10 @@ class RewardModelConfig:
     num_steps: PositiveInt = 300
     """Optimiser steps."""
     batch_size: PositiveInt = 32
-    """Pairs of one step, over all devices."""
+    """Pairs of one step, over all devices; rows where data.packing."""
     microbatch_size: Count = 0
-    """Pairs of one forward and backward pass; 0: the whole batch. Divides batch_size."""
+    """Pairs (rows where data.packing) of one forward and backward pass; 0: the whole batch. Divides
+    batch_size."""
     normalizer: Literal["none", "mean", "mean_std"] = "mean"
     """What is made 0 (and 1) on demonstrations: nothing, the mean score, the mean and the deviation."""
     normalize_on: Literal["demonstrations", "chosen"] = "demonstrations"

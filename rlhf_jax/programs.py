@@ -53,7 +53,12 @@ class Programs(NamedTuple):
     evaluate: Callable[[Params, Params, Any], Metrics]
     """Offline: trained and frozen parameters, held-out batch -> sums."""
     scores: Callable[[Params, Params, Rows], Array]
-    """Scores of the reward model, f32[B]."""
+    """Scores of the reward model, one for each sequence: f32[B], packed f32[B * S]."""
+
+
+def rows_per_unit(stage: StageConfig, algorithm: Algorithm) -> int:
+    """Returns the rows of what batch_size counts: of a packed row one, of a record all of its rows."""
+    return 1 if stage.data.packing else algorithm.rows_per_record
 
 
 def role_shardings(model: Model, mesh: Mesh, role: str) -> Params:
@@ -133,7 +138,7 @@ def build_programs(
         return constrain(completed)
 
     def counted(rollout: Rollout) -> Array:
-        return rollout.rows.row_mask & (rollout.ended if algorithm.leaves_out(settings) else True)
+        return rollout.rows.sequence_mask & (rollout.ended if algorithm.leaves_out(settings) else True)
 
     def score(params: Params, frozen: Params, rollout: Rollout) -> tuple[Scored, Metrics]:
         scored = constrain(score_rollout(forward, params, frozen, rollout))
@@ -157,6 +162,7 @@ def build_programs(
         num_epochs=settings.num_epochs,
         num_minibatches=settings.num_minibatches,
         num_microbatches=minibatch_size // (settings.microbatch_size or minibatch_size),
+        rows_per_unit=rows_per_unit(stage, algorithm),
         constrain=constrain,
     )
     compiled = partial(_compiled, mesh)
@@ -216,7 +222,7 @@ def rollout_metrics(scored: Scored, rows_counted: Array) -> Metrics:
             jnp.exp(log_ratio(scored.old_logprobs, rollout.sampler_logprobs, mask)), mask
         ),
         "rollout/length": masked(lengths, rows_counted),
-        "rollout/eos_rate": masked(jnp.float32(rollout.ended), rows.row_mask),
+        "rollout/eos_rate": masked(jnp.float32(rollout.ended), rows.sequence_mask),
         "perf/tokens": jnp.sum(lengths),
     }
 
@@ -236,4 +242,4 @@ def score_metrics(scored: Scored, rows_counted: Array) -> Metrics:
 
 
 def _lengths(rows: Rows) -> Array:
-    return jnp.where(rows.row_mask, rows.lengths - rows.prompt_lengths, 0).astype(jnp.float32)
+    return jnp.where(rows.sequence_mask, rows.lengths - rows.prompt_lengths, 0).astype(jnp.float32)

@@ -39,6 +39,7 @@ def make_update(
     num_epochs: int = 1,
     num_minibatches: int = 1,
     num_microbatches: int = 1,
+    rows_per_unit: int = 1,
     constrain: Constrain = lambda batch: batch,
 ) -> Update:
     """Returns update(state, frozen, batch, key) -> (state, metrics), one program for all epochs of a batch.
@@ -54,7 +55,8 @@ def make_update(
         settings: the algorithm's section.
         num_epochs: passes over the batch; rows are shuffled anew in each when there are several minibatches.
         num_minibatches: optimiser steps of a pass; divides the rows.
-        num_microbatches: parts of a minibatch; divides its records.
+        num_microbatches: parts of a minibatch.
+        rows_per_unit: rows that belong together and are never parted; divides those of a microbatch.
         constrain: puts the rows of a minibatch on the mesh.
     """
 
@@ -73,7 +75,7 @@ def make_update(
 
         if num_microbatches == 1:
             return of_microbatch(minibatch)
-        microbatches = split_rows(minibatch, num_microbatches, algorithm.rows_per_record)
+        microbatches = split_rows(minibatch, num_microbatches, rows_per_unit)
 
         def accumulate(grads: Params, microbatch: Any) -> tuple[Params, tuple[dict[str, Mean], Metrics]]:
             more, means, metrics = of_microbatch(constrain(microbatch))
@@ -110,9 +112,7 @@ def make_update(
 
     def update(state: TrainState, frozen: Params, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
         rows = num_rows(batch)
-        assert num_minibatches == 1 or algorithm.rows_per_record == 1, (
-            "minibatches would part the rows of a record"
-        )
+        assert num_minibatches == 1 or rows_per_unit == 1, "minibatches would part a record"
 
         def minibatch_step(carry: Any, row_index: Array) -> Any:
             return optimizer_step(carry, frozen, constrain(jax.tree.map(lambda x: x[row_index], batch)))
@@ -142,14 +142,14 @@ def make_update(
     return update
 
 
-def split_rows(batch: Any, parts: int, rows_per_record: int = 1) -> Any:
-    """Returns the batch with leading axes [parts, rows / parts]; the rows of a record stay together.
+def split_rows(batch: Any, parts: int, rows_per_unit: int = 1) -> Any:
+    """Returns the batch with leading axes [parts, rows / parts]; the rows of a unit stay together.
 
-    Records are dealt in turn, so that rows that lie on one device stay there.
+    Units are dealt in turn, so that rows that lie on one device stay there.
     """
 
     def split(x: Array) -> Array:
-        dealt = x.reshape(-1, parts, rows_per_record, *x.shape[1:])
+        dealt = x.reshape(-1, parts, rows_per_unit, *x.shape[1:])
         return jnp.moveaxis(dealt, 1, 0).reshape(parts, -1, *x.shape[1:])
 
     return jax.tree.map(split, batch)

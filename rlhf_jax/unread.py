@@ -68,6 +68,7 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         for key in ("format", "columns", "prompts", "detokenize", "prompt_tokens", "prompt_template"):
             reasons[f"data.{key}"] = "the embedded task (data.train: synthetic) has no columns"
     if stage.algorithm == "ppo":
+        reasons["data.packing"] = "ppo packs no prompts"
         reasons["data.max_length"] = "ppo has max_prompt_length and rollout.max_new_tokens"
 
     if stage.algorithm != "ppo":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import config
@@ -97,6 +99,48 @@ def rows(num_rows: int = 8, length: int = 16, seed: int = 0) -> Rows:
     lengths = prompt_lengths + rng.integers(1, 9, num_rows)
     tokens = rng.integers(2, 64, (num_rows, length))
     return Rows(jnp.asarray(tokens, jnp.int32), jnp.asarray(prompt_lengths), jnp.asarray(lengths))
+
+
+def packed(batch: Any, groups: Sequence[Sequence[int]], length: int) -> Any:
+    """Returns a batch of one-sequence rows with those of a group behind each other in one row.
+
+    What no sequence covers is poison: large tokens, large numbers, true masks.
+
+    Args:
+        batch: Rows, or what has `rows` and further per-token arrays.
+        groups: for each new row the rows that it holds; none makes an empty row.
+        length: of the new rows.
+    """
+    rows = batch if isinstance(batch, Rows) else batch.rows
+    old_lengths = np.asarray(rows.lengths)
+
+    def of_sequence(x: Array) -> Array:
+        made = np.zeros((len(groups), max(map(len, groups))), np.int32)
+        for new, group in enumerate(groups):
+            made[new, : len(group)] = np.asarray(x)[list(group)]
+        return jnp.asarray(made)
+
+    def of_token(x: Array) -> Array:
+        poison = {"b": True, "i": 63, "f": 1e6}[np.asarray(x).dtype.kind]
+        made = np.full((len(groups), length), poison, x.dtype)
+        for new, group in enumerate(groups):
+            parts = [np.asarray(x)[old, : old_lengths[old]] for old in group]
+            together = np.concatenate([*parts, np.zeros(0, x.dtype)])
+            made[new, : len(together)] = together
+        return jnp.asarray(made)
+
+    made = Rows(
+        of_token(rows.tokens),
+        of_sequence(rows.prompt_lengths),
+        of_sequence(rows.lengths),
+        None if rows.excluded is None else of_token(rows.excluded),
+    )
+    if isinstance(batch, Rows):
+        return made
+    others = {name: of_token(getattr(batch, name)) for name in batch._fields if name != "rows"}
+    if "completion_mask" in others:
+        others["completion_mask"] &= made.completion_mask  # a batch is made with a mask that fits its rows
+    return batch._replace(rows=made, **others)
 
 
 def prompts(num_rows: int = 8, length: int = 8, seed: int = 0) -> Prompts:

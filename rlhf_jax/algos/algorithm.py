@@ -53,7 +53,7 @@ class Algorithm(NamedTuple):
     evaluate: Callable[[Forward, Params, Params, Any, Any], Metrics] | None = None
     """Offline: sums over one held-out batch, of the same arguments as the loss."""
     rows_per_record: int = 1
-    """Rows of a batch that belong together and are never parted by a microbatch."""
+    """Sequences of a batch that belong together: one behind the other, never parted, not by a microbatch."""
     adam_eps: float = 1e-8
     """Adam's epsilon where the configuration leaves it open."""
     init_aux: Callable[[Any], dict[str, float]] = lambda settings: {}

@@ -86,7 +86,7 @@ def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch,
     scores, stays = apply_missing_eos(
         scored.scores, rollout.ended, settings.missing_eos, settings.missing_eos_value
     )
-    stays = stays & rows.row_mask
+    stays = stays & rows.sequence_mask
     mask = rows.completion_mask & stays[:, None]
     rewards = token_rewards(scores, scored.old_logprobs, scored.ref_logprobs, mask, aux["kl_coef"])
     total = masked(jnp.sum(rewards, axis=1), stays)

@@ -33,9 +33,9 @@ def accuracy(chosen_scores: Array, rejected_scores: Array, mask: Array) -> Mean:
 def loss(
     forward: Forward, params: Params, frozen: Params, batch: Rows, settings: RewardModelConfig
 ) -> tuple[Terms, Metrics]:
-    """Returns the Bradley-Terry loss of rows that alternate chosen, rejected; both in one forward."""
+    """Returns the Bradley-Terry loss of sequences that alternate chosen, rejected; both in one forward."""
     chosen, rejected = forward.scores(params, frozen, batch).reshape(-1, 2).T
-    mask = batch.row_mask[::2]
+    mask = batch.sequence_mask[::2]
     return {"bradley_terry": Term(bradley_terry(chosen, rejected, mask))}, {
         "reward/accuracy": accuracy(chosen, rejected, mask),
         "reward/margin": masked(chosen - rejected, mask),

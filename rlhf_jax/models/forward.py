@@ -12,7 +12,15 @@ from jax import Array
 from rlhf_jax.batch import Params, Rows
 from rlhf_jax.models import heads
 from rlhf_jax.models.transformer import Model
-from rlhf_jax.ops.logprobs import gather_columns, gather_targets, put_columns, token_logprobs
+from rlhf_jax.ops.logprobs import (
+    Columns,
+    contiguous_columns,
+    gather_predictors,
+    gather_targets,
+    masked_columns,
+    put_columns,
+    token_logprobs,
+)
 
 RoleFunction = Callable[[Params, Params, Rows], Array]
 
@@ -31,7 +39,7 @@ class Forward(NamedTuple):
     values: RoleFunction
     """Of the value model, f32[B, T]; column t is the state before token t."""
     scores: RoleFunction
-    """Of the reward model, f32[B], at the last real token."""
+    """Of the reward model, at the last real token of each sequence: f32[B], packed f32[B * S]."""
 
 
 def make_forward(
@@ -46,18 +54,26 @@ def make_forward(
         logprob_chunk: tokens whose logits exist at once; 0: all.
     """
 
-    def completion_hidden(trunk: Params, rows: Rows) -> Array:
-        return gather_columns(model.hidden(trunk, rows.tokens), rows.prompt_lengths, num_completion)
+    def hidden(trunk: Params, rows: Rows) -> Array:
+        if rows.is_packed:
+            return model.hidden(trunk, rows.tokens, rows.positions, rows.segments)
+        return model.hidden(trunk, rows.tokens)
+
+    def columns(rows: Rows) -> Columns:
+        num_tokens = rows.tokens.shape[1]
+        num_columns = min(num_completion, num_tokens)
+        if rows.is_packed or rows.excluded is not None:
+            return masked_columns(rows.completion_mask, num_columns)
+        return contiguous_columns(rows.prompt_lengths, num_columns, num_tokens)
 
     def put(x_BC: Array, rows: Rows) -> Array:
-        x_BT = put_columns(x_BC, rows.prompt_lengths, rows.tokens.shape[1])
-        return jnp.where(rows.completion_mask, x_BT, 0.0)
+        return jnp.where(rows.completion_mask, put_columns(x_BC, columns(rows)), 0.0)
 
     def role_logprobs(weights: Params, rows: Rows, *, with_entropy: bool) -> tuple[Array, Array | None]:
         logprobs_BC, entropy_BC = token_logprobs(
             partial(model.logits, weights),
-            completion_hidden(weights["trunk"], rows),
-            gather_targets(rows.tokens, rows.prompt_lengths, num_completion),
+            gather_predictors(hidden(weights["trunk"], rows), columns(rows)),
+            gather_targets(rows.tokens, columns(rows)),
             temperature=temperature,
             chunk=logprob_chunk,
             with_entropy=with_entropy,
@@ -74,11 +90,12 @@ def make_forward(
 
     def values(params: Params, frozen: Params, rows: Rows) -> Array:
         weights = (frozen | params)["value"]
-        return put(heads.values(weights["score_head"], completion_hidden(weights["trunk"], rows)), rows)
+        before = gather_predictors(hidden(weights["trunk"], rows), columns(rows))
+        return put(heads.values(weights["score_head"], before), rows)
 
     def scores(params: Params, frozen: Params, rows: Rows) -> Array:
         weights = (frozen | params)["reward"]
-        return heads.scores(weights["score_head"], model.hidden(weights["trunk"], rows.tokens), rows.lengths)
+        return heads.scores(weights["score_head"], hidden(weights["trunk"], rows), rows.lengths)
 
     return Forward(logprobs, ref_logprobs, values, scores)
 
@@ -89,7 +106,7 @@ def blank_forward() -> Forward:
     def per_token(params: Params, frozen: Params, rows: Rows) -> Array:
         return jnp.zeros(rows.tokens.shape, jnp.float32)
 
-    def per_row(params: Params, frozen: Params, rows: Rows) -> Array:
-        return jnp.zeros(rows.tokens.shape[:1], jnp.float32)
+    def per_sequence(params: Params, frozen: Params, rows: Rows) -> Array:
+        return jnp.zeros(rows.lengths.size, jnp.float32)
 
-    return Forward(lambda *args: (per_token(*args), per_token(*args)), per_token, per_token, per_row)
+    return Forward(lambda *args: (per_token(*args), per_token(*args)), per_token, per_token, per_sequence)

@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from rlhf_jax.batch import Params
+from rlhf_jax.ops.logprobs import gather_columns
 
 SCORE_HEAD_AXES = {"kernel": ("width",), "bias": ()}
 
@@ -37,17 +38,19 @@ def values(head: Params, hidden: Array) -> Array:
 
 
 def scores(head: Params, hidden: Array, lengths: Array) -> Array:
-    """Returns the value at the last real token of each row, f32[B]; of a filling row, a finite number.
+    """Returns the value at the last real token of each sequence, f32[B] or, of packed rows, f32[B * S].
 
-    The bias gets no gradient: a ranking loss cannot see it. It is the normaliser's shift.
+    Where there is no sequence it is a finite number. The bias gets no gradient: a ranking loss cannot see it.
+    It is the normaliser's shift.
 
     Args:
         head: kernel f32[D], bias f32[].
         hidden: [B, T, D], after the final norm.
-        lengths: i32[B], prompt and completion.
+        lengths: i32[B] or i32[B, S], prompt and completion.
     """
-    last_BD = last_hidden(hidden, lengths)
-    return values({"kernel": head["kernel"], "bias": jax.lax.stop_gradient(head["bias"])}, last_BD)
+    ends = jnp.cumsum(lengths, axis=1) if lengths.ndim == 2 else lengths[:, None]
+    last = gather_columns(hidden, ends - 1).reshape(-1, hidden.shape[-1])
+    return values({"kernel": head["kernel"], "bias": jax.lax.stop_gradient(head["bias"])}, last)
 
 
 def last_hidden(hidden: Array, lengths: Array) -> Array:

@@ -82,7 +82,7 @@ def make_model(
     def hidden(
         trunk: Params, tokens: Array, positions: Array | None = None, segments: Array | None = None
     ) -> Array:
-        if tokens.shape[1] > architecture.context_length:
+        if positions is None and tokens.shape[1] > architecture.context_length:
             raise ValueError(
                 f"rows of {tokens.shape[1]} tokens do not fit the model's context length of "
                 f"{architecture.context_length}; shorten prompts or completions"

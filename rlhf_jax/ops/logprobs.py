@@ -8,56 +8,81 @@ tokens stand, so that column t of a [B, T] array speaks about token t.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-def gather_columns(hidden: Array, starts: Array, num_columns: int) -> Array:
-    """Returns the columns that predict tokens starts, starts + 1, ...: [B, C] or [B, C, D].
+class Columns(NamedTuple):
+    """Which C tokens of each row are spoken about: entry j is of token tokens[j], token t has entries[t]."""
 
-    Entry j is column starts - 1 + j. Columns beyond the row repeat its last one, and the column before the
-    first is the first: entries that predict no token of the row are for the caller's mask to drop.
+    tokens: Array  # i32[B, C]; an entry that speaks of no token of the row holds any column, also one beyond
+    entries: Array  # i32[B, T]; below 0 or C or more, or anything where the caller masks: no entry
+
+
+def contiguous_columns(starts: Array, num_columns: int, num_tokens: int) -> Columns:
+    """Returns the columns of tokens starts, starts + 1, ...
 
     Args:
-        hidden: [B, T, D] hidden states, or [B, T] values.
         starts: i32[B], the prompt's length: the place of the first token to predict, at least 1.
         num_columns: C, static.
+        num_tokens: T, static.
     """
-    num_tokens = hidden.shape[1]
-    columns = jnp.clip(starts[:, None] - 1 + jnp.arange(num_columns), 0, num_tokens - 1)
+    starts = starts[:, None]
+    return Columns(starts + jnp.arange(num_columns), jnp.arange(num_tokens) - starts)
+
+
+def masked_columns(mask: Array, num_columns: int) -> Columns:
+    """Returns the columns of the true tokens of a mask bool[B, T], of which no row has more than C."""
+    # True before false, each in its order. A sort stays within a row, and so within a device.
+    tokens = jnp.argsort(~mask, axis=1, stable=True)[:, :num_columns]
+    return Columns(tokens, jnp.cumsum(mask, axis=1) - 1)
+
+
+def gather_columns(hidden: Array, columns: Array) -> Array:
+    """Returns x at some columns of each row, [B, C] or [B, C, D]; columns beyond the row are its last one.
+
+    Args:
+        hidden: [B, T, D], or [B, T].
+        columns: i32[B, C].
+    """
+    columns = jnp.clip(columns, 0, hidden.shape[1] - 1)
     columns = columns.reshape(columns.shape + (1,) * (hidden.ndim - 2))
     return jnp.take_along_axis(hidden, columns, axis=1, mode="promise_in_bounds")
 
 
-def gather_targets(tokens: Array, starts: Array, num_columns: int) -> Array:
-    """Returns the tokens that `gather_columns` predicts, i32[B, C]: entry j is token starts + j.
+def gather_predictors(hidden: Array, columns: Columns) -> Array:
+    """Returns what predicts the tokens, [B, C] or [B, C, D]: the columns before theirs, the shift by one.
+
+    Entries that predict no token of the row are for the caller's mask to drop.
 
     Args:
-        tokens: i32[B, T].
-        starts: i32[B].
-        num_columns: C, static. Entries beyond the row repeat its last token.
+        hidden: [B, T, D] hidden states, or [B, T] values.
+        columns: of the tokens.
     """
-    return gather_columns(tokens, starts + 1, num_columns)
+    return gather_columns(hidden, columns.tokens - 1)
 
 
-def put_columns(x: Array, starts: Array, num_tokens: int, fill: float = 0) -> Array:
-    """Returns [B, T] with entry j of x at the token that it speaks about, starts + j, and fill elsewhere.
+def gather_targets(tokens: Array, columns: Columns) -> Array:
+    """Returns the tokens that `gather_predictors` predicts, i32[B, C], of tokens i32[B, T]."""
+    return gather_columns(tokens, columns.tokens)
 
-    The inverse of `gather_columns` on the tokens of the row. Nothing predicts token 0: it always gets
-    the fill.
+
+def put_columns(x: Array, columns: Columns, fill: float = 0) -> Array:
+    """Returns [B, T] with each entry of x at the token that it speaks about, and fill elsewhere.
+
+    The inverse of `gather_predictors` on the tokens. Nothing predicts token 0: it always gets the fill.
 
     Args:
         x: [B, C], one number for each gathered column.
-        starts: i32[B].
-        num_tokens: T, static. Entries that would stand beyond are dropped.
+        columns: of the tokens. Entries that would stand beyond T are dropped.
         fill: of x's type.
     """
-    token = jnp.arange(num_tokens)
-    entries = token - starts[:, None]
-    inside = (entries >= 0) & (entries < x.shape[1]) & (token > 0)
-    placed = jnp.take_along_axis(x, jnp.clip(entries, 0, x.shape[1] - 1), axis=1, mode="promise_in_bounds")
+    entries, num_columns = columns.entries, x.shape[1]
+    inside = (entries >= 0) & (entries < num_columns) & (jnp.arange(entries.shape[1]) > 0)
+    placed = jnp.take_along_axis(x, jnp.clip(entries, 0, num_columns - 1), axis=1, mode="promise_in_bounds")
     return jnp.where(inside, placed, jnp.asarray(fill, x.dtype))
 
 

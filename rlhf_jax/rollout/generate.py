@@ -11,7 +11,7 @@ from jax import Array
 from rlhf_jax.batch import Params, Prompts, Rollout, Rows
 from rlhf_jax.models.kv_cache import KVCache, decode_logits, decode_step, prefill, unstack
 from rlhf_jax.models.transformer import Model
-from rlhf_jax.ops.logprobs import put_columns
+from rlhf_jax.ops.logprobs import contiguous_columns, put_columns
 from rlhf_jax.rollout.sampling import most_likely, row_keys, sample, uniforms
 
 
@@ -110,12 +110,13 @@ def _write(x_BC: Array, column_B: Array, step: Array) -> Array:
 
 def _assemble(prompts: Prompts, progress: _Progress, pad_id: int) -> Rollout:
     """Returns the completions moved right behind their prompts."""
-    num_tokens = prompts.tokens.shape[1] + progress.tokens.shape[1]
-    padded_prompts = jnp.pad(prompts.tokens, ((0, 0), (0, progress.tokens.shape[1])))
+    num_columns = progress.tokens.shape[1]
+    columns = contiguous_columns(prompts.lengths, num_columns, prompts.tokens.shape[1] + num_columns)
+    padded_prompts = jnp.pad(prompts.tokens, ((0, 0), (0, num_columns)))
     rows = Rows(padded_prompts, prompts.lengths, prompts.lengths + progress.lengths)
-    completions = put_columns(progress.tokens, prompts.lengths, num_tokens)
+    completions = put_columns(progress.tokens, columns)
     tokens = jnp.where(rows.prompt_mask, padded_prompts, jnp.where(rows.completion_mask, completions, pad_id))
-    logprobs = put_columns(progress.logprobs, prompts.lengths, num_tokens)
+    logprobs = put_columns(progress.logprobs, columns)
     return Rollout(
         rows=rows._replace(tokens=tokens),
         ended=progress.ended,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import PolicyBatch, Rows
+from rlhf_jax.batch import PolicyBatch, Rows, num_rows
 from rlhf_jax.metrics import to_host
 from tests import tiny
 
@@ -39,14 +39,18 @@ def batch_of(name: str, rows: Rows):
 @functools.cache
 def update_of(name, mesh, settings):
     """Returns the compiled update of an algorithm, with one optimiser step; shared by the tests."""
+    settings = dict(settings)
     one_minibatch = {"num_epochs": 1, "num_minibatches": 1} if name == "ppo" else {}
-    return tiny.programs(tiny.stage(name, settings=one_minibatch | dict(settings)), mesh)
+    data = {"packing": settings.pop("packing")}
+    num_completion = 32 if data["packing"] else 8
+    return tiny.programs(tiny.stage(name, settings=one_minibatch | settings, data=data), mesh, num_completion)
 
 
-def updated(name, batch, mesh=None, **settings):
+def updated(name, batch, mesh=None, packing=False, **settings):
     """Returns the gradient (Adam's first moment, by role) and the metrics of one update."""
     mesh = mesh or tiny.mesh()
-    settings = {"batch_size": batch_records(name, batch)} | settings
+    units = num_rows(batch) if packing else batch_records(name, batch)
+    settings = {"batch_size": units, "packing": packing} | settings
     programs = update_of(name, mesh, tuple(settings.items()))
     trained, frozen = tiny.roles(name, mesh)
     state, metrics = programs.update(programs.init_state(trained), frozen, batch, jax.random.key(0))
@@ -118,6 +122,22 @@ def test_microbatches_change_nothing(reference, parts):
 def test_devices_change_nothing(reference, sizes):
     name, batch, expected = reference
     assert_same(updated(name, batch, tiny.mesh(**sizes)), expected)
+
+
+GROUPS = [[0, 1, 2, 3], [], [4, 5], [6, 7]]  # pairs stay together
+
+
+@pytest.mark.parametrize("settings", [{}, {"microbatch_size": 1}])
+def test_packing_changes_nothing(reference, settings):
+    """NUMERICS 3 and 4: several sequences in a row, poison behind them, also with microbatches."""
+    name, batch, expected = reference
+    assert_same(updated(name, tiny.packed(batch, GROUPS, 60), packing=True, **settings), expected)
+
+
+def test_packed_rows_on_eight_devices(reference):
+    name, batch, expected = reference
+    rows = tiny.packed(batch, [*GROUPS, [], [], [], []], 60)
+    assert_same(updated(name, rows, tiny.mesh(data=4, fsdp=2), packing=True), expected)
 
 
 @pytest.mark.parametrize("poison", [1e6, np.nan])

@@ -1,5 +1,6 @@
 """Collation: rows, cuts and static shapes; masks from lengths, whatever the padding id."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -37,8 +38,8 @@ def test_masks_do_not_depend_on_the_padding_id(pad_id):
     np.testing.assert_array_equal(rows.lengths, [4, 2, 0])
     np.testing.assert_array_equal(rows.completion_mask, [[0, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
     np.testing.assert_array_equal(rows.prompt_mask, [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(rows.row_mask, [True, True, False])
-    assert {np.asarray(leaf).dtype for leaf in rows} == {np.dtype(np.int32)}
+    np.testing.assert_array_equal(rows.sequence_mask, [True, True, False])
+    assert {np.asarray(leaf).dtype for leaf in jax.tree.leaves(rows)} == {np.dtype(np.int32)}
 
 
 def test_prompts_are_right_padded_and_carry_their_index():

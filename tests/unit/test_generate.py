@@ -11,7 +11,14 @@ from rlhf_jax.batch import Prompts
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.kv_cache import decode_step
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.ops.logprobs import gather_columns, gather_targets, put_columns, token_logprobs
+from rlhf_jax.ops.logprobs import (
+    contiguous_columns,
+    gather_columns,
+    gather_predictors,
+    gather_targets,
+    put_columns,
+    token_logprobs,
+)
 from rlhf_jax.rollout.generate import generate
 
 V, P, C = 37, 6, 8
@@ -65,13 +72,14 @@ def run(policy, prompts, key, *, max_new_tokens=C, temperature=1.0, greedy=False
 
 @jax.jit
 def training_logprobs(policy, rows, temperature):
-    hidden = gather_columns(MODEL.hidden(policy["trunk"], rows.tokens), rows.prompt_lengths, C)
-    targets = gather_targets(rows.tokens, rows.prompt_lengths, C)
+    columns = contiguous_columns(rows.prompt_lengths, C, rows.tokens.shape[1])
+    hidden = gather_predictors(MODEL.hidden(policy["trunk"], rows.tokens), columns)
+    targets = gather_targets(rows.tokens, columns)
     logits = partial(MODEL.logits, policy)
     logprobs, _ = token_logprobs(
         logits, hidden, targets, temperature=temperature, chunk=0, with_entropy=False
     )
-    logprobs = put_columns(logprobs, rows.prompt_lengths, rows.tokens.shape[1])
+    logprobs = put_columns(logprobs, columns)
     return jnp.where(rows.completion_mask, logprobs, 0.0)
 
 
@@ -96,7 +104,7 @@ def common_word(policy, prompts):
 def test_greedy_equals_naive_decoding_with_the_full_forward(policy, prompts):
     @jax.jit
     def next_words(tokens, lengths):
-        hidden = gather_columns(MODEL.hidden(policy["trunk"], tokens), lengths, 1)
+        hidden = gather_columns(MODEL.hidden(policy["trunk"], tokens), lengths[:, None] - 1)
         return jnp.argmax(MODEL.logits(policy, hidden)[:, 0], axis=-1)
 
     tokens = np.pad(np.asarray(prompts.tokens), ((0, 0), (0, C)))

@@ -5,35 +5,60 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.ops.logprobs import gather_columns, gather_targets, put_columns, token_logprobs
+from rlhf_jax.ops.logprobs import (
+    contiguous_columns,
+    gather_predictors,
+    gather_targets,
+    masked_columns,
+    put_columns,
+    token_logprobs,
+)
 
 B, C, D, V = 3, 5, 4, 11
 
 
 def test_columns_by_hand():
     tokens = jnp.arange(12).reshape(2, 6)  # row 0: 0..5, row 1: 6..11
-    starts = jnp.array([2, 4])
-    np.testing.assert_array_equal(gather_targets(tokens, starts, 2), [[2, 3], [10, 11]])
-    np.testing.assert_array_equal(gather_columns(tokens, starts, 2), [[1, 2], [9, 10]])  # what predicts them
+    columns = contiguous_columns(jnp.array([2, 4]), 2, 6)
+    np.testing.assert_array_equal(gather_targets(tokens, columns), [[2, 3], [10, 11]])
+    np.testing.assert_array_equal(gather_predictors(tokens, columns), [[1, 2], [9, 10]])
     hidden = jnp.stack([tokens, -tokens], axis=-1)
-    np.testing.assert_array_equal(gather_columns(hidden, starts, 2)[..., 1], [[-1, -2], [-9, -10]])
-    placed = put_columns(jnp.array([[1.0, 2.0], [3.0, 4.0]]), starts, 6, fill=-1)
+    np.testing.assert_array_equal(gather_predictors(hidden, columns)[..., 1], [[-1, -2], [-9, -10]])
+    placed = put_columns(jnp.array([[1.0, 2.0], [3.0, 4.0]]), columns, fill=-1)
     np.testing.assert_array_equal(placed, [[-1, -1, 1, 2, -1, -1], [-1, -1, -1, -1, 3, 4]])
+
+
+def test_scattered_columns_by_hand():
+    """Two turns of the model in the first row, one token in the second, none in the third."""
+    tokens = jnp.arange(18).reshape(3, 6)
+    mask = jnp.array([[0, 1, 0, 0, 1, 1], [0, 0, 0, 1, 0, 0], [0] * 6], bool)
+    columns = masked_columns(mask, 3)
+    targets, before = gather_targets(tokens, columns), gather_predictors(tokens, columns)
+    np.testing.assert_array_equal(targets[0], [1, 4, 5])
+    np.testing.assert_array_equal(before[0], [0, 3, 4])
+    assert (targets[1, 0], before[1, 0]) == (9, 8)
+    placed = put_columns(jnp.array([[1.0, 2.0, 3.0], [4.0, -9.0, -9.0], [-9.0] * 3]), columns)
+    expected = [[0, 1, 0, 0, 2, 3], [0, 0, 0, 4, 0, 0], [0] * 6]
+    np.testing.assert_array_equal(jnp.where(mask, placed, 0), expected)
 
 
 def test_columns_beyond_the_row_are_dropped_and_token_0_is_predicted_by_nothing():
     x = jnp.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
-    np.testing.assert_array_equal(put_columns(x, jnp.array([2, 0]), 4), [[0, 0, 1, 2], [0, 2, 3, 0]])
+    columns = contiguous_columns(jnp.array([2, 0]), 3, 4)
+    np.testing.assert_array_equal(put_columns(x, columns), [[0, 0, 1, 2], [0, 2, 3, 0]])
     tokens = jnp.array([[0, 1, 2, 3], [4, 5, 6, 7]])
-    np.testing.assert_array_equal(gather_targets(tokens, jnp.array([2, 0]), 3), [[2, 3, 3], [4, 5, 6]])
-    np.testing.assert_array_equal(gather_columns(tokens, jnp.array([2, 0]), 3), [[1, 2, 3], [4, 4, 5]])
+    np.testing.assert_array_equal(gather_targets(tokens, columns), [[2, 3, 3], [4, 5, 6]])
+    np.testing.assert_array_equal(gather_predictors(tokens, columns), [[1, 2, 3], [4, 4, 5]])
 
 
-def test_put_and_gather_shift_every_token_by_one():
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_put_and_gather_shift_every_token_by_one(is_contiguous):
     """A value at column t - 1 ends up at token t, as V_t is the state before the token."""
     values = jnp.arange(12.0).reshape(2, 6)
     starts, lengths = jnp.array([1, 3]), jnp.array([6, 5])
-    placed = put_columns(gather_columns(values, starts, 5), starts, 6)
+    mask = (jnp.arange(6) >= starts[:, None]) & (jnp.arange(6) < lengths[:, None])
+    columns = contiguous_columns(starts, 5, 6) if is_contiguous else masked_columns(mask, 5)
+    placed = put_columns(gather_predictors(values, columns), columns)
     for row in range(2):
         for t in range(starts[row], lengths[row]):
             assert placed[row, t] == values[row, t - 1]

@@ -106,7 +106,7 @@ def test_a_masked_value_that_is_not_finite_is_no_reason_to_skip(forward):
 
 
 def test_rows_of_a_record_stay_together():
-    parts = split_rows(jnp.arange(12), 3, rows_per_record=2)
+    parts = split_rows(jnp.arange(12), 3, rows_per_unit=2)
     assert parts.shape == (3, 4)
     for part in parts.tolist():
         assert [part[1] - part[0], part[3] - part[2]] == [1, 1] and part[0] % 2 == 0
