@@ -24,9 +24,10 @@ from rlhf_jax.files import new_directory, replace_file, to_json
 from rlhf_jax.model_card import lineage, model_card
 from rlhf_jax.models import hf
 from rlhf_jax.models.hf import Dtype
+from rlhf_jax.models.scorers import Role, save_scorer
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.options import did_you_mean
-from rlhf_jax.roles import load_policy, stored_architecture
+from rlhf_jax.roles import load_policy, load_trained_scorer, stored_architecture
 from rlhf_jax.sharding import make_mesh
 
 
@@ -37,6 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--run", required=True, help="directory of a run", metavar="DIR")
     parser.add_argument("--stage", default="", help="of the run; by default the last that trained a policy")
+    parser.add_argument(
+        "--role",
+        choices=["policy", "value", "reward"],
+        default="",
+        help="what of the stage: its policy or its reward model by default; ppo also has a value model",
+    )
     parser.add_argument("--out", required=True, help="directory to write; must not exist", metavar="DIR")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float32", help="of the weights")
     parser.add_argument("--json", action="store_true", help="print one line of JSON on stdout")
@@ -49,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         if out.exists():
             raise ValueError(f"--out {out}: exists already; choose another directory")
         mesh = make_mesh(MeshConfig(data=1), devices=jax.local_devices()[:1])
-        export_stage(run_dir, config, stage, out, mesh, dtype=args.dtype)
+        export_stage(run_dir, config, stage, out, mesh, role=args.role, dtype=args.dtype)
     except (ValueError, OSError) as error:
         print(f"rlhf_jax: {error}", file=sys.stderr)
         return 2
@@ -82,7 +89,14 @@ def last_policy(config: Config) -> str:
 
 
 def export_stage(
-    run_dir: Path, config: Config, name: str, out: Path, mesh: Mesh, *, dtype: Dtype = "float32"
+    run_dir: Path,
+    config: Config,
+    name: str,
+    out: Path,
+    mesh: Mesh,
+    *,
+    role: str = "",
+    dtype: Dtype = "float32",
 ) -> None:
     """Writes a stage's model as a Hugging Face directory, which appears when it is whole.
 
@@ -92,28 +106,51 @@ def export_stage(
         name: of the stage.
         out: to be made.
         mesh: where the parameters are put on their way.
+        role: policy, or reward or value in transformers' layout of sequence classification; by default the
+            first that the stage trains.
         dtype: of the weights.
 
     Raises:
-        ValueError: no such stage, or it has no usable checkpoint.
+        ValueError: no such stage or role, or it has no usable checkpoint.
     """
     stages = {stage.name: stage for stage in config.stages}
     if name not in stages:
         hint = did_you_mean(name, stages) or f"; it has {', '.join(stages)}"
         raise ValueError(f"{run_dir} has no stage {name!r}{hint}")
     stage, directory = stages[name], run_dir / name
-    architecture = stored_architecture(directory, "policy")
+    role = role or ALGORITHMS[stage.algorithm].trains[0]
+    architecture = stored_architecture(directory, role)
+    model = make_model(architecture)
     tokenizer = load_tokenizer(TokenizerConfig(path=str(run_dir / "tokenizer")))
-    policy = load_policy(directory, make_model(architecture), mesh)
     chain = lineage(config, name)
     results = {s.name: done[1] for s in chain if (done := read_result(run_dir / s.name)) is not None}
-    card = model_card(chain, "policy", results)
+    card = model_card(chain, role, results)
     with new_directory(out) as unfinished:
-        hf.save_policy(unfinished, architecture, policy, dtype=dtype, token_ids=token_ids(tokenizer))
+        if role == "policy":
+            policy = load_policy(directory, model, mesh)
+            hf.save_policy(unfinished, architecture, policy, dtype=dtype, token_ids=token_ids(tokenizer))
+            generation = to_json(generation_config(stage, tokenizer), indent=2)
+            replace_file(unfinished / "generation_config.json", generation + "\n")
+        else:
+            set_own_pad(tokenizer)
+            kind: Role = "value" if role == "value" else "reward"
+            scorer, normalizer = load_trained_scorer(directory, kind, model, mesh)
+            ids = token_ids(tokenizer)
+            save_scorer(unfinished, architecture, scorer, kind, normalizer, dtype=dtype, token_ids=ids)
         tokenizer.save_pretrained(str(unfinished))
-        generation = to_json(generation_config(stage, tokenizer), indent=2)
-        replace_file(unfinished / "generation_config.json", generation + "\n")
         replace_file(unfinished / "README.md", card)
+
+
+def set_own_pad(tokenizer: Tokenizer) -> None:
+    """Gives a tokenizer whose padding token is its EOS another one: BOS, which no text ends with, or unknown.
+
+    transformers reads a score at the last token that is not padding; ours is read at the EOS.
+    """
+    others = (tokenizer.bos_token, tokenizer.unk_token)
+    if tokenizer.pad_token == tokenizer.eos_token:
+        fitting = [token for token in others if token and token != tokenizer.eos_token]
+        if fitting:
+            tokenizer.pad_token = fitting[0]
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -27,7 +27,8 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModelForSequenceClassification.from_pretrained("PATH")  # logits[0, 0] is the score
+model = AutoModelForSequenceClassification.from_pretrained("PATH")
+normalizer = model.config.score_normalizer  # score: (logits[0, 0] - normalizer["mean"]) / normalizer["std"]
 ```""",
 }
 

@@ -21,7 +21,7 @@ from rlhf_jax.config import StageConfig
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import fold_normalizer, init_score_head, zero_score_head
-from rlhf_jax.models.scorers import check_scorer, load_scorer, read_scorer
+from rlhf_jax.models.scorers import RAW, Normalizer, Role, check_scorer, load_scorer, read_scorer
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.programs import role_shardings
 
@@ -53,11 +53,11 @@ def origins(stage: StageConfig, stage_names: set[str]) -> Origins:
 
 
 def stored_architecture(path: Path, role: str) -> Architecture:
-    """Returns the architecture of the policy or reward model in a stage's or a Hugging Face directory.
+    """Returns the architecture of the policy, reward or value model in a stage's or Hugging Face directory.
 
     Args:
         path: the directory.
-        role: policy or reward: what is to be found there.
+        role: policy, reward or value: what is to be found there.
 
     Raises:
         ValueError: there is no such model (the message names the stages of a run's directory), it is not
@@ -163,10 +163,18 @@ def load_reward(path: Path, model: Model, mesh: Mesh) -> Params:
     shardings = role_shardings(model, mesh, "reward")
     if not is_stage_dir(path):
         return load_scorer(path, read_scorer(path), shardings)
-    weights = load_params(path, "reward", _abstract(model.score_shapes, shardings))
-    aux = load_aux(path)
-    fold = jax.jit(partial(fold_normalizer, mean=aux["normalizer_mean"], std=aux["normalizer_std"]))
+    weights, normalizer = load_trained_scorer(path, "reward", model, mesh)
+    fold = jax.jit(partial(fold_normalizer, mean=normalizer.mean, std=normalizer.std))
     return weights | {"score_head": jax.device_put(fold(weights["score_head"]), shardings["score_head"])}
+
+
+def load_trained_scorer(path: Path, role: Role, model: Model, mesh: Mesh) -> tuple[Params, Normalizer]:
+    """Returns a stage's reward or value model as it was trained, on the mesh, and its scores' normaliser."""
+    weights = load_params(path, role, _abstract(model.score_shapes, role_shardings(model, mesh, role)))
+    if role == "value":
+        return weights, RAW
+    aux = load_aux(path)
+    return weights, Normalizer(float(aux["normalizer_mean"]), float(aux["normalizer_std"]))
 
 
 def _abstract(shapes: Params, shardings: Params) -> Params:

@@ -11,7 +11,9 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rlhf_jax import evaluate, export
+from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.metrics import format_number
+from rlhf_jax.models.scorers import read_scorer
 
 SHORT = """
 run: {{dir: {dir}, log_every: 1}}
@@ -124,6 +126,41 @@ def test_any_stage_with_a_policy_is_exported_by_name(finished, tmp_path, capsys)
     assert "| sft | eval perplexity |" in card.text and "| ppo |" not in card.text
 
 
+def test_a_reward_model_is_exported_with_its_normaliser(finished, tmp_path, capsys):
+    """Read again from the directory, it has the accuracy and margin of the stage's own checkpoint."""
+    run, _, _ = finished
+    assert export.main(["--run", str(run), "--stage", "reward", "--out", str(tmp_path / "judge")]) == 0
+    config = AutoConfig.from_pretrained(tmp_path / "judge")
+    assert (config.num_labels, config.score_role) == (1, "reward")
+    assert config.score_normalizer["mean"] != 0
+    card = ModelCard.load(tmp_path / "judge" / "README.md")
+    assert card.data.pipeline_tag == "text-classification" and "score_normalizer" in card.text
+    capsys.readouterr()
+    found = []
+    for model in (run / "reward", tmp_path / "judge"):
+        flags = ["--model", str(model), "--data", "synthetic", "--data.max_eval_records", "32", "--json"]
+        assert evaluate.main(flags) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    for figure in ("accuracy", "margin", "loss"):
+        assert found[0][figure] == pytest.approx(found[1][figure], rel=1e-5)
+
+
+def test_a_value_model_is_exported_on_demand(finished, tmp_path):
+    run, _, _ = finished
+    flags = ["--run", str(run), "--stage", "ppo", "--role", "value", "--out", str(tmp_path / "value")]
+    assert export.main(flags) == 0
+    scorer = read_scorer(tmp_path / "value")
+    assert scorer.role == "value" and scorer.normalizer.mean != 0  # the bias, which was trained
+    assert "score.weight" in load_file(tmp_path / "value" / "model.safetensors")
+
+
+def test_a_padding_token_that_is_eos_gives_way_to_bos():
+    tokenizer = train_tokenizer(["text"] * 9, 260)
+    tokenizer.pad_token = tokenizer.eos_token
+    export.set_own_pad(tokenizer)
+    assert tokenizer.pad_token_id == tokenizer.bos_token_id
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -133,6 +170,10 @@ def test_any_stage_with_a_policy_is_exported_by_name(finished, tmp_path, capsys)
         ),
         (["--run", "{run}", "--stage", "stf", "--out", "{new}"], "has no stage 'stf'; did you mean 'sft'"),
         (["--run", "{run}", "--out", "{run}"], "exists already; choose another directory"),
+        (
+            ["--run", "{run}", "--stage", "sft", "--role", "value", "--out", "{new}"],
+            "trains no value; name the",
+        ),
     ],
 )
 def test_an_export_that_cannot_be_made_is_one_line(finished, tmp_path, capsys, flags, message):

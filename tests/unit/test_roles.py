@@ -12,6 +12,7 @@ from rlhf_jax.checkpoint import Checkpointer
 from rlhf_jax.data.collate import Row
 from rlhf_jax.data.loader import Examples
 from rlhf_jax.data.records import Preference, PromptCompletion
+from rlhf_jax.models.scorers import Normalizer, save_scorer
 from rlhf_jax.plan import Plan
 from rlhf_jax.roles import Origins, load_policy, load_roles
 from rlhf_jax.stage import _normalized
@@ -87,6 +88,19 @@ def test_the_value_model_starts_as_the_normalised_reward_model(tmp_path, program
     values = last @ head["kernel"] + head["bias"]
     scores = programs.scores({"reward": frozen["reward"]}, {}, demonstrations)
     np.testing.assert_allclose(values, scores, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reward_model_in_transformers_layout(tmp_path, programs, mesh, demonstrations):
+    """Its normaliser is folded in, and the value model starts as its copy, in a buffer of its own."""
+    raw = tiny.weights("reward", mesh, seed=3)
+    save_scorer(tmp_path / "hf", tiny.ARCHITECTURE, raw, "reward", Normalizer(0.7, 2.5))
+    trained, frozen = roles_of("ppo", mesh, reward=tmp_path / "hf")
+    expected = (np.asarray(programs.scores({"reward": raw}, {}, demonstrations)) - 0.7) / 2.5
+    found = np.asarray(programs.scores({"reward": frozen["reward"]}, {}, demonstrations))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert_equal(trained["value"], frozen["reward"])
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(trained))
+    assert_equal(frozen["reward"]["trunk"], raw["trunk"])
 
 
 def test_no_two_roles_share_a_buffer(tmp_path, programs, mesh, demonstrations):
