@@ -24,6 +24,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "expert": None,  # every device holds its part of every expert
     "vocab": "tensor",
 }
 

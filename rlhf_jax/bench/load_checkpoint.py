@@ -25,7 +25,7 @@ import numpy as np
 from rlhf_jax.bench.harness import commit
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.models import hf
-from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.families import from_hf
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.programs import role_shardings
 from rlhf_jax.sharding import make_mesh
@@ -54,7 +54,7 @@ def main() -> None:
 
 def write(directory: Path, args: argparse.Namespace) -> None:
     """Writes a random checkpoint."""
-    architecture = Architecture.from_hf(
+    architecture = from_hf(
         {
             "model_type": "llama",
             "vocab_size": 32 * args.width,

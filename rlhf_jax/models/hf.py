@@ -20,8 +20,9 @@ from jax.experimental import multihost_utils
 from rlhf_jax.batch import Params
 from rlhf_jax.models import tensor_files
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.families import from_hf, to_hf
 from rlhf_jax.models.tensor_files import FLOAT_TYPES, NewTensor, StoredTensor, open_tensors, read_json
-from rlhf_jax.models.tensors import Piece, pieces, tied_tensors
+from rlhf_jax.models.tensors import Piece, is_buffer, pieces, tied_tensors
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.progress import watched
 
@@ -41,7 +42,7 @@ def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
     """
     config = read_config(directory)
     try:
-        return Architecture.from_hf(config)
+        return from_hf(config)
     except ValueError as error:
         raise ValueError(f"{Path(directory) / _CONFIG}: {error}") from error
 
@@ -85,7 +86,7 @@ def save_policy(
     token_ids: Mapping[str, int] | None = None,
     shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> None:
-    """Writes config.json, generation_config.json and safetensors for transformers' LlamaForCausalLM.
+    """Writes config.json, generation_config.json and safetensors for transformers.
 
     All processes call it, for parameters are gathered tensor by tensor; the first process writes.
 
@@ -94,13 +95,13 @@ def save_policy(
         architecture: of the policy.
         params: policy parameters, sharded in any way.
         dtype: of the tensors written.
-        token_ids: see `Architecture.to_hf`.
+        token_ids: see `families.to_hf`.
         shard_bytes: a larger checkpoint becomes several files of at most so many bytes, and an index.
     Raises:
         ValueError: parameters that are not this architecture's.
     """
     tensors = new_tensors(architecture, params, make_model(architecture).policy_shapes, dtype)
-    write_checkpoint(directory, tensors, architecture.to_hf(dtype, token_ids), dtype, shard_bytes)
+    write_checkpoint(directory, tensors, to_hf(architecture, dtype, token_ids), dtype, shard_bytes)
     if jax.process_index() == 0:
         _write_json(Path(directory) / _GENERATION, token_ids or {})
 
@@ -244,10 +245,10 @@ def checked_tensors(
     shapes = _shapes(make_model(architecture).policy_shapes)
     if others is not None:
         shapes = {name: shape for name, shape in shapes.items() if name.startswith("trunk/")}
-    expected = pieces(architecture, shapes)
+    expected = pieces(architecture, shapes, files)
     needless: set[str] = set()
     if architecture.tie_embeddings:
-        names = tied_tensors(architecture)
+        names = tied_tensors(architecture, files)
         stored = _tied_name(names, files, directory)
         expected = [p._replace(tensor=stored) if p.tensor in names else p for p in expected]
         needless = set(names) - {stored}
@@ -271,7 +272,7 @@ def _check_tensors(
             rows.append((name, wanted[name], shape))
         elif name in wanted and stored and stored.dtype not in FLOAT_TYPES:
             rows.append((name, " or ".join(FLOAT_TYPES), stored.dtype))
-        elif name not in wanted and name not in needless and not name.endswith("rotary_emb.inv_freq"):
+        elif name not in wanted and name not in needless and not is_buffer(name):
             rows.append((name, None, shape))
     if rows:
         raise ValueError(_table(f"the tensors in {directory} are not those of its {_CONFIG}", "tensor", rows))

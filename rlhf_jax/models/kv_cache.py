@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from rlhf_jax.batch import Params
-from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.models.attention import Rotation, cached_attention, causal_attention, rotation
+from rlhf_jax.models.architecture import Architecture, Rope
+from rlhf_jax.models.attention import cached_attention, causal_attention
 from rlhf_jax.models.heads import last_hidden
-from rlhf_jax.models.transformer import Block, RMSNorm, bind, logits
+from rlhf_jax.models.rope import Rotation, rotation
+from rlhf_jax.models.transformer import Block, Embed, Norm, bind, logits
 
 
 class KVCache(NamedTuple):
@@ -43,11 +44,6 @@ class DecodeWeights:
     layers: list[Params]
     architecture: Architecture
 
-    @property
-    def embedding(self) -> Array:
-        """Returns [V, D]."""
-        return self.params["trunk"]["embed"]["embedding"]
-
 
 def unstack(policy_params: Params, architecture: Architecture, dtype: str) -> DecodeWeights:
     """Returns the weights for decoding; call it once per rollout.
@@ -59,7 +55,8 @@ def unstack(policy_params: Params, architecture: Architecture, dtype: str) -> De
     """
 
     def cast(path: tuple, leaf: Array) -> Array:
-        return leaf if path[-1].key == "scale" else leaf.astype(dtype)  # norms multiply in float32
+        is_of_norm = path[-1].key in ("scale", "bias")  # these multiply and add in float32
+        return leaf if is_of_norm else leaf.astype(dtype)
 
     params = jax.tree.map_with_path(cast, policy_params)
     stacked = params["trunk"].pop("layers")
@@ -85,14 +82,17 @@ def prefill(weights: DecodeWeights, tokens: Array, lengths: Array, num_steps: in
             f"model's context length of {limit}; shorten one of them"
         )
     keys, values, empty_k, empty_v = [], [], [], []
+    scale, softcap = weights.architecture.score_scale, weights.architecture.attention_softcap
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-        return causal_attention(q, k, v), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    def attend(window: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+        attended = causal_attention(q, k, v, scale=scale, window=window, softcap=softcap)
+        return attended, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-    x_BPD = weights.embedding[tokens]
-    turn = _rotation(weights, jnp.arange(tokens.shape[1]))
-    for layer in weights.layers:
-        x_BPD, (k_BKPh, v_BKPh) = bind(Block, weights.architecture, layer)(x_BPD, turn, attend)
+    positions = jnp.arange(tokens.shape[1])
+    x_BPD, turns = _embed(weights, tokens, positions), _rotations(weights, positions)
+    for layer, kind in zip(weights.layers, weights.architecture.layer_kinds, strict=True):
+        block = bind(Block, weights.architecture, layer)
+        x_BPD, (k_BKPh, v_BKPh) = block(x_BPD, turns[kind.rope], partial(attend, kind.window))
         batch, num_kv_heads, _, head_dim = k_BKPh.shape
         keys.append(k_BKPh)
         values.append(v_BKPh)
@@ -112,19 +112,29 @@ def decode_step(weights: DecodeWeights, cache: KVCache, tokens: Array, step: Arr
         step: i32[], less than C.
     """
 
-    def attend(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+    def attend(layer: int, window: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
         new_k = jax.lax.dynamic_update_slice_in_dim(cache.k[layer], k.swapaxes(1, 2), step, axis=2)
         new_v = jax.lax.dynamic_update_slice_in_dim(cache.v[layer], v.swapaxes(1, 2), step, axis=2)
         attended = cached_attention(
-            q[:, 0], cache.prompt_k[layer], cache.prompt_v[layer], new_k, new_v, cache.prompt_lengths, step
+            q[:, 0],
+            cache.prompt_k[layer],
+            cache.prompt_v[layer],
+            new_k,
+            new_v,
+            cache.prompt_lengths,
+            step,
+            scale=weights.architecture.score_scale,
+            window=window,
+            softcap=weights.architecture.attention_softcap,
         )
         return attended[:, None], (new_k, new_v)
 
-    x_B1D = weights.embedding[tokens][:, None]
-    turn = _rotation(weights, (cache.prompt_lengths + step)[:, None])
+    positions = (cache.prompt_lengths + step)[:, None]
+    x_B1D, turns = _embed(weights, tokens[:, None], positions), _rotations(weights, positions)
     columns = []
-    for i, layer in enumerate(weights.layers):
-        x_B1D, written = bind(Block, weights.architecture, layer)(x_B1D, turn, partial(attend, i))
+    for i, (layer, kind) in enumerate(zip(weights.layers, weights.architecture.layer_kinds, strict=True)):
+        block = bind(Block, weights.architecture, layer)
+        x_B1D, written = block(x_B1D, turns[kind.rope], partial(attend, i, kind.window))
         columns.append(written)
     hidden_BD = _final_norm(weights, x_B1D[:, 0])
     return hidden_BD, cache._replace(k=[k for k, _ in columns], v=[v for _, v in columns])
@@ -132,12 +142,18 @@ def decode_step(weights: DecodeWeights, cache: KVCache, tokens: Array, step: Arr
 
 def decode_logits(weights: DecodeWeights, hidden: Array) -> Array:
     """Returns f32[B, V] of hidden states [B, D]."""
-    return logits(weights.params, hidden)
+    return logits(weights.architecture, weights.params, hidden)
 
 
-def _rotation(weights: DecodeWeights, positions: Array) -> Rotation:
-    return rotation(positions, weights.architecture.head_dim, weights.architecture.rope_theta)
+def _embed(weights: DecodeWeights, tokens: Array, positions: Array) -> Array:
+    embed = weights.params["trunk"]["embed"]
+    return bind(Embed, weights.architecture, embed)(tokens, positions, embed["embedding"].dtype)
+
+
+def _rotations(weights: DecodeWeights, positions: Array) -> dict[Rope, Rotation]:
+    kinds = set(weights.architecture.layer_kinds)
+    return {kind.rope: rotation(weights.architecture, positions, kind.rope) for kind in sorted(kinds)}
 
 
 def _final_norm(weights: DecodeWeights, x: Array) -> Array:
-    return bind(RMSNorm, weights.architecture, weights.params["trunk"]["final_norm"])(x)
+    return bind(Norm, weights.architecture, weights.params["trunk"]["final_norm"])(x)

@@ -24,6 +24,7 @@ import numpy as np
 from rlhf_jax.batch import Params
 from rlhf_jax.models import hf, tensor_files
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.families import to_hf
 from rlhf_jax.models.heads import fold_normalizer
 from rlhf_jax.models.tensor_files import NewTensor, open_tensors
 from rlhf_jax.models.transformer import make_model
@@ -135,7 +136,7 @@ def save_scorer(
         role: reward or value.
         normalizer: of the scores of these parameters.
         dtype: of the tensors written.
-        token_ids: see `Architecture.to_hf`. transformers finds the last token of a text by `pad_token_id`.
+        token_ids: see `families.to_hf`. transformers finds the last token of a text by `pad_token_id`.
         shard_bytes: see `hf.save_policy`.
     Raises:
         ValueError: parameters that are not this architecture's, or a pad_token_id that is also the EOS:
@@ -151,8 +152,9 @@ def save_scorer(
     tensors = hf.new_tensors(architecture, {"trunk": params["trunk"]}, {"trunk": shapes["trunk"]}, dtype)
     kernel, bias = params["score_head"]["kernel"], float(np.asarray(params["score_head"]["bias"]))
     tensors.append(NewTensor(SCORE, (1, *kernel.shape), lambda: hf.gather(kernel)[None]))
-    config = architecture.to_hf(dtype, token_ids)
+    config = to_hf(architecture, dtype, token_ids)
     (name,) = config["architectures"]
+    name = name.replace("Gemma3For", "Gemma3TextFor")  # of gemma3_text; theirs without "Text" sees images too
     config |= {
         "architectures": [name.replace("ForCausalLM", _SUFFIX).replace("LMHeadModel", _SUFFIX)],
         "id2label": {"0": "score"},

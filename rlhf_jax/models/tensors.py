@@ -1,52 +1,26 @@
-"""Which tensor of a Hugging Face checkpoint is which parameter, and how it lies there.
+"""The tensors of a Hugging Face checkpoint as parts of parameters, by the tables in tensor_tables.py.
 
 Theirs may be transposed, with heads and head_dim as one, several parameters in one tensor, one tensor for
-each layer; ours are stacked over the layers. Reading, checking and writing all go by the one table.
+each layer or expert; ours are stacked. Reading, checking and writing all go by the same pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf_jax.models.architecture import Architecture
-
-EMBEDDING, LM_HEAD = "trunk/embed/embedding", "lm_head/kernel"
+from rlhf_jax.models.families import FAMILIES
+from rlhf_jax.models.tensor_tables import EMBEDDING, LM_HEAD, Layout
 
 Slices = tuple[slice, ...]
-
-
-class Layout(NamedTuple):
-    """How the dimensions of a parameter (of one layer), inputs ... outputs ..., lie in its tensor.
-
-    A tensor is [outputs, inputs], each of the two one dimension.
-    """
-
-    num_inputs: int  # leading dimensions of the parameter that a product sums over; 0: tensor is [outputs]
-    inputs_first: bool = False  # the tensor is [inputs, outputs]
-
-
-VECTOR, LINEAR, FROM_HEADS, ROWS = Layout(0), Layout(1), Layout(2), Layout(1, inputs_first=True)
-
-# Parameter: (tensor, layout). Parameters of one tensor lie one after the other in its outputs.
-_TENSORS = {
-    EMBEDDING: ("model.embed_tokens.weight", ROWS),
-    "trunk/layers/attention_norm/scale": ("model.layers.{layer}.input_layernorm.weight", VECTOR),
-    "trunk/layers/attention/q": ("model.layers.{layer}.self_attn.q_proj.weight", LINEAR),
-    "trunk/layers/attention/k": ("model.layers.{layer}.self_attn.k_proj.weight", LINEAR),
-    "trunk/layers/attention/v": ("model.layers.{layer}.self_attn.v_proj.weight", LINEAR),
-    "trunk/layers/attention/o": ("model.layers.{layer}.self_attn.o_proj.weight", FROM_HEADS),
-    "trunk/layers/mlp_norm/scale": ("model.layers.{layer}.post_attention_layernorm.weight", VECTOR),
-    "trunk/layers/mlp/gate": ("model.layers.{layer}.mlp.gate_proj.weight", LINEAR),
-    "trunk/layers/mlp/up": ("model.layers.{layer}.mlp.up_proj.weight", LINEAR),
-    "trunk/layers/mlp/down": ("model.layers.{layer}.mlp.down_proj.weight", LINEAR),
-    "trunk/final_norm/scale": ("model.norm.weight", VECTOR),
-    LM_HEAD: ("lm_head.weight", LINEAR),
-}
-_LEADING = ("layer",)  # leading dimensions of parameters that a tensor has one element of
+_LEADING = ("layer", "expert")  # leading dimensions of parameters that a tensor has one element of
+# What transformers once stored beside the parameters: masks, and frequencies that follow from config.json.
+_BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
 
 
 class Piece(NamedTuple):
@@ -58,7 +32,8 @@ class Piece(NamedTuple):
     at: tuple[int, ...]  # which part of the parameter: parameter[at]; () is all of it
     ours: tuple[int, ...]  # the shape of that part
     layout: Layout
-    start: int  # in the tensor's outputs
+    num_groups: int  # the tensor's outputs are so many groups of equal size; the part has some of each
+    start: int  # the part's first output in a group
 
     def read(self, tensor: Any, index: Slices) -> np.ndarray:
         """Returns the slices `index` of the part, in the tensor's type, reading no more of it than that.
@@ -67,55 +42,102 @@ class Piece(NamedTuple):
             tensor: what is stored, or a slice object of safetensors.
             index: one slice for each dimension of `ours`.
         """
-        outputs, inputs = self._cut(index)
-        sizes = [len(range(*s.indices(size))) for s, size in zip(index, self.ours, strict=True)]
-        if inputs is None:
-            part = tensor[outputs]
-        else:
-            part = tensor[inputs, outputs] if self.layout.inputs_first else tensor[outputs, inputs].T
-        return part.reshape(sizes)
+        n = self.layout.num_inputs
+        inputs = (_merge(index[:n], self.ours[:n]),) if n else ()
+        found = []
+        for outputs in self._outputs(_merge(index[n:], self.ours[n:])):
+            if self.layout.inputs_first:
+                found.append(tensor[(*inputs, outputs)])
+            else:
+                found.append(tensor[(outputs, *inputs)].T)
+        part = found[0] if len(found) == 1 else np.concatenate(found, axis=-1)
+        return part.reshape([len(range(*s.indices(size))) for s, size in zip(index, self.ours, strict=True)])
 
     def write(self, into: np.ndarray, part: np.ndarray) -> None:
         """Writes the part into its place in a tensor of `shape`."""
-        outputs, inputs = self._cut((slice(None),) * len(self.ours))
-        if inputs is None:
-            into[outputs] = part.reshape(-1)
-        else:
-            matrix = part.reshape(prod(self.ours[: self.layout.num_inputs]), -1)
-            (into if self.layout.inputs_first else into.T)[:, outputs] = matrix
-
-    def _cut(self, index: Slices) -> tuple[slice, slice | None]:
-        """Returns the slices of the tensor's outputs and of its inputs."""
         n = self.layout.num_inputs
-        outputs = _merge(index[n:], self.ours[n:])
-        moved = slice(outputs.start + self.start, outputs.stop + self.start)
-        return moved, _merge(index[:n], self.ours[:n]) if n else None
+        values = part.reshape(([prod(self.ours[:n])] if n else []) + [-1])
+        written = 0
+        for outputs in self._outputs(slice(0, values.shape[-1])):
+            stop = written + outputs.stop - outputs.start
+            if self.layout.inputs_first:
+                into[:, outputs] = values[..., written:stop]
+            else:
+                into[outputs] = values[..., written:stop].T
+            written = stop
+
+    def _outputs(self, ours: slice) -> Iterator[slice]:
+        """Yields where the part's outputs ours.start .. ours.stop lie among the tensor's."""
+        size = prod(self.ours[self.layout.num_inputs :]) // self.num_groups
+        group_size = self.shape[-1 if self.layout.inputs_first else 0] // self.num_groups
+        for group in range(ours.start // size, -(-ours.stop // size)):
+            offset = group * group_size + self.start - group * size
+            yield slice(max(ours.start, group * size) + offset, min(ours.stop, (group + 1) * size) + offset)
 
 
-def pieces(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
+def pieces(
+    architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], stored: Collection[str] = ()
+) -> list[Piece]:
     """Returns the tensors of a checkpoint, as the parts of the parameters that they are.
 
     Args:
         architecture: of the policy.
         shapes: of its parameters, by their paths.
+        stored: names of the tensors in a checkpoint to read: one of a model without LM head has no prefix.
     """
-    return [piece for parameter, shape in shapes.items() for piece in _pieces(parameter, shape)]
+    table = FAMILIES[architecture.family].tensors
+    assert set(shapes) <= set(table), f"{architecture.family} has no tensors for {set(shapes) - set(table)}"
+    sharing: dict[str, list[str]] = {}
+    for parameter, (tensor, _) in table.items():
+        if parameter in shapes:
+            sharing.setdefault(tensor, []).append(parameter)
+    prefix = _lacking_prefix(architecture, stored)
+    return [
+        piece
+        for tensor, parameters in sharing.items()
+        for piece in _pieces(tensor.removeprefix(prefix), {p: (shapes[p], table[p][1]) for p in parameters})
+    ]
 
 
-def tied_tensors(architecture: Architecture) -> tuple[str, str]:
+def tied_tensors(architecture: Architecture, stored: Collection[str] = ()) -> tuple[str, str]:
     """Returns the names of the embedding and of the LM head: either may hold the matrix of a tied model."""
-    return _TENSORS[EMBEDDING][0], _TENSORS[LM_HEAD][0]
+    table, prefix = FAMILIES[architecture.family].tensors, _lacking_prefix(architecture, stored)
+    return table[EMBEDDING][0].removeprefix(prefix), table[LM_HEAD][0]
 
 
-def _pieces(parameter: str, shape: tuple[int, ...]) -> Iterator[Piece]:
-    name, layout = _TENSORS[parameter]
-    num_leading = sum(f"{{{axis}}}" in name for axis in _LEADING)
-    ours = shape[num_leading:]
-    outputs, inputs = prod(ours[layout.num_inputs :]), prod(ours[: layout.num_inputs])
-    whole = (outputs,) if layout.num_inputs == 0 else (outputs, inputs)
-    for at in np.ndindex(*shape[:num_leading]):
-        tensor = name.format(**dict(zip(_LEADING, at, strict=False)))
-        yield Piece(tensor, whole[::-1] if layout.inputs_first else whole, parameter, at, ours, layout, 0)
+def is_buffer(tensor: str) -> bool:
+    """Returns whether a tensor in a checkpoint is no parameter, and can be passed over."""
+    return _BUFFER.search(tensor) is not None
+
+
+def _lacking_prefix(architecture: Architecture, stored: Collection[str]) -> str:
+    base = FAMILIES[architecture.family].base
+    return base if stored and not any(name.startswith(base) for name in stored) else ""
+
+
+def _pieces(tensor: str, sharing: Mapping[str, tuple[tuple[int, ...], Layout]]) -> Iterator[Piece]:
+    """Yields the pieces of the parameters, given as (shape, layout), that share a tensor."""
+    num_leading = sum(f"{{{axis}}}" in tensor for axis in _LEADING)
+    sizes = {
+        name: prod(shape[num_leading + layout.num_inputs :]) for name, (shape, layout) in sharing.items()
+    }
+    start = 0
+    for name, (shape, layout) in sharing.items():
+        ours = shape[num_leading:]
+        num_groups = ours[layout.num_inputs] if layout.by_head else 1
+        whole = (prod(ours[: layout.num_inputs]), sum(sizes.values()))[0 if layout.num_inputs else 1 :]
+        for at in np.ndindex(*shape[:num_leading]):
+            yield Piece(
+                tensor.format(**dict(zip(_LEADING, at, strict=False))),
+                whole if layout.inputs_first else whole[::-1],
+                name,
+                at,
+                ours,
+                layout,
+                num_groups,
+                start,
+            )
+        start += sizes[name] // num_groups
 
 
 def _merge(index: Slices, sizes: tuple[int, ...]) -> slice:

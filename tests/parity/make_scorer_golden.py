@@ -70,11 +70,11 @@ def export(directory: Path) -> None:
     """Writes a fresh reward model with a normaliser, in several files."""
     import jax
 
-    from rlhf_jax.models.architecture import Architecture
+    from rlhf_jax.models.families import from_hf
     from rlhf_jax.models.scorers import Normalizer, save_scorer
     from rlhf_jax.models.transformer import make_model
 
-    architecture = Architecture.from_hf(CONFIG | {"model_type": "llama"})
+    architecture = from_hf(CONFIG | {"model_type": "llama"})
     shapes = make_model(architecture).score_shapes
     rng = np.random.default_rng(19)
     params = jax.tree.map(lambda leaf: rng.normal(0.0, 0.3, leaf.shape).astype(np.float32), shapes)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, GenerationConfig, LlamaConfig
 
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.models import hf, kv_cache, tensor_files
-from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.families import from_hf, to_hf
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.sharding import make_mesh, param_shardings
 from tests.parity.make_llama_golden import RANDOM, random_tensors
@@ -112,38 +112,79 @@ def test_trained_llama_decodes_the_logits_of_transformers(test_data, golden, one
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_reads_our_config(tied):
-    architecture = Architecture.from_hf(
+    architecture = from_hf(
         RANDOM | {"model_type": "llama", "tie_word_embeddings": tied, "rms_norm_eps": 1e-5}
     )
-    theirs = LlamaConfig.from_dict(architecture.to_hf(token_ids={"eos_token_id": 7}))
+    theirs = LlamaConfig.from_dict(to_hf(architecture, token_ids={"eos_token_id": 7}))
     assert theirs.rope_parameters["rope_theta"] == 500.0
     assert theirs.rope_parameters["rope_type"] == "default"
     assert (theirs.head_dim, theirs.eos_token_id, theirs.bos_token_id) == (8, 7, None)
     assert theirs.tie_word_embeddings is tied
-    assert Architecture.from_hf(theirs.to_dict()) == architecture
+    assert from_hf(theirs.to_dict()) == architecture
 
 
 def test_a_config_without_defaults_is_read_as_transformers_reads_it():
     config = {name: RANDOM[name] for name in ("vocab_size", "hidden_size", "intermediate_size")}
     config |= {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4}
     theirs = LlamaConfig(**config)
-    assert Architecture.from_hf(config) == Architecture.from_hf(theirs.to_dict())
-    assert Architecture.from_hf(config).head_dim == 6
+    assert from_hf(config) == from_hf(theirs.to_dict())
+    assert from_hf(config).head_dim == 6
 
 
 def test_both_spellings_of_the_rotary_base_are_read():
     config = {"model_type": "llama"} | {k: v for k, v in RANDOM.items() if k != "rope_parameters"}
-    assert Architecture.from_hf(config | {"rope_theta": 500.0}) == Architecture.from_hf(config | RANDOM)
+    assert from_hf(config | {"rope_theta": 500.0}) == from_hf(config | RANDOM)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: 'llama'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is {'type'"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type is 'llama3'"),
-        ({"attention_bias": True, "mlp_bias": True}, "attention_bias is True.*mlp_bias is True"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
+        (
+            {"model_type": "bert"},
+            "model_type is 'bert'; supported: 'gemma', 'gemma2', 'gemma3_text'",
+        ),
+        ({"model_type": "gemma3"}, "a model of images and text; .*whose model_type is 'gemma3_text'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor of rope_type 'linear' is missing"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0}},
+            "factor of rope_type 'linear' is 0; it must",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "'dynamic', which changes frequencies with",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3"}},
+            "low_freq_factor of .* missing; high_freq_fact",
+        ),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            r"rotary_factor is 0\.5; supported: 1\.0",
+        ),
+        ({"rope_scaling": {"type": "longrope"}}, "short_factor is None; it must be a list of numbers"),
+        ({"attention_bias": "yes"}, "qkv_bias is 'yes'; it must be of type bool"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; supported: None"),
+        (
+            {"hidden_act": "relu", "head_dim": None},
+            "hidden_act is 'relu'; supported: 'silu', 'swish'",
+        ),
+        (
+            {"model_type": "gemma2", "use_bidirectional_attention": True},
+            "is True; supported: False",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full"]},
+            r"layer_types is \['full'\]; it must be",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3, "use_sliding_window": False},
+            "layer_types has 'sliding_attention', but there is no sliding_window",
+        ),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [1]},
+            "moe_intermediate_size is missing; mlp",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, r"no_rope_layers is \[1\]; it must be a 0 or 1"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_key_value_heads": 3}, "num_kv_heads 3 does not divide num_heads 4"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
@@ -173,7 +214,7 @@ def test_a_config_that_is_not_json_is_refused(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load_keeps_every_bit(tmp_path, one_device_mesh, tied):
-    architecture = Architecture.from_hf(RANDOM | {"model_type": "llama", "tie_word_embeddings": tied})
+    architecture = from_hf(RANDOM | {"model_type": "llama", "tie_word_embeddings": tied})
     params = jax.jit(make_model(architecture).init_policy)(jax.random.key(0))
     hf.save_policy(tmp_path / "out", architecture, params)
     read, loaded = load(tmp_path / "out", one_device_mesh)
@@ -186,7 +227,7 @@ def test_save_and_load_keeps_every_bit(tmp_path, one_device_mesh, tied):
 
 def test_transformers_generates_with_our_token_ids(tmp_path):
     """Its `generate` reads where to stop from generation_config.json."""
-    architecture = Architecture.from_hf(RANDOM | {"model_type": "llama"})
+    architecture = from_hf(RANDOM | {"model_type": "llama"})
     params = jax.jit(make_model(architecture).init_policy)(jax.random.key(0))
     ids = {"bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 7}
     hf.save_policy(tmp_path / "out", architecture, params, token_ids=ids)

@@ -116,7 +116,7 @@ def test_a_normaliser_is_folded_back(checkpoint, tmp_path, one_device_mesh):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "deberta-v2"}, r"model_type is 'deberta-v2'; supported: 'llama'"),
+        ({"model_type": "deberta-v2"}, r"model_type is 'deberta-v2'; supported: 'gemma', "),
         ({"architectures": ["LlamaForCausalLM"]}, r"has no score head: arch.* is \['LlamaForCausalLM'\]"),
         ({"architectures": None}, "has no score head: architectures .* is None"),
         ({"id2label": {"0": "bad", "1": "good"}}, "config.json: the model has 2 labels"),

@@ -242,7 +242,7 @@ def test_a_reward_stage_of_another_run_with_another_tokenizer(plans, tmp_path):
     [
         ({"tokenizer": None}, "judge holds a reward model without a tokenizer (none of tokenizer.json"),
         ({"role": "value"}, "judge is a value model (score_role in its config.json), not a reward model"),
-        ({"model_type": "deberta-v2"}, "model_type is 'deberta-v2'; supported: 'llama'"),
+        ({"model_type": "deberta-v2"}, "model_type is 'deberta-v2'; supported: 'gemma', "),
         (
             {"architectures": ["LlamaForCausalLM"]},
             "judge has no score head: architectures in its config.json",

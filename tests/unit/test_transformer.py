@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelConfig
-from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.models.attention import rotate, rotation
+from rlhf_jax.models.architecture import Architecture, RopeScaling
+from rlhf_jax.models.families import from_hf, to_hf
 from rlhf_jax.models.kv_cache import decode_logits, decode_step, prefill, unstack
+from rlhf_jax.models.rope import rotate, rotation
 from rlhf_jax.models.transformer import INIT_STD, make_model
 
 ARCHITECTURE = Architecture(
@@ -31,6 +32,10 @@ ARCHITECTURE = Architecture(
     tie_embeddings=True,
 )
 UNTIED = dataclasses.replace(ARCHITECTURE, tie_embeddings=False)
+BEFORE_FAMILIES = (
+    *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"),
+    *("context_length", "rope_theta", "norm_eps", "tie_embeddings"),
+)
 
 
 @cache
@@ -116,7 +121,7 @@ def test_a_row_longer_than_the_context_is_refused():
 
 def test_rotation_turns_pairs_by_position_times_frequency():
     # head_dim 4, theta 100: frequencies 1 and 1/10; the pairs are (0, 2) and (1, 3).
-    turn = rotation(jnp.asarray([0, 3]), 4, 100.0)
+    turn = rotation(dataclasses.replace(ARCHITECTURE, head_dim=4), jnp.asarray([0, 3]))
     x = jnp.asarray([[1.0, 0.0, 0.0, 2.0]])
     turned = rotate(jnp.stack([x, x])[None], turn)[0, :, 0]
     np.testing.assert_allclose(turned[0], [1.0, 0.0, 0.0, 2.0])
@@ -248,14 +253,21 @@ def test_fresh_parameters_depend_on_the_key_alone_and_differ_from_each_other():
 
 
 def test_an_architecture_survives_json():
-    assert Architecture.from_dict(json.loads(json.dumps(UNTIED.to_dict()))) == UNTIED
+    scaling = RopeScaling(kind="longrope", original_context=8, short_factors=(1.0, 2.0, 3.0))
+    for architecture in (UNTIED, dataclasses.replace(UNTIED, windows=(4, 0), rope_scaling=scaling)):
+        assert Architecture.from_dict(json.loads(json.dumps(architecture.to_dict()))) == architecture
+
+
+def test_an_architecture_written_before_there_were_families_is_a_llama():
+    facts = {name: UNTIED.to_dict()[name] for name in BEFORE_FAMILIES}
+    assert Architecture.from_dict(facts) == UNTIED
 
 
 def test_a_dictionary_that_is_no_architecture_is_refused():
-    numbers = UNTIED.to_dict() | {"num_experts": 4}
-    del numbers["head_dim"]
-    with pytest.raises(ValueError, match=r"missing \['head_dim'\], unknown \['num_experts'\]"):
-        Architecture.from_dict(numbers)
+    facts = UNTIED.to_dict() | {"num_towers": 4}
+    del facts["head_dim"]
+    with pytest.raises(ValueError, match=r"missing \['head_dim'\], unknown \['num_towers'\]"):
+        Architecture.from_dict(facts)
 
 
 def test_a_model_section_makes_an_architecture():
@@ -266,6 +278,28 @@ def test_a_model_section_makes_an_architecture():
         Architecture.from_config(dataclasses.replace(section, num_heads=5), vocab_size=300)
     with pytest.raises(ValueError, match="num_kv_heads 3 does not divide num_heads 4"):
         Architecture.from_config(dataclasses.replace(section, num_kv_heads=3), vocab_size=300)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"norm": "batch"}, "norm is 'batch'; it must be one of rms, layer"),
+        ({"windows": (4,)}, r"windows are \(4,\); they must be 2 numbers, 0 or more"),
+        ({"windows": ("4", 0)}, "it must be of type tuple"),
+        ({"unrotated_layers": (2,)}, r"unrotated_layers \(2,\) are not all among the layers"),
+        ({"rotary_fraction": 0.5}, "makes 3 of the 6 dimensions of a head turn; it must be an even number"),
+        ({"num_experts": 4}, "experts_per_token is 0; it must be from 1 to 4"),
+        ({"attention_softcap": -1.0}, "attention_softcap is -1.0; it must be zero or positive"),
+        ({"rope_scaling": RopeScaling(kind="yarn", factor=2.0)}, "a positive factor and original_context"),
+        (
+            {"rope_scaling": RopeScaling(kind="longrope", original_context=8, short_factors=(1.0,))},
+            "has 1 short factors; it must have one for each of the 3 frequencies",
+        ),
+    ],
+)
+def test_facts_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(UNTIED, **change)
 
 
 def test_all_impossible_numbers_are_named():
@@ -285,13 +319,11 @@ def test_all_impossible_numbers_are_named():
     ],
 )
 def test_a_config_json_of_other_types_is_refused(change, message):
-    config = UNTIED.to_hf()
+    config = to_hf(UNTIED)
     del config["rope_parameters"]
     with pytest.raises(ValueError, match=message):
-        Architecture.from_hf(config | change)
+        from_hf(config | change)
 
 
 def test_a_rope_theta_that_is_null_is_the_default():
-    assert (
-        Architecture.from_hf(UNTIED.to_hf() | {"rope_parameters": None, "rope_theta": None}).rope_theta == 1e4
-    )
+    assert from_hf(to_hf(UNTIED) | {"rope_parameters": None, "rope_theta": None}).rope_theta == 1e4

@@ -1,0 +1,39 @@
+"""A mixture of experts: routing by hand, and every token through its own experts, as a plain loop does it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.models.experts import choose_experts, run_experts
+
+
+def test_a_token_chooses_its_most_likely_experts():
+    chances = np.asarray([0.1, 0.5, 0.4])
+    x, router = jnp.ones((1, 1)), jnp.asarray(np.log(chances))[None]
+    experts, weights = choose_experts(x, router, 2, normalize=False)
+    np.testing.assert_array_equal(experts, [[1, 2]])
+    np.testing.assert_allclose(weights, [[0.5, 0.4]], rtol=1e-6)
+    _, weights = choose_experts(x, router, 2, normalize=True)
+    np.testing.assert_allclose(weights, [[5 / 9, 4 / 9]], rtol=1e-6)
+
+
+def test_no_token_is_dropped_however_uneven_the_load():
+    rng = np.random.default_rng(0)
+    num_tokens, width, inner, num_experts = 9, 4, 3, 4
+    x = rng.normal(size=(num_tokens, width)).astype(np.float32)
+    gate, up = rng.normal(size=(2, num_experts, width, inner)).astype(np.float32)
+    down = rng.normal(size=(num_experts, inner, width)).astype(np.float32)
+    experts = np.asarray([[2, 0]] * 8 + [[2, 3]])  # all want expert 2, none wants 1
+    weights = rng.random((num_tokens, 2)).astype(np.float32)
+
+    expected = np.zeros_like(x)
+    for token in range(num_tokens):
+        for expert, weight in zip(experts[token], weights[token], strict=True):
+            gated = np.maximum(x[token] @ gate[expert], 0) * (x[token] @ up[expert])
+            expected[token] += weight * (gated @ down[expert])
+    found = jax.jit(run_experts, static_argnums=6)(
+        x, jnp.asarray(experts), weights, gate, up, down, jax.nn.relu
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
