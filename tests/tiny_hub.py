@@ -129,14 +129,7 @@ def add_model(
     """Puts a random checkpoint into a hub; special: see MODELS."""
     at.mkdir(parents=True)
     (at / "config.json").write_text(json.dumps(SMALL | config))
-    try:
-        architecture = hf.read_architecture(at)
-    except ValueError:  # a family that this version does not compute: its shape as a llama's
-        llama = {key: value for key, value in config.items() if not key.startswith(("model_type", "rope"))}
-        (at / "config.json").write_text(
-            json.dumps(SMALL | llama | {"model_type": "llama", "hidden_act": "silu"})
-        )
-        architecture = hf.read_architecture(at)
+    architecture = hf.read_architecture(at)
     text = (at / "config.json").read_text()
     hf.save_policy(at, architecture, make_model(architecture).init_policy(jax.random.key(0)))
     (at / "config.json").write_text(text)
