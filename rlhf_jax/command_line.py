@@ -226,7 +226,8 @@ def help_text() -> str:
         kind = "; only the stages of this algorithm read it" if name in ALGORITHM_SECTIONS else ""
         lines += ["", f"{name}: {' '.join((section.__doc__ or '').split())}{kind}"]
         for option in OPTIONS[name].values():
-            lines += [f"  --{name}.{option.name}  {_signature(option)}", *_paragraph(option.text, "      ")]
+            lines += _paragraph(f"--{name}.{option.name}  {_signature(option)}", "  ")
+            lines += _paragraph(option.text, "      ")
     return "\n".join(lines)
 
 

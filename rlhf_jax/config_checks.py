@@ -26,7 +26,8 @@ from rlhf_jax.config import (
     StageConfig,
 )
 from rlhf_jax.config_file import Resolved, Where, dump_config, ignored
-from rlhf_jax.data.records import PROMPT, SERVES, Kind
+from rlhf_jax.data.columns import SERVES, Kind
+from rlhf_jax.data.records import PROMPT
 from rlhf_jax.data.sources import local_path
 from rlhf_jax.models.hub import PREFIX, is_hub, split_name
 from rlhf_jax.options import OPTIONS, did_you_mean, show

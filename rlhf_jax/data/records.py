@@ -1,88 +1,119 @@
-"""Records of any format become one of three kinds: what a stage learns from, as plain text.
+"""Records of any format become what a stage learns from: text, or conversations as lists of messages.
 
-| format            | columns                          | can serve                      |
-|-------------------|----------------------------------|--------------------------------|
-| text              | text                             | prompt_completion, prompt_only |
-| prompt_completion | prompt, completion               | prompt_completion, prompt_only |
-| preference        | [prompt,] chosen, rejected       | preference, prompt_only        |
-| prompt_only       | prompt                           | prompt_only                    |
-| labelled          | text, label (0 or 1)             | preference                     |
+| format            | columns                                     | can serve                                |
+|-------------------|---------------------------------------------|------------------------------------------|
+| text              | text                                        | prompt_completion, prompt_only           |
+| messages          | messages                                    | prompt_completion, prompt_only           |
+| prompt_completion | prompt, completion                          | prompt_completion, prompt_only           |
+| preference        | [prompt,] chosen, rejected                  | preference, prompt_only                  |
+| ranking           | prompt, completions; ranks, scores or pairs | ranking, preference, prompt_only         |
+| unpaired          | prompt, completion, label (true or false)   | unpaired, prompt_completion, prompt_only |
+| prompt_only       | prompt                                      | prompt_only                              |
+| labelled          | text, label (0 or 1)                        | preference                               |
 
-The prompt of a preference without a prompt column is what both texts begin with. Text as prompt_completion
-has an empty prompt; text as prompt_only has its first data.prompt_tokens tokens as prompt, cut where tokens
-are made.
+Prompts and completions are text, or lists of messages, all of a record alike. A message is {role, content}
+and whatever else the chat template reads; it is given the columns `tools` and `chat_template_kwargs` too.
+
+The prompt of a preference without a prompt column is what both begin with. Text as prompt_completion has an
+empty prompt; text as prompt_only has its first data.prompt_tokens tokens as prompt, cut where tokens are
+made. Messages as prompt_completion are all completion: each assistant turn is learned; as prompt_only they
+are a prompt up to the last assistant turn. Of unpaired records the desirable ones serve prompt_completion. A
+ranking serves preference as its pairs: those judged (`pairs`), or all that ranks or scores tell apart.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, cast
 
 from rlhf_jax.config import DataConfig
-from rlhf_jax.options import did_you_mean
+from rlhf_jax.data.columns import ORDERS, Cells, Content, Kind, Message, Reader, resolve_format
+from rlhf_jax.data.prose import detokenize
 
-Kind = Literal["prompt_completion", "preference", "prompt_only"]
-Format = Literal["text", "prompt_completion", "preference", "prompt_only", "labelled"]
-
-COLUMNS: dict[Format, tuple[str, ...]] = {
-    "preference": ("chosen", "rejected"),
-    "prompt_completion": ("prompt", "completion"),
-    "labelled": ("text", "label"),
-    "text": ("text",),
-    "prompt_only": ("prompt",),
-}
-"""The columns that a format must have, in the order in which formats are tried."""
-
-SERVES: dict[Kind, tuple[Format, ...]] = {
-    "prompt_completion": ("text", "prompt_completion"),
-    "preference": ("preference", "labelled"),
-    "prompt_only": ("prompt_only", "prompt_completion", "preference", "text"),
-}
 PROMPT = "{prompt}"
 """Where the prompt stands in data.prompt_template."""
-USUAL_COLUMNS = ("prompt", "completion", "chosen", "rejected", "text", "label")
 ASSISTANT_TURN = "\n\nAssistant:"
 
 
 class PromptCompletion(NamedTuple):
-    """A demonstration: the completion is learned, the prompt is given."""
+    """A demonstration: the completion is learned, of messages the assistant's; the prompt is given."""
 
-    prompt: str
-    completion: str
+    prompt: Content
+    completion: Content
     columns: Mapping[str, object] = {}
+    variables: Mapping[str, object] = {}  # of the chat template: tools, and those of chat_template_kwargs
 
 
 class Preference(NamedTuple):
     """Two completions of one prompt, the first one preferred."""
 
-    prompt: str
-    chosen: str
-    rejected: str
+    prompt: Content
+    chosen: Content
+    rejected: Content
     prompt_tokens: int = 0  # the prompt is the first so many tokens of `prompt`, then a blank; 0: all of it
+    variables: Mapping[str, object] = {}
 
 
 class PromptOnly(NamedTuple):
     """A prompt to complete; reward functions are given the other columns."""
 
-    prompt: str
+    prompt: Content
     columns: Mapping[str, object] = {}
     prompt_tokens: int = 0  # the prompt is the first so many tokens of `prompt`; 0: all of it
+    variables: Mapping[str, object] = {}
 
 
-AnyRecord = PromptCompletion | Preference | PromptOnly
+class Unpaired(NamedTuple):
+    """A completion that is desirable or not."""
+
+    prompt: Content
+    completion: Content
+    is_desirable: bool
+    variables: Mapping[str, object] = {}
 
 
-def completions(record: AnyRecord) -> tuple[str, ...]:
+class Ranking(NamedTuple):
+    """Several completions of one prompt, and which of them are better than which."""
+
+    prompt: Content
+    completions: tuple[Content, ...]
+    pairs: tuple[tuple[int, int], ...]  # (better, worse), places in completions
+    scores: tuple[
+        float, ...
+    ] = ()  # one for each completion, higher is better; minus the ranks; () if not told
+    variables: Mapping[str, object] = {}
+
+
+AnyRecord = PromptCompletion | Preference | PromptOnly | Unpaired | Ranking
+
+
+def completions(record: AnyRecord) -> tuple[Content, ...]:
     """Returns the record's completions, of a preference the chosen one first."""
     match record:
-        case PromptCompletion(completion=completion):
-            return (completion,)
+        case PromptCompletion() | Unpaired():
+            return (record.completion,)
         case Preference(chosen=chosen, rejected=rejected):
             return (chosen, rejected)
+        case Ranking():
+            return record.completions
         case PromptOnly():
             return ()
+
+
+def is_conversational(record: AnyRecord) -> bool:
+    """Returns whether the record holds messages, which a chat template turns into text."""
+    return not isinstance(record.prompt, str)
+
+
+def texts(content: Content) -> Iterator[str]:
+    """Yields the text of a content, or of each of its messages."""
+    if isinstance(content, str):
+        yield content
+    else:
+        yield from (text for message in content if isinstance(text := message.get("content"), str))
 
 
 def read_records(
@@ -105,42 +136,61 @@ def read_records(
         seed: decides which texts of a labelled source meet in a pair.
 
     Raises:
-        ValueError: a missing column, a cell of another type, or a format that cannot serve the kind.
+        ValueError: a missing column, a cell of another type, messages without role or content, or a format
+            that cannot serve the kind.
     """
-    reader = _Reader(source[0], cfg.columns, where)
-    match _resolve_format(reader, kind, cfg):
+    reader = Reader(source[0], cfg.columns, where)
+    match resolve_format(reader, kind, cfg):
         case "text" if kind == "prompt_only":
             if cfg.prompt_tokens == 0:
                 raise ValueError(
                     f"{where}: holds plain text and data.prompt_tokens is 0: a stage that samples needs "
                     "prompts; set data.prompt_tokens to the number of a text's tokens that are its prompt"
                 )
-            rows = reader.read(source, ("text",))
-            return [PromptOnly(text, columns, cfg.prompt_tokens) for (text,), columns in rows]
+            rows = reader.read(source, ("text",), allow_messages=False)
+            return [PromptOnly(text, columns, cfg.prompt_tokens) for (text,), columns, _ in rows]
         case "text":
-            return [
-                PromptCompletion("", text, columns) for (text,), columns in reader.read(source, ("text",))
-            ]
+            rows = reader.read(source, ("text",), allow_messages=False)
+            return [PromptCompletion("", text, columns) for (text,), columns, _ in rows]
+        case "messages":
+            return _read_conversations(reader, source, kind)
         case "prompt_completion" if kind == "prompt_completion":
             rows = reader.read(source, ("prompt", "completion"))
-            return [PromptCompletion(prompt, completion, columns) for (prompt, completion), columns in rows]
+            return [PromptCompletion(prompt, answer, *rest) for (prompt, answer), *rest in rows]
+        case "unpaired" if kind != "prompt_only":
+            return _read_unpaired(reader, source, kind)
+        case "ranking" if kind != "prompt_only":
+            rankings = [_ranking(reader, record, number) for number, record in enumerate(source, start=1)]
+            return list(rankings) if kind == "ranking" else _pairs_of(rankings, where)
         case "preference" if kind == "preference":
-            return [Preference(*texts) for texts, _ in _read_pairs(reader, source)]
-        case "preference" if not reader.has("prompt"):
             pairs = _read_pairs(reader, source)
+            return [Preference(prompt, a, b, variables=variables) for (prompt, a, b), _, variables in pairs]
+        case "preference" if not _has_own_prompt(reader, source):
             return [
-                PromptOnly(prompt, {**columns, "chosen": a, "rejected": b})
-                for (prompt, a, b), columns in pairs
+                PromptOnly(prompt, {**columns, "chosen": a, "rejected": b}, variables=variables)
+                for (prompt, a, b), columns, variables in _read_pairs(reader, source)
             ]
         case "labelled":
             return _pair_labelled(reader, source, cfg, prompts, seed)
         case _:
-            return [PromptOnly(prompt, columns) for (prompt,), columns in reader.read(source, ("prompt",))]
+            rows = reader.read(source, ("prompt",))
+            return [PromptOnly(prompt, columns, 0, variables) for (prompt,), columns, variables in rows]
 
 
 def in_template[R: AnyRecord](record: R, template: str) -> R:
-    """Returns the record with its prompt in data.prompt_template; an empty template changes nothing."""
-    return record._replace(prompt=template.replace(PROMPT, record.prompt)) if template else record
+    """Returns the record with its prompt in data.prompt_template; an empty template changes nothing.
+
+    Raises:
+        ValueError: the record is a conversation.
+    """
+    if not template:
+        return record
+    if not isinstance(record.prompt, str):
+        raise ValueError(
+            "data.prompt_template: stands around plain text, but the records are conversations, which have the "
+            "tokenizer's chat template; leave it out, or set tokenizer.chat_template"
+        )
+    return record._replace(prompt=template.replace(PROMPT, record.prompt))
 
 
 def reward_columns(records: Sequence[PromptOnly]) -> dict[str, list[object]]:
@@ -151,8 +201,7 @@ def reward_columns(records: Sequence[PromptOnly]) -> dict[str, list[object]]:
 
 def implicit_prompt(chosen: str, rejected: str) -> str:
     """Returns what two whole texts share: a dialogue up to its last shared reply, or else whole words."""
-    shared = itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
-    common = chosen[: sum(1 for _ in shared)]
+    common = chosen[: _num_shared(chosen, rejected)]
     turn = common.rfind(ASSISTANT_TURN)
     if turn >= 0:
         return common[: turn + len(ASSISTANT_TURN)]
@@ -164,167 +213,180 @@ def implicit_prompt(chosen: str, rejected: str) -> str:
     return common[:end]
 
 
-def detokenize(text: str) -> str:
-    """Returns the text of an old, lower-cased corpus as prose.
-
-    `it 's good , is n't it ?` becomes `It's good, isn't it?`: undoes the Penn Treebank's spacing
-    (contractions, punctuation, brackets, quotation marks), and capitalises `i` and the beginning of
-    sentences; names stay as they are.
-    """
-    prose = ""
-    glue_next, sentence_starts, quote_open = True, True, False
-    for token in text.split():
-        opens = token in OPENING or (token == '"' and not quote_open)
-        closes = token in CLOSING or (token == '"' and quote_open)
-        if token == '"':
-            quote_open = not quote_open
-        word = REWRITTEN.get(token, token)
-        if sentence_starts and word[0].isalpha():
-            word, sentence_starts = word[0].upper() + word[1:], False
-        elif word[0].isdigit():
-            sentence_starts = False
-        prose += word if glue_next or closes else " " + word
-        glue_next = opens
-        sentence_starts = sentence_starts or token in SENTENCE_ENDS
-    return prose
+def implicit_messages(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
+    """Returns the messages that two conversations share, up to where the assistant answers in both."""
+    end = min(_num_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    while end > 0 and not (chosen[end]["role"] == rejected[end]["role"] == "assistant"):
+        end -= 1
+    return list(chosen[:end])
 
 
-REWRITTEN = {"-lrb-": "(", "-rrb-": ")", "-lsb-": "[", "-rsb-": "]", "``": '"', "''": '"', "`": "'", "i": "I"}
-OPENING = {"-lrb-", "-lsb-", "(", "[", "``", "`", "$"}
-CLOSING = {"-rrb-", "-rsb-", ")", "]", "''", "'", ",", ".", ";", ":", "!", "?", "...", "%"}
-CLOSING |= {"n't", "'s", "'re", "'ve", "'ll", "'d", "'m"}  # contractions
-SENTENCE_ENDS = {".", "!", "?"}
+def _num_shared(a: Sequence[object], b: Sequence[object]) -> int:
+    shared = itertools.takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False))
+    return sum(1 for _ in shared)
 
 
-class _Reader:
-    """Reads cells by the usual names of columns; knows how the source calls them."""
-
-    def __init__(self, first: Mapping[str, object], names: Mapping[str, str], where: str):
-        self.where = where
-        self.present = tuple(first)
-        for usual in names:
-            if usual not in USUAL_COLUMNS:
-                known = ", ".join(USUAL_COLUMNS) + did_you_mean(usual, USUAL_COLUMNS)
-                raise ValueError(f"data.columns: no usual column {usual!r}; known: {known}")
-        self._names = names
-        for usual, name in names.items():
-            if name not in first:
-                self.missing(name, f"data.columns maps {usual!r} to it")
-
-    def name(self, usual: str) -> str:
-        return self._names.get(usual, usual)
-
-    def has(self, usual: str) -> bool:
-        return self.name(usual) in self.present
-
-    def missing(self, name: str, why: str) -> NoReturn:
-        there = ", ".join(self.present)
-        raise ValueError(
-            f"{self.where}: no column {name!r} ({why}); columns present: {there}; map other names with "
-            f"data.columns, such as {{prompt: question}}{did_you_mean(name, self.present)}"
-        )
-
-    def read(
-        self, source: Iterable[Mapping[str, object]], wanted: Sequence[str]
-    ) -> list[tuple[tuple[str, ...], dict[str, object]]]:
-        """Returns for each record the wanted texts, and the columns that are left, the same ones of all.
-
-        A column that only some records have is None in the others.
-        """
-        names = [self.name(usual) for usual in wanted]
-        rows = [
-            (tuple(self.text(record, name, number) for name in names), record)
-            for number, record in enumerate(source, start=1)
-        ]
-        left = [name for name in dict.fromkeys(name for _, row in rows for name in row) if name not in names]
-        return [(texts, {name: record.get(name) for name in left}) for texts, record in rows]
-
-    def text(self, record: Mapping[str, object], name: str, number: int) -> str:
-        cell = self.cell(record, name, number)
-        if isinstance(cell, str):
-            return cell
-        if isinstance(cell, (list, dict)):
-            raise ValueError(
-                f"{self.where}: record {number}: column {name!r} holds chat messages or other nested data; "
-                "only plain text is read: render it to text beforehand"
+def _read_conversations(
+    reader: Reader, source: Sequence[Mapping[str, object]], kind: Kind
+) -> list[AnyRecord]:
+    """Returns whole conversations: all turns of the assistant are learned, or the last one is sampled."""
+    found: list[AnyRecord] = []
+    for number, ((messages,), columns, variables) in enumerate(reader.read(source, ("messages",)), start=1):
+        if isinstance(messages, str):
+            reader.wrong(number, f"column {reader.name('messages')!r} is text; map it to 'text'")
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        if kind != "prompt_only":
+            if not answers:
+                reader.wrong(number, "no message is the assistant's: there is nothing to learn")
+            found.append(PromptCompletion([], messages, columns, variables))
+            continue
+        end = answers[-1] if answers else len(messages)
+        if end == 0:
+            reader.wrong(
+                number, "the conversation begins with its only assistant message: there is no prompt"
             )
-        raise ValueError(
-            f"{self.where}: record {number}: column {name!r} is {cell!r} ({type(cell).__name__}), "
-            "must be text"
-        )
+        left = {"completion": messages[end:]} if answers else {}
+        found.append(PromptOnly(messages[:end], {**columns, **left}, variables=variables))
+    return found
 
-    def cell(self, record: Mapping[str, object], name: str, number: int) -> object:
-        if name not in record:
-            raise ValueError(
-                f"{self.where}: record {number} has no column {name!r}; it has {', '.join(record) or 'none'}"
+
+def _read_unpaired(reader: Reader, source: Sequence[Mapping[str, object]], kind: Kind) -> list[AnyRecord]:
+    """Returns completions with their labels, or the desirable ones as demonstrations."""
+    found: list[AnyRecord] = []
+    cells = reader.read(source, ("prompt", "completion"))
+    label = reader.name("label")
+    for number, ((prompt, completion), columns, variables) in enumerate(cells, start=1):
+        is_desirable = columns.pop(label, None)
+        if not isinstance(is_desirable, bool):
+            reader.wrong(
+                number,
+                f"column {label!r} is {is_desirable!r}, must be true or false: whether the completion is "
+                "desirable; if it means something else, set data.format: prompt_completion",
             )
-        return record[name]
-
-
-def record_format(source: Sequence[Mapping[str, object]], kind: Kind, cfg: DataConfig, where: str) -> Format:
-    """Returns what the columns of a source mean; arguments and errors are those of read_records."""
-    return _resolve_format(_Reader(source[0], cfg.columns, where), kind, cfg)
-
-
-def is_read(usual: str, format: Format) -> bool:
-    """Returns whether records of a format may have a column of this usual name."""
-    return usual in COLUMNS[format] or (format == "preference" and usual == "prompt")
-
-
-def _resolve_format(reader: _Reader, kind: Kind, cfg: DataConfig) -> Format:
-    """Returns the format, told from the columns where it is `auto`; raises where it cannot serve the kind."""
-    allowed = SERVES[kind]
-    needs = " or ".join(" + ".join(COLUMNS[format]) for format in allowed)
-    if cfg.format != "auto":
-        if cfg.format not in allowed:
-            raise ValueError(
-                f"data.format: {cfg.format} cannot serve a stage that reads {kind}; "
-                f"allowed here: {', '.join(allowed)}"
-            )
-        for usual in COLUMNS[cfg.format]:
-            if not reader.has(usual):
-                reader.missing(reader.name(usual), f"data.format {cfg.format} needs it")
-        return cfg.format
-    if "messages" in reader.present and not reader.has("text"):
+        if kind == "unpaired":
+            found.append(Unpaired(prompt, completion, is_desirable, variables))
+        elif is_desirable:
+            found.append(PromptCompletion(prompt, completion, columns, variables))
+    if not found:
         raise ValueError(
-            f"{reader.where}: holds chat messages (column 'messages'); only plain text is read: "
-            "render it to text beforehand"
+            f"{reader.where}: no completion is desirable (column {label!r} is false in all records)"
         )
-    found = [format for format, usual in COLUMNS.items() if all(map(reader.has, usual))]
-    for format in found:
-        if format in allowed:
-            return format
-    if found:
-        raise ValueError(
-            f"{reader.where}: holds {found[0]} records (columns {', '.join(reader.present)}), but this stage "
-            f"reads {kind}: it needs columns {needs}"
+    return found
+
+
+def _ranking(reader: Reader, record: Mapping[str, object], number: int) -> Ranking:
+    """Returns a record with several completions."""
+    (prompt,) = reader.contents(record, ("prompt",), number)
+    name = reader.name("completions")
+    cell = reader.cell(record, "completions", number)
+    if not isinstance(cell, list) or len(cell) < 2:
+        reader.wrong(number, f"column {name!r} must be a list of at least 2 completions, is {_shown(cell)}")
+    answers = tuple(reader.content(item, name, number) for item in cell)
+    for answer in answers:
+        reader.check_alike({reader.name("prompt"): prompt, name: answer}, number)
+        if not isinstance(answer, str):
+            reader.check_turns((answer,), ("completions",), number)
+    orders = [usual for usual in ORDERS if reader.has(usual)]
+    if not orders:
+        reader.missing("ranks", "completions are ranked by a column ranks, scores or pairs")
+    scores: tuple[float, ...] = ()
+    if numbers := [usual for usual in orders if usual != "pairs"]:
+        scores = _scores(reader, record, numbers[0], len(answers), number)
+    if "pairs" in orders:
+        pairs = _judged(reader, record, len(answers), number)
+    else:
+        pairs = tuple(
+            (i, j) for i, j in itertools.permutations(range(len(answers)), 2) if scores[i] > scores[j]
         )
-    return reader.missing(_nearest_column(reader, allowed), f"this stage reads {kind}: columns {needs}")
+    variables = {} if isinstance(prompt, str) else reader.variables(record, number)
+    return Ranking(prompt, answers, pairs, scores, variables)
 
 
-def _nearest_column(reader: _Reader, allowed: Sequence[Format]) -> str:
-    """Returns the missing column to name: one of the format that most columns speak for."""
-    share = {format: sum(map(reader.has, COLUMNS[format])) / len(COLUMNS[format]) for format in allowed}
-    best = max(allowed, key=lambda format: share[format])
-    return next(usual for usual in COLUMNS[best] if not reader.has(usual))
+def _scores(
+    reader: Reader, record: Mapping[str, object], usual: str, count: int, number: int
+) -> tuple[float, ...]:
+    """Returns the scores of completions, higher ones better; ranks, of which 1 is best, are negated."""
+    cell, name = reader.cell(record, usual, number), reader.name(usual)
+    if not isinstance(cell, list) or len(cell) != count:
+        what = f"{len(cell)} entries" if isinstance(cell, list) else _shown(cell)
+        reader.wrong(number, f"column {name!r} has {what} for {count} completions; give each one")
+    for value in cell:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            reader.wrong(number, f"column {name!r} has the entry {value!r}, must be a finite number")
+        if usual == "ranks" and value < 1:
+            reader.wrong(number, f"column {name!r} has the rank {value!r}; ranks count from 1, the best")
+    sign = -1.0 if usual == "ranks" else 1.0
+    return tuple(sign * value for value in cell)
 
 
-def _read_pairs(
-    reader: _Reader, source: Sequence[Mapping[str, object]]
-) -> list[tuple[tuple[str, str, str], dict[str, object]]]:
+def _judged(
+    reader: Reader, record: Mapping[str, object], count: int, number: int
+) -> tuple[tuple[int, int], ...]:
+    """Returns the pairs of a ranking that were judged, (better, worse)."""
+    cell, name = reader.cell(record, "pairs", number), reader.name("pairs")
+    pairs: list[tuple[int, int]] = []
+    for pair in cell if isinstance(cell, list) else [cell]:
+        match pair:
+            case [int(better), int(worse)] if better != worse and {better, worse} <= set(range(count)):
+                pairs.append((better, worse))
+            case _:
+                reader.wrong(
+                    number,
+                    f"column {name!r} has the entry {pair!r}, must be [better, worse]: two different places "
+                    f"from 0 to {count - 1} among the completions",
+                )
+    return tuple(pairs)
+
+
+def _shown(cell: object) -> str:
+    return f"a list of {len(cell)}" if isinstance(cell, list) else f"{cell!r} ({type(cell).__name__})"
+
+
+def _pairs_of(rankings: Sequence[Ranking], where: str) -> list[AnyRecord]:
+    """Returns the pairs of rankings in their order."""
+    found: list[AnyRecord] = [
+        Preference(of.prompt, of.completions[better], of.completions[worse], variables=of.variables)
+        for of in rankings
+        for better, worse in of.pairs
+    ]
+    if not found:
+        raise ValueError(f"{where}: no completion is better than another in any of {len(rankings)} rankings")
+    return found
+
+
+def _read_pairs(reader: Reader, source: Sequence[Mapping[str, object]]) -> list[Cells]:
     """Returns (prompt, chosen, rejected) of each record, and the columns that are left."""
-    if reader.has("prompt"):
-        rows = reader.read(source, ("prompt", "chosen", "rejected"))
-        return [((prompt, chosen, rejected), columns) for (prompt, chosen, rejected), columns in rows]
+    if _has_own_prompt(reader, source):
+        return reader.read(source, ("prompt", "chosen", "rejected"))
     pairs = []
-    for (chosen, rejected), columns in reader.read(source, ("chosen", "rejected")):
-        prompt = implicit_prompt(chosen, rejected)
-        pairs.append(((prompt, chosen[len(prompt) :], rejected[len(prompt) :]), columns))
+    for number, cells in enumerate(reader.read(source, ("chosen", "rejected")), start=1):
+        chosen, rejected = cells.contents
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            prompt: Content = implicit_prompt(chosen, rejected)
+        else:
+            prompt = implicit_messages(cast("list[Message]", chosen), cast("list[Message]", rejected))
+            if not prompt:
+                reader.wrong(number, "chosen and rejected share no message before the assistant's: no prompt")
+            repeated = cells.columns.pop(reader.name("prompt"), None)
+            if repeated is not None and repeated not in list(texts(prompt)):
+                name = reader.name("prompt")
+                reader.wrong(
+                    number, f"column {name!r} is text that is not in the messages before the answers"
+                )
+        pairs.append(cells._replace(contents=(prompt, chosen[len(prompt) :], rejected[len(prompt) :])))
     return pairs
 
 
+def _has_own_prompt(reader: Reader, source: Sequence[Mapping[str, object]]) -> bool:
+    """Returns whether the prompt stands apart; as text beside whole conversations it only repeats theirs."""
+    if not reader.has("prompt"):
+        return False
+    prompt, chosen = (reader.cell(source[0], usual, 1) for usual in ("prompt", "chosen"))
+    return not (isinstance(prompt, str) and isinstance(chosen, list))
+
+
 def _pair_labelled(
-    reader: _Reader,
+    reader: Reader,
     source: Sequence[Mapping[str, object]],
     cfg: DataConfig,
     prompts: Sequence[Mapping[str, object]],
@@ -337,8 +399,8 @@ def _pair_labelled(
     """
     texts: dict[int, list[str]] = {0: [], 1: []}
     for number, record in enumerate(source, start=1):
-        text = reader.text(record, reader.name("text"), number)
-        label = reader.cell(record, reader.name("label"), number)
+        (text,) = cast("tuple[str]", reader.contents(record, ("text",), number, allow_messages=False))
+        label = reader.cell(record, "label", number)
         if not isinstance(label, int) or label not in (0, 1):
             raise ValueError(f"{reader.where}: record {number}: label is {label!r}, must be 0 or 1")
         texts[int(label)].append(detokenize(text) if cfg.detokenize else text)
@@ -355,10 +417,10 @@ def _pair_labelled(
         raise ValueError(
             "data.prompts: is set, but data.prompt_tokens is 0; set it to the tokens that a prompt has"
         )
-    prompt_reader = _Reader(prompts[0], {}, f"data.prompts: {cfg.prompts}")
+    prompt_reader = Reader(prompts[0], {}, f"data.prompts: {cfg.prompts}")
     if not prompt_reader.has("text"):
         prompt_reader.missing("text", "prompts are the beginnings of texts")
-    openings = [text for (text,), _ in prompt_reader.read(prompts, ("text",))]
+    openings = [cells.contents[0] for cells in prompt_reader.read(prompts, ("text",), allow_messages=False)]
     return [
         Preference(openings[i % len(openings)], chosen, rejected, cfg.prompt_tokens)
         for i, (chosen, rejected) in enumerate(pairs)

@@ -17,7 +17,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from rlhf_jax.data.records import AnyRecord, Kind, Preference, PromptCompletion, PromptOnly
+from rlhf_jax.data.columns import Kind
+from rlhf_jax.data.records import AnyRecord, Preference, PromptCompletion, PromptOnly
 
 Split = Literal["train", "eval"]
 
@@ -162,6 +163,8 @@ def synthetic_records(kind: Kind, split: Split, seed: int) -> list[AnyRecord]:
             return list(preferences(seed, NUM_PREFERENCES[split], split))
         case "prompt_only":
             return list(prompts(seed, split))
+        case _:
+            raise ValueError(f"the embedded task (synthetic) has no {kind} records")
 
 
 def demonstrations(seed: int, count: int, split: Split) -> list[PromptCompletion]:

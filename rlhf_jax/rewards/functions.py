@@ -2,7 +2,8 @@
 
 A function is called as `fn(prompts=[...], completions=[...], **columns) -> list[float]`, one number per
 completion. It is given the other columns of the records that it names as parameters, or all of them when it
-takes **kwargs.
+takes **kwargs. As in TRL, prompts and completions of conversational records are lists of messages; a sampled
+completion is [{"role": "assistant", "content": text}].
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.records import PromptOnly, reward_columns
+from rlhf_jax.data.records import Content, PromptOnly, is_conversational, reward_columns
 from rlhf_jax.options import did_you_mean
 
 SHOWN_CHARACTERS = 80
@@ -34,10 +35,16 @@ class RewardFunction:
     name: str
     function: Callable[..., Any]
 
-    def __call__(self, records: Sequence[PromptOnly], completions: Sequence[str]) -> np.ndarray:
+    def __call__(self, records: Sequence[PromptOnly], completions: Sequence[Content]) -> np.ndarray:
         """Returns f32[B], the score of each record's completion; RewardError where one has none."""
         prompts = [record.prompt for record in records]
-        return call(self.function, self.name, prompts, completions, reward_columns(records))
+        answers: list[Content] = [
+            [{"role": "assistant", "content": completion}]
+            if is_conversational(record) and isinstance(completion, str)
+            else completion
+            for record, completion in zip(records, completions, strict=True)
+        ]
+        return call(self.function, self.name, prompts, answers, reward_columns(records))
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raises RewardError where the function needs an argument that no record with these columns gives."""
@@ -86,8 +93,8 @@ def load_function(spec: str) -> RewardFunction:
 def call(
     function: Callable[..., Any],
     name: str,
-    prompts: Sequence[str],
-    completions: Sequence[str],
+    prompts: Sequence[Content],
+    completions: Sequence[Content],
     columns: Mapping[str, Sequence[Any]],
 ) -> np.ndarray:
     """Returns what a reward function says of each completion, f32[B].
@@ -95,8 +102,8 @@ def call(
     Args:
         function: of the user.
         name: how messages call it.
-        prompts: B texts.
-        completions: B texts.
+        prompts: B texts, or lists of messages.
+        completions: B texts, or lists of messages.
         columns: B values each, by name; passed as far as the function takes them.
 
     Raises:
@@ -142,7 +149,7 @@ def _accepted(function: Callable[..., Any], name: str, offered: Mapping[str, Any
     return [key for key in offered if takes_all or key in by_name]
 
 
-def _checked(scores: Any, name: str, completions: Sequence[str]) -> np.ndarray:
+def _checked(scores: Any, name: str, completions: Sequence[Content]) -> np.ndarray:
     """Returns a list or a one-dimensional array of scores as f32[B].
 
     Raises:

@@ -657,7 +657,8 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
         (
             REWARD_ONLY
             + "reward_model: {normalizer: none}\ndata: {train: hub:a/b:x, eval: hub:a/b:y, format: text}",
-            "data.format: a stage that runs reward_model reads preference, labelled (or auto), got 'text'",
+            "data.format: a stage that runs reward_model reads preference, ranking, labelled (or auto), got "
+            "'text'",
         ),
         (
             REWARD_ONLY.replace("reward_model}", "reward_model, from: tests}")

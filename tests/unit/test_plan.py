@@ -325,7 +325,7 @@ def test_options_that_no_stage_reads_once_the_formats_are_known(tmp_path, option
         "texts": {"text": "a lamp is broken, and so on"},
     }
     for name, row in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | {"label": 1, "text": "a lamp is broken"}))
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | {"label": True, "text": "a lamp is broken"}))
     TOKENIZER.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "chain.yaml").write_text(
         CHAIN.replace("OPTIONS", options).replace("TEXTS", texts).replace("HERE", str(tmp_path))

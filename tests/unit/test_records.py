@@ -1,16 +1,24 @@
 """Records: formats told from columns, columns mapped, pairs made, prose restored."""
 
+import gzip
+import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rlhf_jax.config import DataConfig
+from rlhf_jax.data.prose import detokenize
 from rlhf_jax.data.records import (
     Preference,
     PromptCompletion,
     PromptOnly,
-    detokenize,
+    Ranking,
+    Unpaired,
+    completions,
     implicit_prompt,
+    is_conversational,
     read_records,
     reward_columns,
 )
@@ -103,9 +111,9 @@ def test_implicit_prompt_is_what_both_texts_begin_with(chosen, rejected, prompt)
             {"prompts": "q", "completion": "a"},
             "prompt_completion",
             {},
-            "no column 'prompt' (this stage reads prompt_completion: columns text or prompt + completion); "
-            "columns present: prompts, completion; map other names with data.columns, such as "
-            "{prompt: question}; did you mean 'prompts'?",
+            "no column 'prompt' (this stage reads prompt_completion: columns text or messages or "
+            "prompt + completion or prompt + completion + label); columns present: prompts, completion; "
+            "map other names with data.columns, such as {prompt: question}; did you mean 'prompts'?",
         ),
         ({"chosen": "a"}, "preference", {}, "no column 'rejected' (this stage reads preference"),
         (
@@ -130,18 +138,12 @@ def test_implicit_prompt_is_what_both_texts_begin_with(chosen, rejected, prompt)
         ({"text": None}, "prompt_completion", {}, "record 1: column 'text' is None (NoneType), must be text"),
         ({"text": 3}, "prompt_completion", {}, "record 1: column 'text' is 3 (int), must be text"),
         (
-            {"prompt": [{"role": "user", "content": "a"}]},
-            "prompt_only",
-            {},
-            "column 'prompt' holds chat messages",
-        ),
-        ({"messages": []}, "prompt_completion", {}, "holds chat messages (column 'messages')"),
-        (
             {"text": "t"},
             "prompt_completion",
             {"columns": {"promt": "text"}},
-            "data.columns: no usual column 'promt'; known: prompt, completion, chosen, rejected, text, "
-            "label; did you mean 'prompt'?",
+            "data.columns: no usual column 'promt'; known: chosen, rejected, prompt, completions, "
+            "completion, label, text, messages, pairs, ranks, scores, tools, chat_template_kwargs; "
+            "did you mean 'prompt'?",
         ),
         ({"text": "t", "label": "1"}, "preference", {}, "record 1: label is '1', must be 0 or 1"),
         ({"text": "t", "label": 1}, "preference", {}, "1 texts have label 1 and 0 label 0; pairs need both"),
@@ -151,6 +153,335 @@ def test_what_cannot_be_read_is_one_line(record, kind, options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read(record, kind, **options)
     assert "\n" not in str(caught.value)
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+HELLO, ANSWER, BETTER = [user("hello")], [assistant("hi")], [assistant("good day")]
+TOOLS = [{"type": "function", "function": {"name": "clock"}}]
+
+
+@pytest.mark.parametrize(
+    "record, kind, options, expected",
+    [
+        ({"messages": HELLO + ANSWER}, "prompt_completion", {}, PromptCompletion([], HELLO + ANSWER)),
+        (
+            {"messages": HELLO + ANSWER + HELLO + BETTER},
+            "prompt_only",
+            {},
+            PromptOnly(HELLO + ANSWER + HELLO, {"completion": BETTER}),
+        ),
+        ({"messages": HELLO}, "prompt_only", {}, PromptOnly(HELLO)),
+        ({"prompt": HELLO, "completion": ANSWER}, "prompt_completion", {}, PromptCompletion(HELLO, ANSWER)),
+        ({"prompt": HELLO, "n": 3}, "prompt_only", {}, PromptOnly(HELLO, {"n": 3})),
+        (
+            {"prompt": HELLO, "chosen": BETTER, "rejected": ANSWER},
+            "preference",
+            {},
+            Preference(HELLO, BETTER, ANSWER),
+        ),
+        (
+            {"chosen": HELLO + BETTER, "rejected": HELLO + ANSWER},
+            "preference",
+            {},
+            Preference(HELLO, BETTER, ANSWER),
+        ),
+        (
+            {"prompt": "hello", "chosen": HELLO + BETTER, "rejected": HELLO + ANSWER},
+            "preference",
+            {},
+            Preference(HELLO, BETTER, ANSWER),
+        ),
+        (
+            {"prompt": "hello", "chosen": HELLO + BETTER, "rejected": HELLO + ANSWER},
+            "prompt_only",
+            {},
+            PromptOnly(HELLO, {"chosen": BETTER, "rejected": ANSWER}),
+        ),
+        (
+            {"prompt": HELLO, "completion": ANSWER, "label": True},
+            "unpaired",
+            {},
+            Unpaired(HELLO, ANSWER, True),
+        ),
+        ({"prompt": "p", "completion": "c", "label": False}, "unpaired", {}, Unpaired("p", "c", False)),
+        (
+            {"prompt": "p", "completion": "c", "label": True},
+            "prompt_completion",
+            {},
+            PromptCompletion("p", "c"),
+        ),
+        (
+            {"prompt": "p", "completion": "c", "label": False},
+            "prompt_only",
+            {},
+            PromptOnly("p", {"completion": "c", "label": False}),
+        ),
+        (
+            {"prompt": "p", "completion": "c", "label": "x"},
+            "prompt_completion",
+            {"format": "prompt_completion"},
+            PromptCompletion("p", "c", {"label": "x"}),
+        ),
+        (
+            {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [2, 1, 2]},
+            "ranking",
+            {},
+            Ranking("p", ("a", "b", "c"), ((1, 0), (1, 2)), (-2.0, -1.0, -2.0)),
+        ),
+        (
+            {"prompt": HELLO, "completions": [ANSWER, BETTER], "scores": [0.5, 1]},
+            "ranking",
+            {},
+            Ranking(HELLO, (ANSWER, BETTER), ((1, 0),), (0.5, 1.0)),
+        ),
+        (
+            {"prompt": "p", "candidates": [{"text": "a", "score": 1.0}, {"text": "b", "score": 1.0}]},
+            "ranking",
+            {"columns": {"completions": "candidates.text", "scores": "candidates.score"}},
+            Ranking("p", ("a", "b"), (), (1.0, 1.0)),
+        ),
+        (
+            {"prompt": "p", "completions": ["a", "b", "c"], "pairs": [[2, 0]], "scores": [3, 2, 1]},
+            "ranking",
+            {},
+            Ranking("p", ("a", "b", "c"), ((2, 0),), (3.0, 2.0, 1.0)),
+        ),
+        (
+            {"prompt": HELLO, "tools": TOOLS, "chat_template_kwargs": {"think": False}},
+            "prompt_only",
+            {},
+            PromptOnly(
+                HELLO,
+                {"tools": TOOLS, "chat_template_kwargs": {"think": False}},
+                variables={"tools": TOOLS, "think": False},
+            ),
+        ),
+        (
+            {"prompt": HELLO, "completion": ANSWER, "functions": '[{"type": "function"}]'},
+            "prompt_completion",
+            {"columns": {"tools": "functions"}},
+            PromptCompletion(
+                HELLO,
+                ANSWER,
+                {"functions": '[{"type": "function"}]'},
+                {"tools": [{"type": "function"}]},
+            ),
+        ),
+        ({"prompt": "p", "tools": TOOLS}, "prompt_only", {}, PromptOnly("p", {"tools": TOOLS})),
+    ],
+)
+def test_conversations_and_rankings_are_read(record, kind, options, expected):
+    assert read(record, kind, **options) == [expected]
+
+
+def test_record_is_conversational_where_its_prompt_is_messages():
+    assert is_conversational(PromptOnly(HELLO)) and is_conversational(PromptCompletion([], HELLO + ANSWER))
+    assert not is_conversational(PromptOnly("")) and not is_conversational(PromptCompletion("", "a"))
+
+
+def test_null_fields_of_messages_are_left_out():
+    message = {"role": "user", "content": "a", "tool_calls": None, "name": None}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
+    (record,) = read({"messages": [message, call]}, "prompt_completion")
+    assert record.completion == [user("a"), {"role": "assistant", "tool_calls": [{"name": "clock"}]}]
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, num_shared",
+    [
+        (HELLO + ANSWER, HELLO + BETTER, 1),
+        (HELLO + ANSWER + HELLO + ANSWER, HELLO + ANSWER + HELLO + BETTER, 3),
+        (HELLO + ANSWER, HELLO + ANSWER, 1),  # the same answer twice is still an answer
+        (HELLO + ANSWER + HELLO + ANSWER, HELLO + ANSWER, 1),
+        (HELLO + ANSWER + [user("x")] + ANSWER, HELLO + ANSWER + [user("y")] + ANSWER, 1),
+    ],
+)
+def test_implicit_prompt_of_conversations_ends_before_the_assistant(chosen, rejected, num_shared):
+    (record,) = read({"chosen": chosen, "rejected": rejected}, "preference")
+    assert record == Preference(chosen[:num_shared], chosen[num_shared:], rejected[num_shared:])
+
+
+def test_rankings_serve_preference_as_their_pairs():
+    source = [
+        {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 2, 2]},
+        {"prompt": "q", "completions": ["d", "e"], "ranks": [1, 1]},
+    ]
+    pairs = read_records(source, "preference", DataConfig(), "w")
+    assert pairs == [Preference("p", "a", "b"), Preference("p", "a", "c")]
+    with pytest.raises(ValueError, match="no completion is better than another in any of 1 rankings"):
+        read_records(source[1:], "preference", DataConfig(), "w")
+
+
+def test_only_desirable_completions_are_demonstrations():
+    source = [{"prompt": "p", "completion": str(i), "label": i % 2 == 1} for i in range(4)]
+    found = read_records(source, "prompt_completion", DataConfig(), "w")
+    assert found == [PromptCompletion("p", "1"), PromptCompletion("p", "3")]
+    assert len(read_records(source, "prompt_only", DataConfig(), "w")) == 4
+    with pytest.raises(ValueError, match="no completion is desirable"):
+        read_records(source[:1], "prompt_completion", DataConfig(), "w")
+
+
+RANKED = {"prompt": "p", "completions": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    "record, kind, message",
+    [
+        ({"messages": []}, "prompt_completion", "column 'messages' is an empty conversation"),
+        (
+            {"messages": ["hello"]},
+            "prompt_completion",
+            "message 1 of column 'messages' is 'hello', must be an object",
+        ),
+        (
+            {"messages": [user("a"), {"content": "b"}]},
+            "prompt_completion",
+            "message 2 of column 'messages' has no role; it has content; a message is {role, content}",
+        ),
+        (
+            {"messages": [{"from": "human", "value": "b"}]},
+            "prompt_completion",
+            "message 1 of column 'messages' has no role; it has from, value",
+        ),
+        (
+            {"prompt": [user(None)]},
+            "prompt_only",
+            "message 1 of column 'prompt' has no content; content must be text",
+        ),
+        (
+            {"prompt": [user(3)]},
+            "prompt_only",
+            "message 1 of column 'prompt' has content 3; content must be text",
+        ),
+        (
+            {"prompt": [user([{"type": "text", "text": "a"}])]},
+            "prompt_only",
+            "message 1 of column 'prompt' has a list of parts as content; only text is read: join the text",
+        ),
+        (
+            {"messages": HELLO},
+            "prompt_completion",
+            "no message is the assistant's: there is nothing to learn",
+        ),
+        ({"messages": "hello"}, "prompt_completion", "column 'messages' is text; map it to 'text'"),
+        ({"text": HELLO}, "prompt_completion", "column 'text' holds chat messages; map it to 'messages'"),
+        ({"messages": ANSWER}, "prompt_only", "begins with its only assistant message: there is no prompt"),
+        ({"prompt": HELLO + ANSWER}, "prompt_only", "column 'prompt' ends with an assistant message"),
+        (
+            {"prompt": HELLO, "completion": HELLO},
+            "prompt_completion",
+            "column 'completion' begins with a 'user' message; it must begin with the assistant's answer",
+        ),
+        (
+            {"prompt": "hello", "completion": ANSWER},
+            "prompt_completion",
+            "column 'prompt' is text, but 'completion' holds messages; let them be alike",
+        ),
+        (
+            {"chosen": HELLO + ANSWER, "rejected": "hi"},
+            "preference",
+            "column 'rejected' is text, but 'chosen' holds messages",
+        ),
+        (
+            {"chosen": ANSWER, "rejected": BETTER},
+            "preference",
+            "chosen and rejected share no message before the assistant's: no prompt",
+        ),
+        (
+            {"prompt": "other", "chosen": HELLO + ANSWER, "rejected": HELLO + BETTER},
+            "preference",
+            "column 'prompt' is text that is not in the messages before the answers",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "label": 1},
+            "unpaired",
+            "column 'label' is 1, must be true or false: whether the completion is desirable; if it means "
+            "something else, set data.format: prompt_completion",
+        ),
+        (RANKED, "ranking", "no column 'ranks' (completions are ranked by a column ranks, scores or pairs)"),
+        (RANKED | {"ranks": [1]}, "ranking", "column 'ranks' has 1 entries for 2 completions; give each one"),
+        (RANKED | {"scores": 3}, "ranking", "column 'scores' has 3 (int) for 2 completions"),
+        (
+            RANKED | {"scores": [1, None]},
+            "ranking",
+            "column 'scores' has the entry None, must be a finite number",
+        ),
+        (RANKED | {"scores": [1, float("nan")]}, "ranking", "column 'scores' has the entry nan"),
+        (
+            RANKED | {"ranks": [0, 1]},
+            "ranking",
+            "column 'ranks' has the rank 0; ranks count from 1, the best",
+        ),
+        (
+            RANKED | {"pairs": [[0, 2]]},
+            "ranking",
+            "column 'pairs' has the entry [0, 2], must be [better, worse]",
+        ),
+        (RANKED | {"pairs": [[1, 1]]}, "ranking", "column 'pairs' has the entry [1, 1]"),
+        (RANKED | {"pairs": 7}, "ranking", "column 'pairs' has the entry 7"),
+        (RANKED | {"completions": "a"}, "ranking", "must be a list of at least 2 completions, is 'a' (str)"),
+        (
+            RANKED | {"completions": ["a"]},
+            "ranking",
+            "must be a list of at least 2 completions, is a list of 1",
+        ),
+        (RANKED | {"completions": ["a", ANSWER], "ranks": [1, 2]}, "ranking", "'completions' holds messages"),
+        ({"prompt": HELLO, "tools": "{"}, "prompt_only", "column 'tools' is no JSON: "),
+        ({"prompt": HELLO, "tools": {"a": 1}}, "prompt_only", "must be a list of JSON schemas"),
+        (
+            {"prompt": HELLO, "chat_template_kwargs": [1]},
+            "prompt_only",
+            "must be an object of template variables",
+        ),
+    ],
+)
+def test_malformed_record_is_one_line(record, kind, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read(record, kind)
+    assert "\n" not in str(caught.value)
+
+
+def test_path_into_a_column_that_is_not_there_is_named():
+    columns = {"completions": "candidates.txt", "scores": "candidates.score"}
+    record = {"prompt": "p", "candidates": [{"text": "a", "score": 1}]}
+    with pytest.raises(
+        ValueError, match=r"record 1 has no column 'candidates.txt'; it has prompt, candidates"
+    ):
+        read(record, "ranking", columns=columns)
+
+
+@pytest.mark.parametrize(
+    "kind, record",
+    [
+        ("prompt_completion", {"messages": HELLO + ANSWER}),
+        ("prompt_completion", {"prompt": "p", "completion": "c"}),
+        ("prompt_only", {"prompt": HELLO}),
+        ("preference", {"prompt": HELLO, "chosen": BETTER, "rejected": ANSWER}),
+        ("preference", {"chosen": "x y", "rejected": "x z"}),
+        ("unpaired", {"prompt": HELLO, "completion": ANSWER, "label": True}),
+        ("ranking", {"prompt": "p", "completions": ["a", "b"], "ranks": [2, 1]}),
+        ("ranking", {"prompt": HELLO, "completions": [ANSWER, BETTER], "pairs": [[1, 0]]}),
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
+def test_formats_come_back_from_files(ending, kind, record, tmp_path):
+    """Writes a record that lacks a column of its neighbour: Arrow then has null fields where it has none."""
+    path, records = tmp_path / f"records.{ending}", [record, record | {"more": 1}]
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        lines = "\n".join(json.dumps(of) for of in records).encode()
+        path.write_bytes(gzip.compress(lines) if ending.endswith("gz") else lines)
+    found = read_records(open_source(str(path)), kind, DataConfig(), "w")
+    expected = read(record, kind)[0]
+    assert [of._replace(columns={}) if hasattr(of, "columns") else of for of in found] == [expected] * 2
 
 
 def test_record_that_lacks_a_column_is_named():
@@ -240,3 +571,27 @@ def test_real_labelled_sentences_become_pairs(test_data):
     pairs = read_records(source, "preference", DataConfig(detokenize=True), "w")
     assert len(pairs) == min(sum(r["label"] == label for r in source) for label in (0, 1))
     assert not any(re.search(r" [,.?]| n't|``|-lrb-", pair.chosen + pair.rejected) for pair in pairs)
+
+
+def test_real_rankings_give_their_judged_pairs(test_data):
+    source = open_source(str(test_data / "wmt19_darr" / "lists_test.jsonl.gz"))
+    cfg = DataConfig(columns={"completions": "candidates.text", "scores": "candidates.score"})
+    rankings = read_records(source, "ranking", cfg, "w")
+    assert len(rankings) == 306 and {len(completions(of)) for of in rankings} <= set(range(3, 12))
+    pairs = read_records(source, "preference", cfg, "w")
+    assert len(pairs) == sum(len(record["pairs"]) for record in source)
+    better, worse = source[0]["pairs"][0]
+    candidates = source[0]["candidates"]
+    assert pairs[0] == Preference(source[0]["prompt"], candidates[better]["text"], candidates[worse]["text"])
+    # Scores are (wins - losses) / (wins + losses): they tell the judged pairs apart.
+    assert all(of.scores[i] > of.scores[j] for of in rankings for i, j in of.pairs)
+
+
+def test_real_pairs_and_questions_need_nothing_but_config(test_data):
+    pairs = open_source(str(test_data / "wmt19_darr" / "pairs_test.jsonl.gz"))
+    assert read_records(pairs, "preference", DataConfig(), "w")[0] == Preference(*pairs[0].values())
+    questions = open_source(str(test_data / "gsm8k" / "test.jsonl.gz"))
+    cfg = DataConfig(columns={"prompt": "question", "completion": "answer"})
+    for kind, record_type in (("prompt_completion", PromptCompletion), ("prompt_only", PromptOnly)):
+        found = read_records(questions, kind, cfg, "w")
+        assert len(found) == 1319 and {type(record) for record in found} == {record_type}
