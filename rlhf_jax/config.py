@@ -90,6 +90,11 @@ class TokenizerConfig:
     """Token that ends a completion, where the tokenizer names none or another is meant."""
     pad_token: str = ""
     """Token that fills up rows, where the tokenizer names none; it may be the EOS token."""
+    chat_template: str = ""
+    """Template of conversations, where the tokenizer has none or another is meant: a .jinja file, or the
+    template's text."""
+    template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = "2024-07-26"
+    """Date that a chat template is given where it prints today's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +108,22 @@ class DataConfig:
     mixed by weight: `{a.jsonl: 3, b.jsonl: 1}` takes three records of a.jsonl for one of b.jsonl."""
     eval: str = ""
     """Held-out records, in the notation of one source; must be given unless train is `synthetic`."""
-    format: Literal["auto", "text", "prompt_completion", "preference", "prompt_only", "labelled"] = "auto"
+    format: Literal[
+        "auto",
+        "text",
+        "messages",
+        "prompt_completion",
+        "preference",
+        "ranking",
+        "unpaired",
+        "prompt_only",
+        "labelled",
+    ] = "auto"
     """What the columns mean; `auto` tells it from their names. `labelled` makes preference pairs of texts
     with a 0/1 label."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Other names of the usual columns, such as {prompt: question, completion: answer}."""
+    """Other names of the usual columns, such as {prompt: question, completion: answer}; `candidates.text` is
+    the field text of each entry of the column candidates."""
     prompts: str = ""
     """For `labelled`: texts whose first prompt_tokens tokens stand before both texts of a pair; empty: no
     prompt."""
@@ -119,10 +135,15 @@ class DataConfig:
     prompt_template: str = ""
     """What stands around every prompt, such as "Question: {prompt}\\nAnswer:"; empty: nothing."""
     max_prompt_length: PositiveInt = 128
-    """Longest prompt in tokens, BOS included; longer ones are dropped and counted."""
+    """Longest prompt in tokens, BOS included, of a conversation up to the first turn that is learned."""
+    prompt_truncation: Literal["drop", "left", "right"] = "drop"
+    """What becomes of longer prompts: the record is dropped, or the prompt cut at its beginning (BOS stays)
+    or its end. It is counted."""
     max_length: PositiveInt = 256
-    """Longest row in tokens, prompt and completion, of SFT and reward training; longer ones are cut on the
-    right, the cut is counted, and no EOS is appended to a cut completion."""
+    """Longest row in tokens, prompt and completion, of SFT and reward training."""
+    truncation: Literal["right", "left", "drop"] = "right"
+    """What becomes of longer rows: cut at their end, without an EOS, cut at their beginning (BOS stays), or
+    the record is dropped. It is counted."""
     packing: bool = False
     """Several short records share a row of max_length tokens and do not see each other: less padding, the
     same loss. A pair stays together, in a row of twice max_length. batch_size and microbatch_size then count

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.config import Config, RewardModelConfig, SFTConfig, StageConfig, TokenizerConfig
+from rlhf_jax.data.columns import Format, is_read
 from rlhf_jax.data.loader import Examples, Split, load_examples, load_records, training_texts
 from rlhf_jax.data.mixture import mixture_counts
-from rlhf_jax.data.records import Format, is_read
 from rlhf_jax.data.tokenize import prompt_limit
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer, train_tokenizer
 from rlhf_jax.models.architecture import Architecture

@@ -69,7 +69,8 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
             reasons[f"data.{key}"] = "the embedded task (data.train: synthetic) has no columns"
     if stage.algorithm == "ppo":
         reasons["data.packing"] = "ppo packs no prompts"
-        reasons["data.max_length"] = "ppo has max_prompt_length and rollout.max_new_tokens"
+        for key in ("max_length", "truncation"):
+            reasons[f"data.{key}"] = "ppo has max_prompt_length and rollout.max_new_tokens"
 
     if stage.algorithm != "ppo":
         reasons["rollout"] = "only a ppo stage samples"

@@ -22,6 +22,9 @@ class Row(NamedTuple):
     ids: list[int]
     prompt_length: int
     was_cut: bool = False
+    excluded: tuple[
+        tuple[int, int], ...
+    ] = ()  # half-open ranges after the prompt that are not the model's own
 
 
 def row(prompt_ids: Sequence[int], completion_ids: Sequence[int], eos_id: int, max_length: int) -> Row:

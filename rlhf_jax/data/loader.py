@@ -17,19 +17,12 @@ from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.config import PROMPTLESS_FORMATS, DataConfig
 from rlhf_jax.data.arrow import Record
 from rlhf_jax.data.collate import Row, collate_prompts, collate_rows, static_length
+from rlhf_jax.data.columns import Format, Kind, record_format
 from rlhf_jax.data.mixture import mixture_pick
-from rlhf_jax.data.records import (
-    AnyRecord,
-    Format,
-    Kind,
-    completions,
-    in_template,
-    read_records,
-    record_format,
-)
+from rlhf_jax.data.records import AnyRecord, completions, in_template, read_records, texts
 from rlhf_jax.data.sources import open_source, open_sources
 from rlhf_jax.data.synthetic import synthetic_records
-from rlhf_jax.data.tokenize import encode_records
+from rlhf_jax.data.tokenize import Losses, encode_records
 from rlhf_jax.data.tokenizer import Tokenizer
 
 Split = Literal["train", "eval"]
@@ -52,6 +45,7 @@ class Examples:
     longest_prompt: int
     weights: tuple[float, ...] = (1.0,)  # of each source; its records are drawn in this proportion
     counts: tuple[int, ...] = ()  # records of each source, which follow each other; of a single one all
+    losses: Losses = dataclasses.field(default_factory=Losses)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -182,6 +176,7 @@ def _joined(first: Examples, second: Examples) -> Examples:
         longest_prompt=max(first.longest_prompt, second.longest_prompt),
         weights=first.weights + second.weights,
         counts=(*(first.counts or (len(first),)), *(second.counts or (len(second),))),
+        losses=Losses(*map(sum, zip(first.losses, second.losses, strict=True))),
     )
 
 
@@ -232,8 +227,8 @@ def training_texts(cfg: DataConfig, kind: Kind, seed: int) -> Iterator[str]:
     """Yields the texts of the training records, for the training of a tokenizer."""
     for source in load_records(cfg, kind, "train", seed):
         for record in source.records:
-            yield record.prompt
-            yield from completions(record)
+            for content in (record.prompt, *completions(record)):
+                yield from texts(content)
 
 
 def tokenize_records(
@@ -259,4 +254,5 @@ def tokenize_records(
         num_cut=sum(row.was_cut for row in encoded.rows),
         longest_row=longest,
         longest_prompt=encoded.longest_prompt,
+        losses=encoded.losses,
     )

@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, cast
 
 from rlhf_jax.config import DataConfig
-from rlhf_jax.data.collate import Row, row
+from rlhf_jax.data.chat import Turns, chat_encoder
+from rlhf_jax.data.collate import Row
+from rlhf_jax.data.columns import Kind, Message
+from rlhf_jax.data.prose import SENTENCE_ENDS
 from rlhf_jax.data.records import (
-    SENTENCE_ENDS,
     AnyRecord,
-    Kind,
     Preference,
-    PromptCompletion,
     PromptOnly,
     completions,
+    is_conversational,
 )
-from rlhf_jax.data.tokenizer import Tokenizer, encode_completions, encode_prompts
+from rlhf_jax.data.tokenizer import Tokenizer, encode_after, encode_prompts
+
+
+class Losses(NamedTuple):
+    """How much of the records is left out, by why."""
+
+    long_prompts: int = 0
+    """Records dropped: the prompt is too long, or the text too short to have one."""
+    long_rows: int = 0
+    """Records dropped: prompt and completion are too long."""
+    without_turns: int = 0
+    """Conversations dropped: no turn of the assistant stands in them as it is sampled."""
+    cut_prompts: int = 0
+    unlearned_turns: int = 0
+    """Turns of the assistant without loss, as the chat template writes them otherwise once more follow."""
+    apart: int = 0
+    """Completions encoded alone, as the joined text does not begin with the prompt's tokens."""
 
 
 class Encoded(NamedTuple):
     """The records that are kept, and their rows."""
 
     records: list[AnyRecord]
-    """As text; a prompt that was cut to its first tokens reads as cut."""
+    """As text or messages; a prompt that was cut to its first tokens reads as cut."""
     rows: list[Row]
-    """One per record, of a preference two: chosen, rejected; of a prompt its prompt alone."""
+    """One per completion: of a preference two: chosen, rejected; of a prompt its prompt alone."""
     longest_prompt: int
     """Tokens, BOS included."""
+    losses: Losses
+
+
+class _Candidate(NamedTuple):
+    """A record with its tokens, before any are cut."""
+
+    record: AnyRecord
+    prompt: list[int]
+    turns: list[Turns]
+    """Of each completion, its prompt included."""
 
 
 def encode_records(
@@ -41,51 +70,166 @@ def encode_records(
 ) -> Encoded:
     """Returns the records with their token ids.
 
-    A record whose prompt has more than cfg.max_prompt_length tokens, BOS included, is left out; a row of more
-    than cfg.max_length tokens is cut on the right. A prompt without any token (empty text, a tokenizer
-    without BOS) becomes EOS, the token after which texts begin; to sample from it is an error.
+    What is longer than cfg.max_prompt_length (BOS included) and cfg.max_length is dropped or cut, as
+    cfg.prompt_truncation and cfg.truncation say. A prompt without any token (empty text, a tokenizer without
+    BOS) becomes EOS, the token after which texts begin; to sample from it is an error.
 
     Raises:
-        ValueError: an empty prompt to sample from; no record left.
+        ValueError: an empty prompt to sample from; conversations beside plain text, without a chat template,
+            or with prompts cut on the right; no record left.
     """
-    eos_id = cast(int, tokenizer.eos_token_id)
+    if has_conversations(records, where):
+        if cfg.prompt_truncation == "right":
+            raise ValueError(
+                f"{where}: holds conversations and data.prompt_truncation is 'right', which would cut "
+                "off where the assistant begins; allowed: drop, left"
+            )
+        candidates = _conversations(records, kind, tokenizer, where)
+    else:
+        candidates = _plain(records, kind, tokenizer, where)
     limit = prompt_limit(cfg, kind)
+    bos = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     kept: list[AnyRecord] = []
-    prompts: list[list[int]] = []
+    rows: list[Row] = []
     lengths: list[int] = []
-    for number, (record, prompt) in enumerate(
-        zip(records, encode_prompts(tokenizer, [record.prompt for record in records]), strict=True), start=1
-    ):
-        if not isinstance(record, PromptCompletion) and record.prompt_tokens:
-            prompt, text = opening(tokenizer, prompt, record.prompt_tokens)
-            if not prompt:
+    counts = collections.Counter[str]()
+    for record, prompt, turns in candidates:
+        counts["unlearned_turns"] += sum(of.num_unlearned for of in turns)
+        counts["apart"] += sum(of.was_apart for of in turns)
+        if not all(of.spans for of in turns):
+            counts["without_turns"] += 1
+            continue
+        lengths.append(len(prompt))
+        if len(prompt) > limit:
+            if cfg.prompt_truncation == "drop":
                 continue
-            record = _after_opening(record, text)
+            counts["cut_prompts"] += 1
+            turns = [_cut_prompt(of, len(prompt), limit, cfg.prompt_truncation, bos) for of in turns]
+            prompt = _cut_prompt(Turns(prompt, []), len(prompt), limit, cfg.prompt_truncation, bos).ids
+            if isinstance(record, PromptOnly) and isinstance(record.prompt, str):
+                record = record._replace(prompt=_read(tokenizer, prompt[len(bos) :]))
+        if kind == "prompt_only":
+            of_record = [Row(prompt, len(prompt))]
+        else:
+            of_record = [_row(of, cfg.max_length, cfg.truncation, bos) for of in turns]
+        if cfg.truncation == "drop" and any(row.was_cut for row in of_record):
+            counts["long_rows"] += 1
+            continue
+        kept.append(record)
+        rows += of_record
+    if not kept:
+        raise ValueError(_nothing_left(where, lengths, limit, cfg, counts))
+    counts["long_prompts"] = len(records) - len(kept) - counts["long_rows"] - counts["without_turns"]
+    longest_prompt = max(row.prompt_length for row in rows)
+    if loss_on == "all":
+        rows = [row._replace(prompt_length=1, excluded=()) for row in rows]
+    return Encoded(kept, rows, longest_prompt, Losses(**counts))
+
+
+def has_conversations(records: Sequence[AnyRecord], where: str) -> bool:
+    """Returns whether the records hold messages; ValueError where some do and others are text."""
+    are = [is_conversational(record) for record in records]
+    if len(set(are)) > 1:
+        number = are.index(not are[0]) + 1
+        forms = ("conversations", "plain text") if are[0] else ("plain text", "conversations")
+        raise ValueError(
+            f"{where}: record 1 is of {forms[0]}, record {number} of {forms[1]}; let all be alike, for a "
+            "conversation ends with a token of its chat template"
+        )
+    return are[0]
+
+
+def stop_id(tokenizer: Tokenizer, *, has_conversations: bool) -> int:
+    """Returns the token that ends a completion: of conversations the one that ends the template's turns."""
+    if has_conversations:
+        return chat_encoder(tokenizer).end_of_turn_id
+    return cast(int, tokenizer.eos_token_id)
+
+
+def _conversations(
+    records: Sequence[AnyRecord], kind: Kind, tokenizer: Tokenizer, where: str
+) -> Iterator[_Candidate]:
+    """Yields conversations in tokens; a prompt ends where the first turn begins that is learned."""
+    encoder = chat_encoder(tokenizer)
+    for number, record in enumerate(records, start=1):
+        here, prompt = f"{where}: record {number}", cast("list[Message]", record.prompt)
+        if kind == "prompt_only":
+            yield _Candidate(record, encoder.prompt(prompt, record.variables, here), [])
+            continue
+        turns = [
+            encoder.turns(prompt, cast("list[Message]", completion), record.variables, here)
+            for completion in completions(record)
+        ]
+        spans = turns[0].spans
+        yield _Candidate(record, turns[0].ids[: spans[0][0]] if spans else [], turns)
+
+
+def _plain(
+    records: Sequence[AnyRecord], kind: Kind, tokenizer: Tokenizer, where: str
+) -> Iterator[_Candidate]:
+    """Yields texts in tokens, EOS after each completion, but those that are too short to have a prompt."""
+    eos_id = cast(int, tokenizer.eos_token_id)
+    encoded: list[tuple[AnyRecord, list[int]]] = []
+    for record, prompt in zip(
+        records, encode_prompts(tokenizer, [cast(str, record.prompt) for record in records]), strict=True
+    ):
+        if isinstance(record, (Preference, PromptOnly)) and record.prompt_tokens:
+            ids, text = opening(tokenizer, prompt, record.prompt_tokens)
+            if ids:
+                encoded.append((_after_opening(record, text), ids))
+        else:
+            encoded.append((record, prompt))
+    if kind == "prompt_only":
+        answers = iter(())
+    else:
+        pairs = [
+            ((cast(str, record.prompt), prompt), cast(str, text))
+            for record, prompt in encoded
+            for text in completions(record)
+        ]
+        answers = iter(encode_after(tokenizer, *(zip(*pairs, strict=True) if pairs else ((), ()))))
+    for number, (record, prompt) in enumerate(encoded, start=1):
         if not prompt and kind == "prompt_only":
             raise ValueError(
                 f"{where}: record {number} has an empty prompt and the tokenizer has no BOS token to start "
                 "from; give every record a prompt"
             )
+        turns = []
         prompt = prompt or [eos_id]
-        lengths.append(len(prompt))
-        if len(prompt) <= limit:
-            kept.append(record)
-            prompts.append(prompt)
-    if not kept:
-        raise ValueError(_nothing_left(where, lengths, limit, cfg))
-    if kind == "prompt_only":
-        rows = [Row(prompt, len(prompt)) for prompt in prompts]
+        for _ in completions(record) if kind != "prompt_only" else ():
+            answer, was_apart = next(answers)
+            ids = [*prompt, *answer, eos_id]
+            turns.append(Turns(ids, [(len(prompt), len(ids))], was_apart=was_apart))
+        yield _Candidate(record, prompt, turns)
+
+
+def _cut_prompt(turns: Turns, length: int, limit: int, side: str, bos: list[int]) -> Turns:
+    """Returns turns whose prompt of `length` tokens is cut to `limit` tokens; BOS stays."""
+    ids = turns.ids
+    if side == "right":
+        kept = ids[:limit]
     else:
-        texts = [text for record in kept for text in completions(record)]
-        encoded = iter(encode_completions(tokenizer, texts))
-        rows = [
-            row(prompt, next(encoded), eos_id, cfg.max_length)
-            for record, prompt in zip(kept, prompts, strict=True)
-            for _ in completions(record)
-        ]
-    if loss_on == "all":
-        rows = [row._replace(prompt_length=1) for row in rows]
-    return Encoded(kept, rows, max(map(len, prompts)))
+        start = bos if ids[: len(bos)] == bos else []
+        kept = [*start, *ids[length - limit + len(start) : length]]
+    gone = length - limit
+    spans = [(start - gone, stop - gone) for start, stop in turns.spans]
+    return turns._replace(ids=kept + ids[length:], spans=spans)
+
+
+def _row(turns: Turns, max_length: int, truncation: str, bos: list[int]) -> Row:
+    """Returns turns as a row of at most max_length tokens; what is cut on the right has no EOS."""
+    ids, spans = turns.ids, turns.spans
+    gone = len(ids) - max_length
+    if gone > 0 and truncation == "left":
+        start = bos if ids[: len(bos)] == bos else []
+        ids = [*start, *ids[gone + len(start) :]]
+        first = max(len(start), 1)  # nothing predicts the first token
+        spans = [(max(a - gone, first), b - gone) for a, b in spans if b - gone > first]
+    elif gone > 0:
+        ids = ids[:max_length]
+        spans = [(a, min(b, max_length)) for a, b in spans if a < max_length]
+    excluded = tuple((before[1], after[0]) for before, after in itertools.pairwise(spans))
+    return Row(ids, spans[0][0], was_cut=gone > 0, excluded=excluded)
 
 
 def prompt_limit(cfg: DataConfig, kind: Kind) -> int:
@@ -120,14 +264,28 @@ def _after_opening(record: Preference | PromptOnly, text: str) -> Preference | P
     if isinstance(record, PromptOnly):
         return record._replace(prompt=text)
     blank = "" if text[-1:].isspace() else " "
-    return Preference(text, blank + record.chosen, blank + record.rejected, record.prompt_tokens)
+    chosen, rejected = cast(str, record.chosen), cast(str, record.rejected)
+    return Preference(text, blank + chosen, blank + rejected, record.prompt_tokens)
 
 
 def _read(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
-def _nothing_left(where: str, lengths: Sequence[int], limit: int, cfg: DataConfig) -> str:
+def _nothing_left(
+    where: str, lengths: Sequence[int], limit: int, cfg: DataConfig, counts: Mapping[str, int]
+) -> str:
+    if counts["without_turns"]:
+        return (
+            f"{where}: no turn of the assistant in {counts['without_turns']} conversations stands in the "
+            "text as it is sampled: the chat template writes something else after the messages before it; "
+            "set tokenizer.chat_template to one that does not"
+        )
+    if counts["long_rows"]:
+        return (
+            f"{where}: all records have more than data.max_length = {cfg.max_length} tokens; raise it, or "
+            "set data.truncation"
+        )
     if not lengths:
         return f"{where}: no text has more than data.prompt_tokens = {cfg.prompt_tokens} tokens; lower it"
     key = "data.max_prompt_length" if limit == cfg.max_prompt_length else "data.max_length (less one)"

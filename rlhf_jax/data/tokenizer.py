@@ -1,13 +1,16 @@
 """Text to token ids: a tokenizer that is loaded or trained, and the one way in which text is encoded.
 
-Prompt and completion are encoded apart and concatenated, in training as in sampling: the tokens of a prompt
-do not depend on what follows, and the first completion token is one that the sampler can choose. Encoding the
-joined text may give other tokens where the two meet.
+The tokens of a prompt do not depend on what follows, in training as in sampling. A completion's tokens are
+those that the joined text has after the prompt's: a tokenizer that puts a blank before every text puts none
+between the two. Where the joined text does not begin with the prompt's tokens, as where a prompt ends
+within a word, the completion is encoded alone.
 """
 
 from __future__ import annotations
 
+import datetime
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
@@ -44,7 +47,7 @@ def load_tokenizer(cfg: TokenizerConfig, model_path: str = "") -> Tokenizer:
         raise ValueError(
             "tokenizer.path: is empty and so is model.path; name a tokenizer, or train one on the text"
         )
-    return settle_special_tokens(open_tokenizer(path, key), cfg, path)
+    return settle_template(settle_special_tokens(open_tokenizer(path, key), cfg, path), cfg)
 
 
 def open_tokenizer(path: str, key: str) -> Tokenizer:
@@ -56,6 +59,54 @@ def open_tokenizer(path: str, key: str) -> Tokenizer:
     _check_directory(path, key)
     with told_as(f"{key}: {path} holds no tokenizer that transformers can load"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def settle_template(tokenizer: Tokenizer, cfg: TokenizerConfig) -> Tokenizer:
+    """Returns the tokenizer with cfg's chat template, or its own, in which today is cfg.template_date.
+
+    A macro before the template takes the place of `strftime_now`, so that the date goes where it goes.
+
+    Raises:
+        ValueError: there is no such file, or no such date.
+    """
+    template = cfg.chat_template
+    if template and not re.search(r"{[{%]", template):
+        try:
+            template = Path(template).read_text()
+        except OSError as error:
+            raise ValueError(
+                f"tokenizer.chat_template: {template}: {error.strerror or error}; it is a .jinja file or the "
+                "template's text"
+            ) from None
+    try:
+        date = datetime.date.fromisoformat(cfg.template_date)
+    except ValueError as error:
+        raise ValueError(f"tokenizer.template_date: {cfg.template_date!r} is no date: {error}") from None
+    template = template or tokenizer.chat_template
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: _with_date(text, date) for name, text in template.items()}
+    elif template:
+        tokenizer.chat_template = _with_date(template, date)
+    return tokenizer
+
+
+def template_date(tokenizer: Tokenizer) -> str:
+    """Returns the date that the chat template prints as today's, YYYY-MM-DD; empty where it prints none."""
+    found = re.search(re.escape(_DATE_MACRO) + r".*?'%F', '(.+?)'", str(tokenizer.chat_template or ""))
+    return found.group(1) if found else ""
+
+
+_DATE_MACRO = "{% macro strftime_now(format) %}"
+
+
+def _with_date(template: str, date: datetime.date) -> str:
+    if "strftime_now" not in template or template.startswith(_DATE_MACRO):
+        return template
+    directives = [f"%-{letter}" for letter in "dmHIjy"] + [
+        f"%{letter}" for letter in "FaAbBdDjmpyYHMSTIxXcZ%"
+    ]
+    values = "".join(f" | replace('{of}', '{date.strftime(of)}')" for of in directives)
+    return f"{_DATE_MACRO}{{{{ format{values} }}}}{{% endmacro %}}\n{template}"
 
 
 def settle_special_tokens(tokenizer: Tokenizer, cfg: TokenizerConfig, path: str) -> Tokenizer:
@@ -121,10 +172,9 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]
 
 
 def encode_completions(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each completion without control tokens; EOS is appended where rows are made.
+    """Returns the ids of each text alone, without control tokens; EOS is appended where rows are made.
 
-    A completion that begins with a word starts with its space. (Tokenizers that add a space to every text,
-    such as Llama 2's, have it anyway.) A control token's name in a text stays plain letters.
+    A control token's name in a text stays plain letters.
 
     Raises:
         ValueError: the tokenizer fails, being damaged, or without a token for words it does not know.
@@ -141,6 +191,29 @@ def encode_completions(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[
             verbose=False,
         )
     return cast("list[list[int]]", encoded["input_ids"])
+
+
+def encode_after(
+    tokenizer: Tokenizer, prompts: Sequence[tuple[str, Sequence[int]]], texts: Sequence[str]
+) -> list[tuple[list[int], bool]]:
+    """Returns the ids of each text after its prompt, and whether it had to be encoded alone.
+
+    Args:
+        tokenizer: of both.
+        prompts: text and ids, as encode_prompts has them, of the prompt of each text.
+        texts: completions.
+    """
+    joined = encode_prompts(
+        tokenizer, [prompt + text for (prompt, _), text in zip(prompts, texts, strict=True)]
+    )
+    is_apart = [whole[: len(ids)] != list(ids) for whole, (_, ids) in zip(joined, prompts, strict=True)]
+    alone = iter(
+        encode_completions(tokenizer, [text for text, apart in zip(texts, is_apart, strict=True) if apart])
+    )
+    return [
+        (next(alone), True) if apart else (whole[len(ids) :], False)
+        for whole, (_, ids), apart in zip(joined, prompts, is_apart, strict=True)
+    ]
 
 
 def _check_directory(path: str, key: str) -> None:
