@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import strict_yaml
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.checkpoint import read_result
+from rlhf_jax.checkpoint import load_info, read_result
 from rlhf_jax.config import Config, MeshConfig, StageConfig, TokenizerConfig
 from rlhf_jax.config_file import resolve
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -129,8 +129,11 @@ def export_stage(
         if role == "policy":
             policy = load_policy(directory, model, mesh)
             hf.save_policy(unfinished, architecture, policy, dtype=dtype, token_ids=token_ids(tokenizer))
-            generation = to_json(generation_config(stage, tokenizer), indent=2)
-            replace_file(unfinished / "generation_config.json", generation + "\n")
+            generation = generation_config(stage, tokenizer)
+            stop = load_info(directory).get("text", {}).get("stop", tokenizer.eos_token_id)
+            if stop != tokenizer.eos_token_id:  # conversations end with a token of the chat template
+                generation["eos_token_id"] = [stop, tokenizer.eos_token_id]
+            replace_file(unfinished / "generation_config.json", to_json(generation, indent=2) + "\n")
         else:
             set_own_pad(tokenizer)
             kind: Role = "value" if role == "value" else "reward"

@@ -16,12 +16,21 @@ from jax.sharding import Mesh
 
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
+from rlhf_jax.checkpoint import load_info
 from rlhf_jax.config import Config, RewardModelConfig, SFTConfig, StageConfig, TokenizerConfig
+from rlhf_jax.data.chat import chat_encoder
 from rlhf_jax.data.columns import Format, is_read
 from rlhf_jax.data.loader import Examples, Split, load_examples, load_records, training_texts
 from rlhf_jax.data.mixture import mixture_counts
-from rlhf_jax.data.tokenize import prompt_limit
-from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer, train_tokenizer
+from rlhf_jax.data.tokenize import prompt_limit, text_difference, text_settings
+from rlhf_jax.data.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    open_tokenizer,
+    settle_template,
+    template_date,
+    train_tokenizer,
+)
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.scorers import read_scorer
 from rlhf_jax.models.transformer import make_model
@@ -68,6 +77,11 @@ class Plan(NamedTuple):
         """Returns RUN/STAGE."""
         return Path(self.stage.run.dir) / self.stage.name
 
+    @property
+    def text(self) -> dict[str, Any]:
+        """Returns how the stage's records become tokens; its checkpoints tell it."""
+        return text_settings(self.tokenizer, self.stage.data, has_conversations=self.train.has_conversations)
+
     def row_counts(self) -> dict[str, int]:
         """Returns the numbers of rows that the mesh has to divide, by the option that decides them."""
         settings, per_record = self.stage.settings, self.algorithm.rows_per_record
@@ -92,13 +106,33 @@ class Plan(NamedTuple):
     def losses(self) -> list[str]:
         """Returns a line for each split of which records are dropped or rows cut."""
         data, lines = self.stage.data, []
+        if self.number == 0 and self.train.has_conversations and (date := template_date(self.tokenizer)):
+            lines.append(
+                f"the chat template prints today's date: it is always {date} (tokenizer.template_date)"
+            )
         for name, of in (("train", self.train), ("eval", self.held_out)):
             total, parts = len(of) + of.num_dropped, []
-            if of.num_dropped:
+            lost = of.losses
+            if long_prompts := lost.long_prompts:
                 why = f"prompt longer than {prompt_limit(data, of.kind)} tokens"
                 if data.prompt_tokens:
                     why += f", or text too short for one of {data.prompt_tokens}"
-                parts.append(f"{of.num_dropped} of {total} records dropped ({why})")
+                parts.append(f"{long_prompts} of {total} records dropped ({why})")
+            if lost.long_rows:
+                parts.append(
+                    f"{lost.long_rows} of {total} records dropped (longer than {data.max_length} tokens)"
+                )
+            if lost.without_turns:
+                parts.append(f"{lost.without_turns} of {total} records dropped (no assistant turn to learn)")
+            if lost.unlearned_turns:
+                parts.append(
+                    f"{lost.unlearned_turns} assistant turns without loss (the template rewrites them)"
+                )
+            if lost.cut_prompts:
+                limit, side = prompt_limit(data, of.kind), data.prompt_truncation
+                parts.append(f"{lost.cut_prompts} of {total} prompts cut on the {side} at {limit} tokens")
+            if lost.apart:
+                parts.append(f"{lost.apart} of {len(of.rows)} completions encoded apart")
             if of.num_cut:
                 parts.append(f"{of.num_cut} of {len(of.rows)} rows cut at {data.max_length} tokens")
             if parts:
@@ -205,6 +239,10 @@ def _plan(
     gold = judge(stage.rewards.gold, held_out)
     if problems or architecture is None or train is None or held_out is None:
         return None
+    if train.has_conversations != held_out.has_conversations:
+        names = ("data.train", "data.eval") if train.has_conversations else ("data.eval", "data.train")
+        problems.append(f"{names[0]} holds conversations and {names[1]} plain text; let both be alike")
+        return None
     length = max(train.length, held_out.length)  # one shape, so that programs compile once
     train, held_out = (dataclasses.replace(of, length=length) for of in (train, held_out))
     demonstrations = None
@@ -213,7 +251,7 @@ def _plan(
         if stage.settings.normalizer != "none":
             wants = stage.settings.normalize_on == "demonstrations"
             demonstrations = earlier[stage.start_from].train if wants else train
-    return Plan(
+    plan = Plan(
         stage=stage,
         number=number,
         algorithm=algorithm,
@@ -227,6 +265,42 @@ def _plan(
         gold=gold,
         external=external,
     )
+    attempt(_check_text, plan, earlier)
+    return None if problems else plan
+
+
+TEXT_OF_MODEL = ("tokenizer", "bos", "stop", "pad", "conversations", "chat_template", "template_date")
+"""What text_settings have to agree on between a model and the stage that goes on from it."""
+
+
+def _check_text(plan: Plan, earlier: dict[str, Plan]) -> None:
+    """Raises ValueError where a stage reads text otherwise than those whose models it goes on from did.
+
+    An sft stage may: it teaches a model another form of text. A reward model that reads in its own way is
+    given the text in its own form. Checkpoints that no stage wrote tell nothing.
+    """
+    stage, ours = plan.stage, plan.text
+    starts = () if stage.algorithm == "sft" else ((stage.start_from, plan.origins.policy),)
+    if plan.external is None:
+        starts = (*starts, (stage.reward_from, plan.origins.reward))
+    elif (tokenizer := plan.external.reader.tokenizer) is not None and ours["conversations"]:
+        chat_encoder(tokenizer)  # raises where there is no template to render them again with
+    for name, path in starts:
+        if name in earlier:
+            theirs = earlier[name].text
+        elif path is not None and is_stage_dir(path):
+            theirs = load_info(path).get("text")
+            if theirs is None:
+                raise ValueError(
+                    f"the checkpoints in {path} do not tell how text was treated; train it again"
+                )
+        else:
+            continue
+        if differing := text_difference(theirs, ours, TEXT_OF_MODEL):
+            raise ValueError(
+                f"{name} was trained on text that is treated otherwise: {differing}; use the same tokenizer "
+                "and chat template (tokenizer), and conversations or plain text in both"
+            )
 
 
 def _check_length(stage: StageConfig, algorithm: Algorithm, architecture: Architecture) -> None:
@@ -286,6 +360,7 @@ def _external(
         is_foreign = not is_stage_dir(path)
         pad_id = read_scorer(path).pad_id if is_foreign else None
         own = open_tokenizer(str(_tokenizer_dir(path)), f"stages.{stage.name}.reward_from")
+        own = settle_template(own, TokenizerConfig(template_date=stage.tokenizer.template_date))
         if _encode_alike(own, tokenizer, is_foreign):
             own = None
         elif len(own) > of_reward.vocab_size:
@@ -399,7 +474,7 @@ def prepare_tokenizer(config: Config) -> Tokenizer:
         texts = list(training_texts(first.data, ALGORITHMS[first.algorithm].records, first.run.seed))
     except ValueError:
         raise ValueError("\n".join(_unreadable(config))) from None
-    return train_tokenizer(texts, first.tokenizer.vocab_size)
+    return settle_template(train_tokenizer(texts, first.tokenizer.vocab_size), first.tokenizer)
 
 
 def _unreadable(config: Config) -> list[str]:

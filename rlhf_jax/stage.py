@@ -16,6 +16,7 @@ from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
 from rlhf_jax.config import RewardModelConfig
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import Preference, PromptOnly
+from rlhf_jax.data.tokenize import text_difference
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
 from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
@@ -50,7 +51,7 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     model = make_model(plan.architecture, stage.model.dtype, stage.model.remat)
     is_online = algorithm.records == "prompt_only"
     num_completion = stage.rollout.max_new_tokens if is_online else _longest_completion(plan)
-    ids = TokenIds(eos=cast(int, plan.tokenizer.eos_token_id), pad=cast(int, plan.tokenizer.pad_token_id))
+    ids = TokenIds(eos=plan.text["stop"], pad=cast(int, plan.tokenizer.pad_token_id))
     programs = build_programs(stage, algorithm, model, mesh, num_completion, ids)
     trained, frozen = load_roles(stage, algorithm, plan.origins, model, mesh, root)
     source, evaluate = (
@@ -62,11 +63,21 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     ):
         state = programs.init_state(trained)
         data = plan.train.fingerprint
-        info = {"architecture": plan.architecture.to_dict(), "algorithm": stage.algorithm, "data": data}
+        info = {
+            "architecture": plan.architecture.to_dict(),
+            "algorithm": stage.algorithm,
+            "data": data,
+            "text": plan.text,
+        }
         newest = checkpointer.latest()
         if newest is not None:
             state = checkpointer.restore(newest, state)
             info = checkpointer.info(newest)
+            if differing := text_difference(info.get("text", {}), plan.text):
+                raise ValueError(
+                    f"stage {stage.name}: its text is treated otherwise than until step {newest}: "
+                    f"{differing}; restore the options of tokenizer and data, or choose another run.dir"
+                )
             if info["data"] != data:
                 raise ValueError(
                     f"stage {stage.name}: the records of data.train are not those that it was trained on "

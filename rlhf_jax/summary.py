@@ -56,9 +56,14 @@ def comparisons(run_dir: Path | str, count: int = 2) -> list[Sample]:
     own = sorted(path for path in files if _stage_of(path) == _stage_of(files[-1]))
     first, last = (_read_samples(path) for path in (own[0], own[-1]))
     return [
-        Sample(a["prompt"], a["completion"], b["completion"], a["score"], b["score"])
+        Sample(_as_text(a["prompt"]), a["completion"], b["completion"], a["score"], b["score"])
         for a, b in zip(first[:count], last, strict=False)
     ]
+
+
+def _as_text(prompt: str | list[dict]) -> str:
+    """Returns a prompt as text, of a conversation the last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
 
 
 def _stage_of(samples: Path) -> str:

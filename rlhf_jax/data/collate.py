@@ -27,15 +27,6 @@ class Row(NamedTuple):
     ] = ()  # half-open ranges after the prompt that are not the model's own
 
 
-def row(prompt_ids: Sequence[int], completion_ids: Sequence[int], eos_id: int, max_length: int) -> Row:
-    """Returns prompt + completion + EOS; what exceeds max_length is cut on the right, its EOS with it.
-
-    A completion that fits only without its EOS counts as cut as well.
-    """
-    ids = [*prompt_ids, *completion_ids, eos_id]
-    return Row(ids[:max_length], len(prompt_ids), was_cut=len(ids) > max_length)
-
-
 def static_length(longest: int, limit: int) -> int:
     """Returns the least multiple of LENGTH_MULTIPLE that holds the longest row, at most limit."""
     return min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, limit)

@@ -19,7 +19,14 @@ from rlhf_jax.data.arrow import Record
 from rlhf_jax.data.collate import Row, collate_prompts, collate_rows, static_length
 from rlhf_jax.data.columns import Format, Kind, record_format
 from rlhf_jax.data.mixture import mixture_pick
-from rlhf_jax.data.records import AnyRecord, completions, in_template, read_records, texts
+from rlhf_jax.data.records import (
+    AnyRecord,
+    completions,
+    in_template,
+    is_conversational,
+    read_records,
+    texts,
+)
 from rlhf_jax.data.sources import open_source, open_sources
 from rlhf_jax.data.synthetic import synthetic_records
 from rlhf_jax.data.tokenize import Losses, encode_records
@@ -49,6 +56,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def has_conversations(self) -> bool:
+        """Returns whether the records are conversations rather than plain text."""
+        return is_conversational(self.records[0])
 
     @property
     def rows_per_record(self) -> int:

@@ -187,8 +187,8 @@ def in_template[R: AnyRecord](record: R, template: str) -> R:
         return record
     if not isinstance(record.prompt, str):
         raise ValueError(
-            "data.prompt_template: stands around plain text, but the records are conversations, which have the "
-            "tokenizer's chat template; leave it out, or set tokenizer.chat_template"
+            "data.prompt_template: stands around plain text, but the records are conversations, which have "
+            "the tokenizer's chat template; leave it out, or set tokenizer.chat_template"
         )
     return record._replace(prompt=template.replace(PROMPT, record.prompt))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, cast
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 from rlhf_jax.config import DataConfig
 from rlhf_jax.data.chat import Turns, chat_encoder
@@ -19,7 +21,7 @@ from rlhf_jax.data.records import (
     completions,
     is_conversational,
 )
-from rlhf_jax.data.tokenizer import Tokenizer, encode_after, encode_prompts
+from rlhf_jax.data.tokenizer import Tokenizer, encode_after, encode_prompts, template_date
 
 
 class Losses(NamedTuple):
@@ -137,6 +139,49 @@ def has_conversations(records: Sequence[AnyRecord], where: str) -> bool:
             "conversation ends with a token of its chat template"
         )
     return are[0]
+
+
+def text_settings(tokenizer: Tokenizer, cfg: DataConfig, *, has_conversations: bool) -> dict[str, Any]:
+    """Returns how text becomes tokens, as JSON values: what a checkpoint tells of the text it was trained on.
+
+    Args:
+        tokenizer: of the run.
+        cfg: reads prompt_template, prompt_truncation, truncation.
+        has_conversations: whether the records are; otherwise the chat template does not matter.
+    """
+    backend = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    rules = [backend.get(part) for part in ("normalizer", "pre_tokenizer", "model")]
+    return {
+        "tokenizer": _digest([tokenizer.get_vocab(), rules]),
+        "bos": tokenizer.bos_token_id,
+        "stop": stop_id(tokenizer, has_conversations=has_conversations),
+        "pad": tokenizer.pad_token_id,
+        "conversations": has_conversations,
+        "chat_template": _digest(tokenizer.chat_template) if has_conversations else "",
+        "template_date": template_date(tokenizer) if has_conversations else "",
+        "prompt_template": cfg.prompt_template,
+        "prompt_truncation": cfg.prompt_truncation,
+        "truncation": cfg.truncation,
+    }
+
+
+def text_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], keys: Iterable[str] = ()) -> str:
+    """Returns what differs between two text_settings, such as `stop 2 there and 7 here`; empty for nothing.
+
+    Args:
+        theirs: of a checkpoint.
+        ours: of the stage that reads it.
+        keys: to compare; all where none are named.
+    """
+    return ", ".join(
+        f"{key} {theirs.get(key)!r} there and {ours.get(key)!r} here"
+        for key in keys or ours
+        if theirs.get(key) != ours.get(key)
+    )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stop_id(tokenizer: Tokenizer, *, has_conversations: bool) -> int:

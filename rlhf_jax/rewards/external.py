@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax.batch import Mean, Metrics, Params, Rows
+from rlhf_jax.data.chat import chat_encoder
 from rlhf_jax.data.collate import Row, collate_rows
 from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.data.tokenizer import Tokenizer, encode_completions, encode_prompts
@@ -78,7 +79,8 @@ def render(
 ) -> list[int]:
     """Returns prompt and completion in a reward model's tokens, its EOS last where the completion ended.
 
-    Never nothing: a score needs a token to stand on.
+    Conversations are rendered by the reward model's own chat template, and end with its token. Never nothing:
+    a score needs a token to stand on.
 
     Args:
         tokenizer: the reward model's.
@@ -88,6 +90,11 @@ def render(
         joins: encode both as one text, with BOS where the tokenizer puts it by itself; otherwise apart, with
             BOS where there is one, as rows are made here.
     """
+    if not isinstance(record.prompt, str):
+        chat = chat_encoder(tokenizer)
+        prompt = chat.prompt(record.prompt, record.variables, "a prompt, for the reward model")
+        (answer,) = encode_completions(tokenizer, [completion])
+        return prompt + answer + [chat.end_of_turn_id] * ended
     end = [cast(int, tokenizer.eos_token_id)] if ended and tokenizer.eos_token_id is not None else []
     if joins:
         (ids,) = encode_completions(tokenizer, [record.prompt + completion])

@@ -4,22 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.data.collate import Row, collate_prompts, collate_rows, row, static_length
+from rlhf_jax.data.collate import Row, collate_prompts, collate_rows, static_length
 
 EOS = 2
-
-
-@pytest.mark.parametrize(
-    "max_length, ids, was_cut",
-    [
-        (9, [1, 5, 6, 7, EOS], False),
-        (5, [1, 5, 6, 7, EOS], False),
-        (4, [1, 5, 6, 7], True),  # the text fits, its end does not: no EOS
-        (3, [1, 5, 6], True),
-    ],
-)
-def test_cut_row_has_no_eos(max_length, ids, was_cut):
-    assert row([1, 5], [6, 7], EOS, max_length) == Row(ids, 2, was_cut)
 
 
 @pytest.mark.parametrize(

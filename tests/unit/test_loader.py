@@ -317,11 +317,11 @@ def test_real_stories_give_rows_and_openings(test_data):
 def test_a_template_stands_around_every_prompt(tokenizer, tmp_path):
     """Braces elsewhere are plain text, in the template and in the prompt; completions and columns stay."""
     path = tmp_path / "demos.jsonl"
-    path.write_text(json.dumps({"question": "{prompt} {x}", "answer": "b", "label": 1}))
+    path.write_text(json.dumps({"question": "{prompt} {x}", "answer": "b"}))
     columns = {"prompt": "question", "completion": "answer"}
     cfg = DataConfig(train=str(path), eval=str(path), columns=columns, prompt_template="{Q} {prompt}\n")
     examples = load_examples(cfg, "prompt_completion", "train", tokenizer, 0)
-    assert examples.records == [PromptCompletion("{Q} {prompt} {x}\n", "b", {"label": 1})]
+    assert examples.records == [PromptCompletion("{Q} {prompt} {x}\n", "b")]
     (row,) = examples.rows
     assert list(row.ids[: row.prompt_length]) == list(encode_prompts(tokenizer, ["{Q} {prompt} {x}\n"])[0])
     only = load_examples(cfg, "prompt_only", "eval", tokenizer, 0)

@@ -12,7 +12,9 @@ import pytest
 from rlhf_jax import config
 from rlhf_jax.checkpoint import write_result
 from rlhf_jax.command_line import read_config
-from rlhf_jax.data.tokenizer import train_tokenizer
+from rlhf_jax.config import DataConfig, TokenizerConfig
+from rlhf_jax.data.tokenize import Losses, text_difference, text_settings
+from rlhf_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.scorers import save_scorer
@@ -31,9 +33,13 @@ rewards: {}
 """
 
 
-def write_stage(run, name, algorithm, architecture=ARCHITECTURE, tokenizer=TOKENIZER):
+def write_stage(run, name, algorithm, architecture=ARCHITECTURE, tokenizer=TOKENIZER, **text):
     """Writes as much of a finished stage as a plan reads."""
-    info = {"algorithm": algorithm, "architecture": architecture.to_dict()}
+    info = {
+        "algorithm": algorithm,
+        "architecture": architecture.to_dict(),
+        "text": text_settings(tokenizer, DataConfig(), has_conversations=False) | text,
+    }
     manifest = {"format": 1, "step": 1, "info": info, "leaves": {}, "files": {}}
     (run / name / "checkpoints" / "1").mkdir(parents=True)
     (run / name / "checkpoints" / "1" / "manifest.json").write_text(json.dumps(manifest))
@@ -138,10 +144,58 @@ def test_stages_of_another_run_that_fit(plans, tmp_path):
 
 def test_more_than_half_dropped_is_a_warning_and_cut_rows_are_counted(plans):
     (plan,) = plans()
-    many = dataclasses.replace(plan.train, num_dropped=5, num_cut=3, rows=plan.train.rows * 2)
+    many = dataclasses.replace(plan.train, num_dropped=5, losses=Losses(long_prompts=5), num_cut=3)
+    many = dataclasses.replace(many, rows=plan.train.rows * 2)
     assert plan._replace(train=many).losses()[0] == (
         "[ppo] WARNING: more than half is lost: data.train: 5 of 9 records dropped (prompt longer than 128 "
         "tokens), 3 of 8 rows cut at 256 tokens"
+    )
+
+
+def test_every_loss_is_told(plans):
+    (plan,) = plans()
+    lost = Losses(long_rows=1, without_turns=2, cut_prompts=3, unlearned_turns=4, apart=5)
+    lines = plan._replace(train=dataclasses.replace(plan.train, losses=lost)).losses()
+    assert lines[0] == (
+        "[ppo] data.train: 1 of 5 records dropped (longer than 256 tokens), 2 of 5 records dropped "
+        "(no assistant turn to learn), 4 assistant turns without loss (the template rewrites them), 3 of 5 "
+        "prompts cut on the drop at 128 tokens, 5 of 4 completions encoded apart"
+    )
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ({"conversations": True}, "conversations True there and False here; use the same tokenizer and chat"),
+        (
+            {"stop": 7, "chat_template": "ab"},
+            "stop 7 there and 2 here, chat_template 'ab' there and '' here;",
+        ),
+    ],
+)
+def test_a_stage_that_treats_text_otherwise_than_its_model_is_refused(plans, tmp_path, text, message):
+    write_stage(tmp_path / "chat", "sft", "sft", **text)
+    with pytest.raises(
+        ValueError, match=f"chat/sft was trained on text that is treated otherwise: {message}"
+    ):
+        plans("HERE/chat/sft")
+
+
+def test_truncation_may_differ_between_stages(plans, tmp_path):
+    write_stage(tmp_path / "left", "sft", "sft", truncation="left", prompt_template="Q: {prompt}")
+    assert len(plans("HERE/left/sft")) == 1
+
+
+def test_text_settings_come_back_from_a_saved_tokenizer(tmp_path):
+    """A resumed run loads what it trained: its text must not seem to be another."""
+    TOKENIZER.save_pretrained(tmp_path)
+    again = load_tokenizer(TokenizerConfig(path=str(tmp_path)))
+    again("a", padding="max_length", max_length=9, truncation=True)
+    settings = [text_settings(of, DataConfig(), has_conversations=False) for of in (TOKENIZER, again)]
+    assert settings[0] == settings[1] and text_difference(*settings) == ""
+    other = text_settings(train_tokenizer(["x y"] * 3, 262), DataConfig(), has_conversations=False)
+    assert text_difference(settings[0], other).startswith(
+        f"tokenizer '{settings[0]['tokenizer']}' there and '"
     )
 
 

@@ -150,6 +150,21 @@ def test_columns_go_to_those_who_take_them():
     np.testing.assert_array_equal(call(lengths, "f", PROMPTS, ["", "b", "cc"], columns), [0, 1, 2])
 
 
+def test_conversations_reach_functions_as_messages():
+    """As in TRL; a completion that is messages already, such as one of a pair, stays as it is."""
+    seen = {}
+
+    def keep(prompts, completions):
+        seen.update(prompts=prompts, completions=completions)
+        return [0.0] * len(prompts)
+
+    prompt, answer = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    RewardFunction("keep", keep)(
+        [PromptOnly(prompt), PromptOnly(prompt), PromptOnly("c")], ["b", answer, "d"]
+    )
+    assert seen == {"prompts": [prompt, prompt, "c"], "completions": [answer, answer, "d"]}
+
+
 def test_a_column_that_is_not_there_is_named():
     with pytest.raises(
         RewardError, match="f needs solution, which the records do not have; it is given source, prompts"
