@@ -237,7 +237,12 @@ def is_read(usual: str, format: Format) -> bool:
 def resolve_format(reader: Reader, kind: Kind, cfg: DataConfig) -> Format:
     """Returns the format, told from the columns where it is `auto`; raises where it cannot serve the kind."""
     allowed = SERVES[kind]
-    needs = " or ".join(" + ".join(COLUMNS[format]) for format in allowed)
+    wanted = [set(COLUMNS[format]) for format in allowed]
+    needs = " or ".join(
+        " + ".join(COLUMNS[format])
+        for format in allowed
+        if not any(of < set(COLUMNS[format]) for of in wanted)
+    )
     if cfg.format != "auto":
         if cfg.format not in allowed:
             raise ValueError(

@@ -112,7 +112,7 @@ def test_implicit_prompt_is_what_both_texts_begin_with(chosen, rejected, prompt)
             "prompt_completion",
             {},
             "no column 'prompt' (this stage reads prompt_completion: columns text or messages or "
-            "prompt + completion or prompt + completion + label); columns present: prompts, completion; "
+            "prompt + completion); columns present: prompts, completion; "
             "map other names with data.columns, such as {prompt: question}; did you mean 'prompts'?",
         ),
         ({"chosen": "a"}, "preference", {}, "no column 'rejected' (this stage reads preference"),
