@@ -137,8 +137,8 @@ def test_what_does_not_fit_is_told_before_anything_is_written(run_ppo, tmp_path,
         ("", "holds no records"),
         (
             '{"question": "a", "completion": "b"}\n',
-            "no column 'prompt' (this stage reads prompt_completion: columns text or messages or prompt + completion); "
-            "columns present: question, completion",
+            "no column 'prompt' (this stage reads prompt_completion: columns text or messages or "
+            "prompt + completion); columns present: question, completion",
         ),
     ],
 )

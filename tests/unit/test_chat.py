@@ -179,6 +179,16 @@ def test_text_beside_a_masked_name_is_encoded_as_plain_text(load):
     ]
 
 
+@pytest.mark.parametrize("template", ["mistral", "chatml", "zephyr"])
+def test_text_with_a_masked_name_begins_like_any_other(template, load):
+    """Mistral's puts a blank before the beginning of a text, but none behind a control token."""
+    tokenizer = load("mistral", template)
+    encoder = ChatEncoder(tokenizer)
+    clean, dirty = (encoder.prompt([user(f"say{end} now")], {}, "w") for end in ("", " </s>"))
+    same = next(i for i, both in enumerate(zip(clean, dirty, strict=False)) if both[0] != both[1])
+    assert tokenizer.decode(clean[:same]).endswith("say")
+
+
 def test_marker_that_is_no_special_token_cannot_be_written_by_a_user():
     """Some tokenizers add their markers as ordinary tokens; what the assistant may write is left to it."""
     tokenizer = train_tokenizer([], 260)
