@@ -175,7 +175,16 @@ def load_examples(
 
 
 def _joined(first: Examples, second: Examples) -> Examples:
-    """Returns the examples of two lots of sources as one, those of the first before those of the second."""
+    """Returns the examples of two lots of sources as one, those of the first before those of the second.
+
+    Raises:
+        ValueError: some are conversations and others plain text.
+    """
+    if first.has_conversations != second.has_conversations:
+        raise ValueError(
+            "data.train: some sources hold conversations and others plain text; let all be alike, for a "
+            "conversation ends with a token of its chat template"
+        )
     longer = max(first, second, key=lambda examples: examples.length)
     return dataclasses.replace(
         longer,

@@ -18,7 +18,7 @@ from rlhf_jax.batch import Mean, Metrics, Params, Rows
 from rlhf_jax.data.chat import chat_encoder
 from rlhf_jax.data.collate import Row, collate_rows
 from rlhf_jax.data.records import PromptOnly
-from rlhf_jax.data.tokenizer import Tokenizer, encode_completions, encode_prompts
+from rlhf_jax.data.tokenizer import Tokenizer, encode_after, encode_completions, encode_prompts
 from rlhf_jax.sharding import place_rows
 
 SHORTEST = 32
@@ -31,7 +31,7 @@ class RewardReader(NamedTuple):
     tokenizer: Tokenizer | None
     """None: the policy's tokenizer is its own, and it is given the policy's tokens."""
     joins: bool
-    """Whether it learned from prompt and completion encoded as one text, as others do, or apart, as here."""
+    """Whether it learned from prompt and completion encoded as one text, as others do, or as rows here."""
     bos_id: int | None
     pad_id: int | None
     """Its score is read at the last token that is not this one, as transformers does; None: at the last."""
@@ -87,8 +87,8 @@ def render(
         record: the prompt.
         completion: text, without EOS.
         ended: whether the completion has its EOS.
-        joins: encode both as one text, with BOS where the tokenizer puts it by itself; otherwise apart, with
-            BOS where there is one, as rows are made here.
+        joins: encode both as one text, with BOS where the tokenizer puts it by itself; otherwise as rows are
+            made here: the prompt keeps the tokens that it has alone, with BOS where there is one.
     """
     if not isinstance(record.prompt, str):
         chat = chat_encoder(tokenizer)
@@ -101,7 +101,7 @@ def render(
         ids = leading_bos(tokenizer) + ids
     else:
         (prompt,) = encode_prompts(tokenizer, [record.prompt])
-        (answer,) = encode_completions(tokenizer, [completion])
+        ((answer, _),) = encode_after(tokenizer, [(record.prompt, prompt)], [completion])
         ids = prompt + answer
     return [*ids, *end] or [0]
 

@@ -45,6 +45,21 @@ def test_rendered_text(prompt, completion, ended, joins, expected):
     assert render(TOKENIZER, PromptOnly(prompt), completion, ended, joins=joins) == expected
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_conversations_are_rendered_by_the_reward_model_s_template(ended):
+    chat = train_tokenizer(["abab"] * 9, 260)
+    chat.add_special_tokens({"extra_special_tokens": ["<|end|>"]})
+    chat.chat_template = "{% for m in messages %}{{ m.role[0] + m.content + '<|end|>' }}{% endfor %}" + (
+        "{{ 'a' if add_generation_prompt }}"
+    )
+    end = chat.convert_tokens_to_ids("<|end|>")
+    record = PromptOnly([{"role": "user", "content": "xab"}])
+    made = render(chat, record, "y<|end|>", ended, joins=True)
+    letters = [chat.get_vocab()[letter] for letter in "y<|end|>"]
+    expected = [BOS, *ids("u"), *ids("x"), *ids("ab"), end, *ids("a"), *letters]
+    assert made == expected + [end] * ended
+
+
 def test_a_control_token_s_name_in_a_text_is_letters():
     made = render(TOKENIZER, PromptOnly("x"), "<|eos|>", False, joins=True)
     assert EOS not in made and len(made) == 2 + len("<|eos|>")

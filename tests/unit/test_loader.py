@@ -335,3 +335,15 @@ def test_a_template_leaves_texts_alone(tokenizer, tmp_path):
     for kind in ("prompt_completion", "prompt_only"):
         examples = load_examples(cfg, kind, "train", tokenizer, 0)
         assert "Q" not in examples.records[0].prompt
+
+
+def test_sources_of_conversations_and_of_plain_text_do_not_mix(tmp_path):
+    chat = train_tokenizer([], 260)
+    chat.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "a"}]}))
+    (tmp_path / "text.jsonl").write_text(json.dumps({"prompt": "a"}))
+    cfg = DataConfig(train={str(tmp_path / f"{name}.jsonl"): 1.0 for name in ("chat", "text")})
+    with pytest.raises(
+        ValueError, match=r"data.train: some sources hold conversations and others plain text"
+    ):
+        load_examples(cfg, "prompt_only", "train", chat, 0)
