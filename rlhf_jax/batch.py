@@ -148,7 +148,7 @@ class TrainState(NamedTuple):
     """All that changes during a stage, and all that a resumed run needs."""
 
     step: Array  # i32[], updates done
-    position: Array  # i32[], records of the data order consumed
+    position: Array  # i32[], units of the data order consumed: records, or rows where they are packed
     params: Params  # {role: tree} of the roles that are trained
     opt_state: Params  # {role: optax state}
     aux: dict[str, Array]  # named arrays of the algorithm, such as an adaptive coefficient

@@ -148,6 +148,9 @@ class DataConfig:
     """Several short records share a row of max_length tokens and do not see each other: less padding, the
     same loss. A pair stays together, in a row of twice max_length. batch_size and microbatch_size then count
     rows, so that a step has more records than without, and their number varies a little."""
+    length_buckets: PositiveInt = 1
+    """Different lengths of batches: records of like length are put together, within 32 batches, and padded to
+    one of so many lengths, for each of which the programs are compiled once."""
     max_eval_records: PositiveInt = 512
     """At most so many held-out records are read."""
 

@@ -29,7 +29,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import TOKENIZER
-from rlhf_jax.programs import TokenIds, build_programs
+from rlhf_jax.programs import TokenIds, build_programs, rows_per_unit
 from rlhf_jax.roles import is_stage_dir, load_policy, load_reward, stored_architecture
 from rlhf_jax.sharding import check_batch, make_mesh
 
@@ -104,7 +104,7 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
         "records": len(examples),
         "dropped": examples.num_dropped,
         "cut": examples.num_cut,
-        "tokens": sum(len(row.ids) - row.prompt_length for row in examples.rows),
+        "tokens": sum(row.num_loss_tokens for row in examples.rows),
     }
     metrics = _metrics(subject, stage, architecture, tokenizer, examples)
     return metrics | counts | {"model": str(subject.path), "role": subject.role, "data": data}
@@ -172,10 +172,10 @@ def _metrics(
     """Returns the means over all records, by their names without `eval/`."""
     algorithm = ALGORITHMS[stage.algorithm]
     mesh, batch_size = make_mesh(stage.mesh), stage.settings.batch_size
-    check_batch(mesh, algorithm.rows_per_record * batch_size, "--batch_size")
+    check_batch(mesh, rows_per_unit(stage, algorithm) * batch_size, "--batch_size")
     model = make_model(architecture, stage.model.dtype)
     load = load_policy if subject.role == "policy" else load_reward
-    longest = max(len(row.ids) - row.prompt_length for row in examples.rows)
+    longest = examples.most_loss_tokens
     ids = TokenIds(eos=cast(int, tokenizer.eos_token_id), pad=cast(int, tokenizer.pad_token_id))
     programs = build_programs(stage, algorithm, model, mesh, longest, ids)
     loader = Loader(examples, batch_size, stage.run.seed)

@@ -19,9 +19,11 @@ from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import load_info
 from rlhf_jax.config import Config, RewardModelConfig, SFTConfig, StageConfig, TokenizerConfig
 from rlhf_jax.data.chat import chat_encoder
+from rlhf_jax.data.collate import LENGTH_MULTIPLE
 from rlhf_jax.data.columns import Format, is_read
 from rlhf_jax.data.loader import Examples, Split, load_examples, load_records, training_texts
 from rlhf_jax.data.mixture import mixture_counts
+from rlhf_jax.data.packing import length_ladder
 from rlhf_jax.data.tokenize import prompt_limit, text_difference, text_settings
 from rlhf_jax.data.tokenizer import (
     Tokenizer,
@@ -34,7 +36,7 @@ from rlhf_jax.data.tokenizer import (
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.scorers import read_scorer
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.programs import role_shardings
+from rlhf_jax.programs import role_shardings, rows_per_unit
 from rlhf_jax.rewards.external import RewardReader, leading_bos
 from rlhf_jax.rewards.functions import RewardFunction, load_function
 from rlhf_jax.roles import Origins, checkpoint_architecture, is_stage_dir, origins, stored_architecture
@@ -84,12 +86,12 @@ class Plan(NamedTuple):
 
     def row_counts(self) -> dict[str, int]:
         """Returns the numbers of rows that the mesh has to divide, by the option that decides them."""
-        settings, per_record = self.stage.settings, self.algorithm.rows_per_record
+        settings, per_unit = self.stage.settings, rows_per_unit(self.stage, self.algorithm)
         minibatch = settings.batch_size // settings.num_minibatches
         return {
-            "batch_size": per_record * settings.batch_size,
-            "batch_size / num_minibatches": per_record * minibatch,
-            "microbatch_size": per_record * (settings.microbatch_size or minibatch),
+            "batch_size": per_unit * settings.batch_size,
+            "batch_size / num_minibatches": per_unit * minibatch,
+            "microbatch_size": per_unit * (settings.microbatch_size or minibatch),
         }
 
     def mixture(self) -> list[str]:
@@ -99,12 +101,14 @@ class Plan(NamedTuple):
             return []
         taken = mixture_counts(self.train.weights, settings.num_updates * settings.batch_size)
         return [
-            f"[{self.stage.name}] data.train: {source}: {count} records, {draws / count:.3g} epochs"
-            for source, count, draws in zip(sources, self.train.counts, taken, strict=True)
+            f"[{self.stage.name}] data.train: {source}: {count} records, {draws / units:.3g} epochs"
+            for source, count, units, draws in zip(
+                sources, self.train.counts, self.train.num_units, taken, strict=True
+            )
         ]
 
     def losses(self) -> list[str]:
-        """Returns a line for each split of which records are dropped or rows cut."""
+        """Returns a line for each split of which records are dropped, cut, packed or dealt to buckets."""
         data, lines = self.stage.data, []
         if self.number == 0 and self.train.has_conversations and (date := template_date(self.tokenizer)):
             lines.append(
@@ -135,6 +139,16 @@ class Plan(NamedTuple):
                 parts.append(f"{lost.apart} of {len(of.rows)} completions encoded apart")
             if of.num_cut:
                 parts.append(f"{of.num_cut} of {len(of.rows)} rows cut at {data.max_length} tokens")
+            if of.packings:
+                num_rows = sum(of.num_units)
+                parts.append(
+                    f"{len(of)} records packed into {num_rows} rows of {of.length} tokens, "
+                    f"{of.lengths.sum() / (num_rows * of.length):.1%} filled (one record each: "
+                    f"{of.lengths.mean() / of.longest_row:.1%})"
+                )
+            if of.shorter:
+                steps = ", ".join(map(str, of.shorter))
+                parts.append(f"batches of {steps} or {of.length} tokens")
             if parts:
                 warning = "WARNING: more than half is lost: " if 2 * of.num_dropped > total else ""
                 lines.append(f"[{self.stage.name}] {warning}data.{name}: {', '.join(parts)}")
@@ -244,7 +258,11 @@ def _plan(
         problems.append(f"{names[0]} holds conversations and {names[1]} plain text; let both be alike")
         return None
     length = max(train.length, held_out.length)  # one shape, so that programs compile once
-    train, held_out = (dataclasses.replace(of, length=length) for of in (train, held_out))
+    shorter = ()
+    if stage.data.length_buckets > 1:
+        ladder = length_ladder(train.lengths.max(axis=1), stage.data.length_buckets, LENGTH_MULTIPLE)
+        shorter = tuple(step for step in ladder if step < length)
+    train, held_out = (dataclasses.replace(of, length=length, shorter=shorter) for of in (train, held_out))
     demonstrations = None
     if algorithm.normalizes_scores:
         assert isinstance(stage.settings, RewardModelConfig)

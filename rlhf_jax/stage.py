@@ -22,7 +22,7 @@ from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program
+from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.rewards.external import ExternalReward
 from rlhf_jax.roles import load_reward, load_roles
@@ -50,7 +50,11 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     root = keys.stage_root(stage.run.seed, plan.number)
     model = make_model(plan.architecture, stage.model.dtype, stage.model.remat)
     is_online = algorithm.records == "prompt_only"
-    num_completion = stage.rollout.max_new_tokens if is_online else _longest_completion(plan)
+    num_completion = (
+        stage.rollout.max_new_tokens
+        if is_online
+        else max(plan.train.most_loss_tokens, plan.held_out.most_loss_tokens)
+    )
     ids = TokenIds(eos=plan.text["stop"], pad=cast(int, plan.tokenizer.pad_token_id))
     programs = build_programs(stage, algorithm, model, mesh, num_completion, ids)
     trained, frozen = load_roles(stage, algorithm, plan.origins, model, mesh, root)
@@ -94,12 +98,6 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     result = _result(plan, trainer.info)
     write_result(plan.directory, int(state.step), result)
     return result
-
-
-def _longest_completion(plan: Plan) -> int:
-    """Returns C, the static maximum of completion tokens, over all records that the stage reads."""
-    examples = [plan.train, plan.held_out] + ([plan.demonstrations] if plan.demonstrations else [])
-    return max(len(row.ids) - row.prompt_length for of in examples for row in of.rows)
 
 
 def _offline(plan: Plan, programs: Programs, mesh: Mesh) -> tuple[Source, Evaluate]:
@@ -156,12 +154,15 @@ def _normalized(plan: Plan, programs: Programs, state: TrainState, mesh: Mesh) -
     """Returns the state with mean and deviation of the scores on demonstrations in aux."""
     settings = plan.stage.settings
     assert plan.demonstrations is not None and isinstance(settings, RewardModelConfig)
-    rows = plan.algorithm.rows_per_record * settings.batch_size  # what the mesh is known to divide
-    loader = Loader(plan.demonstrations, rows // plan.demonstrations.rows_per_record, plan.stage.run.seed)
+    of = plan.demonstrations
+    # As many rows as the mesh is known to divide.
+    rows = rows_per_unit(plan.stage, plan.algorithm) * settings.batch_size
+    per_unit = of.rows_per_record if not of.packings else 1
+    loader = Loader(of, max(rows // per_unit, 1), plan.stage.run.seed)
     scores = []
     for batch, _ in loader.eval_batches():
         found = np.asarray(programs.scores(state.params, {}, place_rows(mesh, batch)))
-        scores.append(found[np.asarray(batch.lengths) > 0][:: plan.demonstrations.rows_per_record])
+        scores.append(found[np.asarray(batch.sequence_mask)][:: of.rows_per_record])
     every = np.concatenate(scores)
     std = every.std() if settings.normalizer == "mean_std" else 1.0
     aux = {"normalizer_mean": np.float32(every.mean()), "normalizer_std": np.float32(max(std, 1e-6))}

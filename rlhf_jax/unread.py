@@ -67,6 +67,8 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
     if data.train == "synthetic" and data.eval in ("", "synthetic"):
         for key in ("format", "columns", "prompts", "detokenize", "prompt_tokens", "prompt_template"):
             reasons[f"data.{key}"] = "the embedded task (data.train: synthetic) has no columns"
+    if data.packing:
+        reasons["data.length_buckets"] = "data.packing is true: rows have one length"
     if stage.algorithm == "ppo":
         reasons["data.packing"] = "ppo packs no prompts"
         for key in ("max_length", "truncation"):

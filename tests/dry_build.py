@@ -22,7 +22,6 @@ from rlhf_jax.data.loader import Loader
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import TokenIds, build_programs, role_shardings
-from rlhf_jax.stage import _longest_completion
 from rlhf_jax.train import prepare
 
 
@@ -31,7 +30,11 @@ def lower(plan: Plan, mesh: Mesh) -> dict[str, Any]:
     stage, algorithm = plan.stage, plan.algorithm
     model = make_model(plan.architecture, stage.model.dtype, stage.model.remat)
     is_online = algorithm.records == "prompt_only"
-    num_completion = stage.rollout.max_new_tokens if is_online else _longest_completion(plan)
+    num_completion = (
+        stage.rollout.max_new_tokens
+        if is_online
+        else max(plan.train.most_loss_tokens, plan.held_out.most_loss_tokens)
+    )
     ids = TokenIds(eos=cast(int, plan.tokenizer.eos_token_id), pad=cast(int, plan.tokenizer.pad_token_id))
     programs = cast(Any, build_programs(stage, algorithm, model, mesh, num_completion, ids))
 

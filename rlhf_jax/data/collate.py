@@ -19,12 +19,15 @@ LENGTH_MULTIPLE = 8  # static lengths are rounded up to it, so that few programs
 class Row(NamedTuple):
     """One row before padding."""
 
-    ids: list[int]
+    ids: Sequence[int]
     prompt_length: int
     was_cut: bool = False
-    excluded: tuple[
-        tuple[int, int], ...
-    ] = ()  # half-open ranges after the prompt that are not the model's own
+    excluded: tuple[tuple[int, int], ...] = ()  # ranges of ids behind the prompt that are not the model's own
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Returns how many tokens are the model's own."""
+        return len(self.ids) - self.prompt_length - sum(end - start for start, end in self.excluded)
 
 
 def static_length(longest: int, limit: int) -> int:
@@ -32,7 +35,9 @@ def static_length(longest: int, limit: int) -> int:
     return min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, limit)
 
 
-def collate_rows(rows: Sequence[Row], length: int, pad_id: int, num_rows: int) -> Rows:
+def collate_rows(
+    rows: Sequence[Row], length: int, pad_id: int, num_rows: int, *, with_excluded: bool = False
+) -> Rows:
     """Returns Rows of num_rows rows of `length` tokens, right-padded; rows that only fill up have length 0.
 
     Args:
@@ -40,11 +45,48 @@ def collate_rows(rows: Sequence[Row], length: int, pad_id: int, num_rows: int) -
         length: T.
         pad_id: written after the tokens; any id will do, EOS too, for masks come from lengths.
         num_rows: B.
+        with_excluded: whether any row of the data excludes tokens: batches of one stage have one structure.
     """
-    tokens, lengths = _pad([row.ids for row in rows], length, pad_id, num_rows)
-    prompt_lengths = np.zeros(num_rows, np.int32)
-    prompt_lengths[: len(rows)] = [row.prompt_length for row in rows]
-    return Rows(_host(tokens), _host(prompt_lengths), _host(lengths))
+    packed = collate_packed([[row] for row in rows], length, pad_id, num_rows, 1, with_excluded=with_excluded)
+    return packed._replace(prompt_lengths=packed.prompt_lengths[:, 0], lengths=packed.lengths[:, 0])
+
+
+def collate_packed(
+    groups: Sequence[Sequence[Row]],
+    length: int,
+    pad_id: int,
+    num_rows: int,
+    num_sequences: int,
+    *,
+    with_excluded: bool = False,
+) -> Rows:
+    """Returns Rows of num_rows rows, each with the sequences of a group behind each other; see collate_rows.
+
+    Args:
+        groups: at most num_rows groups of at most num_sequences rows and `length` tokens together.
+        length: T.
+        pad_id: written after the tokens.
+        num_rows: B.
+        num_sequences: S.
+        with_excluded: whether any row of the data excludes tokens.
+    """
+    assert len(groups) <= num_rows, (len(groups), num_rows)
+    tokens = np.full((num_rows, length), pad_id, np.int32)
+    excluded = np.zeros((num_rows, length), bool)
+    lengths = np.zeros((num_rows, num_sequences), np.int32)
+    prompt_lengths = np.zeros((num_rows, num_sequences), np.int32)
+    for number, group in enumerate(groups):
+        start = 0
+        for place, row in enumerate(group):
+            end = start + len(row.ids)
+            assert end <= length, (end, length)
+            tokens[number, start:end] = row.ids
+            lengths[number, place], prompt_lengths[number, place] = len(row.ids), row.prompt_length
+            for first, behind in row.excluded:
+                excluded[number, start + first : start + behind] = True
+            start = end
+    rows = Rows(_host(tokens), _host(prompt_lengths), _host(lengths))
+    return rows._replace(excluded=_host(excluded)) if with_excluded else rows
 
 
 def collate_prompts(

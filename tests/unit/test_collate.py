@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.data.collate import Row, collate_prompts, collate_rows, static_length
+from rlhf_jax.data.collate import Row, collate_packed, collate_prompts, collate_rows, static_length
 
 EOS = 2
 
@@ -42,3 +42,19 @@ def test_rows_that_do_not_fit_are_our_own_mistake():
         collate_rows([Row([1, 2, 3], 1)], length=2, pad_id=0, num_rows=1)
     with pytest.raises(AssertionError):
         collate_prompts([[1], [1]], [0, 1], length=2, pad_id=0, num_rows=1)
+
+
+def test_sequences_of_a_packed_row_lie_behind_each_other():
+    groups = [[Row([1, 5, 6], 2), Row([1, 7], 1)], [], [Row([1, 5, 6, 8], 1, excluded=((2, 3),))]]
+    rows = collate_packed(groups, length=6, pad_id=EOS, num_rows=4, num_sequences=2, with_excluded=True)
+    np.testing.assert_array_equal(
+        rows.tokens, [[1, 5, 6, 1, 7, EOS], [EOS] * 6, [1, 5, 6, 8, EOS, EOS], [EOS] * 6]
+    )
+    np.testing.assert_array_equal(rows.lengths, [[3, 2], [0, 0], [4, 0], [0, 0]])
+    np.testing.assert_array_equal(rows.prompt_lengths, [[2, 1], [0, 0], [1, 0], [0, 0]])
+    np.testing.assert_array_equal(
+        rows.completion_mask, [[0, 0, 1, 0, 1, 0], [0] * 6, [0, 1, 0, 1, 0, 0], [0] * 6]
+    )
+    plain = collate_rows(groups[2], length=6, pad_id=EOS, num_rows=1, with_excluded=True)
+    np.testing.assert_array_equal(plain.completion_mask, [[0, 1, 0, 1, 0, 0]])
+    assert groups[2][0].num_loss_tokens == 2

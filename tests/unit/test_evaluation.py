@@ -17,7 +17,8 @@ from rlhf_jax.experience import Collector, text_metrics
 from rlhf_jax.rewards.combine import Judge
 from tests import tiny
 
-COUNTS = [field.name for field in dataclasses.fields(Examples)]  # no batch depends on them
+FIELDS = dataclasses.fields(Examples)
+COUNTS = [field.name for field in FIELDS if field.default is dataclasses.MISSING]  # no batch depends on them
 RECORDS = {
     "prompt_completion": PromptCompletion("a", "b"),
     "preference": Preference("a", "b", "c"),
