@@ -151,6 +151,9 @@ class DataConfig:
     length_buckets: PositiveInt = 1
     """Different lengths of batches: records of like length are put together, within 32 batches, and padded to
     one of so many lengths, for each of which the programs are compiled once."""
+    cache_dir: str = ""
+    """Where tokenised records of a million tokens and more are kept, to be used again by every run that would
+    make the same; empty: rlhf_jax/tokens in $XDG_CACHE_HOME or ~/.cache; `none`: nowhere."""
     max_eval_records: PositiveInt = 512
     """At most so many held-out records are read."""
 

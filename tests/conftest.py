@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("HF_DATASETS_CACHE", str(ROOT / ".cache" / "datasets"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test reads or writes what the user has cached.
+_CACHE = tempfile.TemporaryDirectory(prefix="rlhf_jax_cache_")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 import jax  # noqa: E402
 

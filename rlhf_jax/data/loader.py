@@ -38,11 +38,14 @@ from rlhf_jax.data.records import (
 )
 from rlhf_jax.data.sources import open_source, open_sources
 from rlhf_jax.data.synthetic import synthetic_records
+from rlhf_jax.data.token_cache import through_cache
 from rlhf_jax.data.tokenize import Losses, encode_records
 from rlhf_jax.data.tokenizer import Tokenizer
 
 Split = Literal["train", "eval"]
 SYNTHETIC = "synthetic"
+NOT_OF_TOKENS = ("train", "eval", "max_eval_records", "packing", "length_buckets", "cache_dir")
+"""Options of the data section that decide no token of given records."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -376,7 +379,9 @@ def tokenize_records(
     where: str = "data.train",
 ) -> Examples:
     """Returns the records with their token ids; arguments and errors are those of encode_records."""
-    encoded = encode_records(records, kind, tokenizer, cfg, loss_on=loss_on, where=where)
+    encode = functools.partial(encode_records, records, kind, tokenizer, cfg, loss_on=loss_on, where=where)
+    settings = [kind, loss_on, {name: x for name, x in vars(cfg).items() if name not in NOT_OF_TOKENS}]
+    encoded = through_cache(cfg.cache_dir, encode, records, tokenizer, settings)
     longest = max(len(row.ids) for row in encoded.rows)
     examples = Examples(
         kind=kind,

@@ -45,7 +45,7 @@ class Encoded(NamedTuple):
 
     records: list[AnyRecord]
     """As text or messages; a prompt that was cut to its first tokens reads as cut."""
-    rows: list[Row]
+    rows: Sequence[Row]
     """One per completion: of a preference two: chosen, rejected; of a prompt its prompt alone."""
     longest_prompt: int
     """Tokens, BOS included."""

@@ -11,6 +11,7 @@ from rlhf_jax.data.collate import Row
 from rlhf_jax.data.loader import WINDOW, Examples, Loader, _joined
 from rlhf_jax.data.packing import length_ladder, pack
 from rlhf_jax.data.records import Preference, PromptCompletion
+from rlhf_jax.data.tokenize import Losses
 from rlhf_jax.metrics import to_host
 from rlhf_jax.sharding import place_rows
 from tests import tiny
@@ -32,7 +33,7 @@ def examples(kind, num_records, seed=0, excluded=False):
         turns = ((length - 1, length),) if excluded and number % 3 == 0 and length - prompt > 1 else ()
         rows.append(Row(ids, prompt, excluded=turns))
     told = {"kind": kind, "records": [RECORDS[kind]] * num_records, "rows": rows, "pad_id": tiny.PAD}
-    return Examples(**dict.fromkeys(COUNTS, 0) | told | {"length": LONGEST})
+    return Examples(**dict.fromkeys(COUNTS, 0) | told | {"length": LONGEST, "losses": Losses()})
 
 
 def sequences(batch):
