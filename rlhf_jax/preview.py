@@ -90,8 +90,9 @@ def read_tokens(row: Row, tokenizer: Tokenizer, *, is_prompt_alone: bool) -> lis
     tokens = []
     plain = ""
     for end, id_ in enumerate(row.ids, start=1):
+        is_other = any(start < end <= behind for start, behind in row.excluded)
         in_prompt = is_prompt_alone or end <= row.prompt_length
-        part: Part = "prompt" if in_prompt else "completion"
+        part: Part = "prompt" if in_prompt else "other turns" if is_other else "completion"
         if id_ in special:
             tokens.append(Token(id_, str(tokenizer.convert_ids_to_tokens(id_)), part, is_special=True))
             continue

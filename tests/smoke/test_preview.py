@@ -70,6 +70,25 @@ def test_letters_of_a_control_token_are_not_shown_as_one(config, capsys):
     assert chosen["tokens"] == ["<|bos|>", "a", "b", *"<|eos|>", "<|eos|>"]
 
 
+def test_turns_of_the_user_between_answers_are_not_learned(tmp_path, capsys):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(messages))
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}a:{% endif %}"
+    (tmp_path / "config.yaml").write_text(
+        f"""
+run: {{dir: {tmp_path}/run}}
+stages: [{{name: sft, algorithm: sft}}]
+tokenizer: {{vocab_size: 260, chat_template: "{template}"}}
+data: {{train: {tmp_path}/chats.jsonl, eval: {tmp_path}/chats.jsonl}}
+"""
+    )
+    text = shown(capsys, str(tmp_path / "config.yaml"))
+    assert "u:a<|eos|>a:⟦b<|eos|>⟧u:c<|eos|>a:⟦d<|eos|>⟧\n" in text
+    assert ", 4 of completion, 6 of other turns" in text
+
+
 def test_a_terminal_gets_colours(config, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
