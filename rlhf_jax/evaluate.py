@@ -27,6 +27,7 @@ from rlhf_jax.files import to_json
 from rlhf_jax.metrics import format_number
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.hub import local_directory
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import TOKENIZER
 from rlhf_jax.programs import TokenIds, build_programs, rows_per_unit
@@ -60,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         "such as --data.format preference, --data.columns.prompt question, --data.max_length 512.",
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="a run, RUN/STAGE, or a Hugging Face directory")
+    parser.add_argument(
+        "--model", required=True, help="a run, RUN/STAGE, a Hugging Face directory, or hub:OWNER/NAME"
+    )
     parser.add_argument("--data", required=True, help="records, in the notation of data.train")
     parser.add_argument("--batch_size", type=int, default=16, help="records at once, over all devices")
     parser.add_argument("--json", action="store_true", help="print one line of JSON on stdout")
@@ -81,7 +84,7 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
     """Returns the figures of a model on data.
 
     Args:
-        model: a run, RUN/STAGE or a Hugging Face directory.
+        model: a run, RUN/STAGE, a Hugging Face directory, or hub:OWNER/NAME[@REVISION].
         data: in the notation of data.train.
         batch_size: records at once, over all devices.
         flags: further options, as `--section.option value`.
@@ -94,6 +97,7 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
     Raises:
         ValueError: flags, model or data that are wrong.
     """
+    model = str(local_directory(model))
     subject = find_subject(Path(model), data, read_stage("reward", model, data, batch_size, flags).data)
     architecture = stored_architecture(subject.path, subject.role)
     stage = read_stage(subject.role, model, data, batch_size, flags, architecture.context_length)

@@ -13,6 +13,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from rlhf_jax.data.collate import Row
 from rlhf_jax.data.loader import Examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.files import to_json
+from rlhf_jax.models.hub import fetch_models, read_commits
 from rlhf_jax.options import did_you_mean
 from rlhf_jax.plan import Plan, plan_stages, prepare_tokenizer
 
@@ -54,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     args, others = parser.parse_known_args(argv)
     try:
         config = read_config(others, runs=False)
+        config, _ = fetch_models(config, read_commits(Path(config.run.dir)))
         tokenizer = prepare_tokenizer(config)
         plans = {plan.stage.name: plan for plan in plan_stages(config, tokenizer)}
         if args.stage and args.stage not in plans:
@@ -86,7 +89,8 @@ def read_tokens(row: Row, tokenizer: Tokenizer, *, is_prompt_alone: bool) -> lis
         tokenizer: that made it.
         is_prompt_alone: of a prompt to complete: nothing of it carries loss.
     """
-    special = set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(id_ for id_, token in added.items() if token.special)}
     tokens = []
     plain = ""
     for end, id_ in enumerate(row.ids, start=1):

@@ -56,14 +56,72 @@ QWEN = {
     "tie_word_embeddings": True,
 }
 QWEN_LONG = QWEN | {"max_position_embeddings": 131072, "sliding_window": 131072, "max_window_layers": 28}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "tie_word_embeddings": False,
+}
+LLAMA_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>")
+LLAMA_SPECIAL = ("<|end_of_text|>", "<|begin_of_text|>", LLAMA_TOKENS)
+GEMMA = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+}
+GEMMA_SPECIAL = ("<eos>", "<bos>", ("<pad>", "<start_of_turn>", "<end_of_turn>"))
 # Name: (config.json, special tokens: of EOS, of BOS or "", and others).
 MODELS: dict[str, tuple[dict[str, Any], tuple[str, str, tuple[str, ...]]]] = {
     "EleutherAI/pythia-1b-deduped": (PYTHIA, ("<|endoftext|>", "<|endoftext|>", ("<|padding|>",))),
     "Qwen/Qwen2.5-0.5B": (QWEN, ("<|endoftext|>", "", ("<|im_start|>", "<|im_end|>"))),
     "Qwen/Qwen2.5-1.5B": (QWEN_LONG, ("<|endoftext|>", "", ("<|im_start|>", "<|im_end|>"))),
+    "meta-llama/Llama-3.1-8B": (LLAMA, LLAMA_SPECIAL),
+    "meta-llama/Llama-3.1-8B-Instruct": (LLAMA, LLAMA_SPECIAL),
+    "google/gemma-2-2b": (GEMMA, GEMMA_SPECIAL),
+    "google/gemma-2-2b-it": (GEMMA, GEMMA_SPECIAL),
 }
-PADS = {"Qwen/Qwen2.5-0.5B": "<|endoftext|>", "Qwen/Qwen2.5-1.5B": "<|endoftext|>"}
+PADS = {
+    "Qwen/Qwen2.5-0.5B": "<|endoftext|>",
+    "Qwen/Qwen2.5-1.5B": "<|endoftext|>",
+    "google/gemma-2-2b": "<pad>",
+    "google/gemma-2-2b-it": "<pad>",
+}
 """Tokenizers that name a padding token; the others name none."""
+TEMPLATES = {
+    "meta-llama/Llama-3.1-8B-Instruct": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+        "{{ m.content | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "google/gemma-2-2b-it": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+        "{{ m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+}
+"""Chat templates of the shape that the real ones have; the others have none."""
 
 POST = "SUBREDDIT: r/AskReddit\n\nTITLE: A lamp\n\nPOST: My lamp number {} is broken.\n\nTL;DR:"
 DIALOGUE = "\n\nHuman: What is {} and {}?\n\nAssistant: {}"
@@ -95,6 +153,21 @@ def rows_of(name: str) -> dict[str, Rows]:
             return {f"plain_text/{split}": test[:: 25000 // 64] for split in ("train", "unsupervised")} | {
                 "plain_text/test": test
             }
+        case "HuggingFaceH4/ultrafeedback_binarized":
+            chats = [
+                [
+                    {"role": "user", "content": f"What is {i} and {i}?"},
+                    {"role": "assistant", "content": answer},
+                ]
+                for i in count
+                for answer in (f"{2 * i}.", "I know.")
+            ]
+            rows = [
+                {"prompt": chosen[0]["content"], "prompt_id": str(i), "chosen": chosen, "rejected": rejected}
+                | {"messages": chosen, "score_chosen": 8.0, "score_rejected": 4.0}
+                for i, (chosen, rejected) in enumerate(zip(chats[::2], chats[1::2], strict=True))
+            ]
+            return {f"{split}_{part}": rows for split in ("train", "test") for part in ("prefs", "sft")}
         case "openai/gsm8k":
             rows = [
                 {"question": f"What is {i} and {i}?", "answer": f"<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"}
@@ -112,6 +185,7 @@ DATASETS = (
     "Anthropic/hh-rlhf",
     "stanfordnlp/imdb",
     "openai/gsm8k",
+    "HuggingFaceH4/ultrafeedback_binarized",
 )
 
 
@@ -144,6 +218,7 @@ def tokenizer(name: str, eos: str, bos: str, others: tuple[str, ...]) -> PreTrai
         [AddedToken(token, special=True) for token in dict.fromkeys((eos, bos, *others)) if token]
     )
     made.eos_token, made.bos_token, made.pad_token = eos, bos or None, PADS.get(name)
+    made.chat_template = TEMPLATES.get(name)
     return made
 
 

@@ -77,7 +77,9 @@ def test_a_config_can_start(path: Path, hub: dict[str, str | None], tmp_path: Pa
     assert list(stages) == [stage["name"] for stage in read_tree(str(path))["stages"]]
     commits = json.loads((tmp_path / "run" / "hub.json").read_text()) if path in RECIPES else {}
     assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits.values())
-    assert len(commits) == (path in RECIPES)
+    tree = read_tree(str(path))
+    named = {tree.get(section, {}).get("path", "") for section in ("model", "tokenizer")}
+    assert commits.keys() == {name for name in named if name.startswith("hub:")}
 
 
 def test_a_config_that_cannot_start_is_found(hub: dict[str, str | None], tmp_path: Path):
@@ -89,6 +91,28 @@ def test_a_config_that_cannot_start_is_found(hub: dict[str, str | None], tmp_pat
     done = dry_build(ROOT / "configs" / "ppo_pythia-1b_tldr.yaml", flags[2:], hub, tmp_path)
     assert done.returncode == 2
     assert "sft.microbatch_size is 4; it must be a multiple of 8" in done.stderr
+
+
+def test_models_of_the_hub_are_measured_and_their_records_shown(hub: dict[str, str | None], tmp_path: Path):
+    variables = os.environ | hub | {"PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in variables.items() if value is not None}
+
+    def said(*command: str) -> dict:
+        done = subprocess.run(
+            [sys.executable, "-m", *command, "--json"],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    model, data = "hub:google/gemma-2-2b-it", "hub:HuggingFaceH4/ultrafeedback_binarized:test_sft"
+    found = said("rlhf_jax.evaluate", "--model", model, "--data", data)
+    assert found["records"] == 24 and 100 < found["perplexity"] < 1000  # of random weights, 512 tokens
+    recipe = ROOT / "configs" / "reward_model_gemma-2-2b_ultrafeedback.yaml"
+    row = said("rlhf_jax.preview", "--config", str(recipe), "--stage", "reward")["reward"]["rows"][0]
+    assert "".join(row["tokens"]) == (
+        "<bos><start_of_turn>user\nWhat is 0 and 0?<end_of_turn>\n<start_of_turn>model\n0.<end_of_turn>"
+    )
 
 
 def test_a_run_goes_on_with_the_commit_that_it_began_with(
