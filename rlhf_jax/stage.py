@@ -11,11 +11,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import keys
-from rlhf_jax.batch import Params, Prompts, TrainState
+from rlhf_jax.batch import Params, Prompts, Rows, TrainState
 from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
 from rlhf_jax.config import RewardModelConfig
-from rlhf_jax.data.loader import Loader
-from rlhf_jax.data.records import Preference, PromptOnly
+from rlhf_jax.data.loader import Loader, Prefetched
+from rlhf_jax.data.records import AnyRecord, Preference, PromptOnly
 from rlhf_jax.data.tokenize import text_difference
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
 from rlhf_jax.experience import Collector
@@ -103,7 +103,7 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
 def _offline(plan: Plan, programs: Programs, mesh: Mesh) -> tuple[Source, Evaluate]:
     """Returns where batches of records come from, and the evaluation on held-out records."""
     settings, seed = plan.stage.settings, plan.stage.run.seed
-    loader = Loader(plan.train, settings.batch_size, seed)
+    loader = Prefetched(Loader[Rows, AnyRecord](plan.train, settings.batch_size, seed))
 
     def source(state: TrainState, position: int, key: Array) -> NextBatch:
         batch, position = loader.batch(position)

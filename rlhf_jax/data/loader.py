@@ -17,6 +17,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
@@ -237,6 +238,27 @@ class Loader[Batch: Rows | Prompts, Taken: AnyRecord]:
         count, lengths = len(of), self.examples.lengths[of.start : of.stop].sum(axis=1)
         order = np.arange(count) if epoch is None else epoch_order(self._seed, epoch, count, source, use=1)
         return of.start + self.examples.packings[source].fill(lengths, order)
+
+
+class Prefetched[Batch: Rows | Prompts, Taken: AnyRecord]:
+    """A loader's batches, made by threads before they are asked for; the same ones, in any order."""
+
+    def __init__(self, loader: Loader[Batch, Taken], num_threads: int = 2, num_ahead: int = 4):
+        """Of num_ahead batches behind the last one that was asked for, each is made or being made."""
+        self._loader = loader
+        self._num_ahead = num_ahead
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="batches")
+        self._made: dict[int, Future[tuple[Batch, int]]] = {}
+
+    def batch(self, position: int) -> tuple[Batch, int]:
+        """Returns loader.batch(position); raises what that raises."""
+        size = self._loader.batch_size
+        wanted = range(position, position + (self._num_ahead + 1) * size, size)
+        self._made = {
+            place: self._made.get(place) or self._threads.submit(self._loader.batch, place)
+            for place in wanted
+        }
+        return self._made[position].result()
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,14 +1,24 @@
 """Loader: an order that is a function of (seed, position); tokenised records with their drops and cuts."""
 
+import gc
 import json
 import re
+import threading
 
+import jax
 import numpy as np
 import pytest
 
 from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.config import DataConfig, TokenizerConfig
-from rlhf_jax.data.loader import Loader, epoch_order, load_examples, tokenize_records, training_texts
+from rlhf_jax.data.loader import (
+    Loader,
+    Prefetched,
+    epoch_order,
+    load_examples,
+    tokenize_records,
+    training_texts,
+)
 from rlhf_jax.data.records import Preference, PromptCompletion, PromptOnly
 from rlhf_jax.data.tokenize import opening
 from rlhf_jax.data.tokenizer import encode_completions, encode_prompts, load_tokenizer, train_tokenizer
@@ -347,3 +357,44 @@ def test_sources_of_conversations_and_of_plain_text_do_not_mix(tmp_path):
         ValueError, match=r"data.train: some sources hold conversations and others plain text"
     ):
         load_examples(cfg, "prompt_only", "train", chat, 0)
+
+
+def test_batches_made_ahead_are_the_loaders(tokenizer):
+    loader = Loader(examples_of(tokenizer, 10), 4, seed=0)
+    prefetched = Prefetched(loader)
+    for position in (0, 4, 8, 12, 0, 40, 44):  # also going back, and further than was made
+        found, after = prefetched.batch(position)
+        expected, _ = loader.batch(position)
+        assert after == position + 4
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_what_making_a_batch_raises_comes_when_it_is_asked_for():
+    class Damaged:
+        batch_size = 4
+
+        def batch(self, position):
+            if position == 8:
+                raise ValueError("record 8 cannot be read")
+            return position, position + 4
+
+    prefetched = Prefetched(Damaged())
+    assert [prefetched.batch(position) for position in (0, 4)] == [(0, 4), (4, 8)]
+    with pytest.raises(ValueError, match="record 8 cannot be read"):
+        prefetched.batch(8)
+
+
+def test_threads_end_with_their_batches(tokenizer):
+    def threads():
+        return {thread for thread in threading.enumerate() if thread.name.startswith("batches")}
+
+    before = threads()
+    prefetched = Prefetched(Loader(examples_of(tokenizer, 10), 4, seed=0))
+    prefetched.batch(0)
+    made = threads() - before
+    assert 1 <= len(made) <= 2
+    del prefetched
+    gc.collect()
+    for thread in made:
+        thread.join(timeout=5)
+        assert not thread.is_alive()

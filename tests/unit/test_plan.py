@@ -142,6 +142,19 @@ def test_stages_of_another_run_that_fit(plans, tmp_path):
     assert plan.losses() == [f"[ppo] {half.format(split)}" for split in ("train", "eval")]
 
 
+def test_how_full_packed_rows_are_is_told(plans):
+    """Four prompts of the same tokens, two of which fit into a row: it has two tokens of padding."""
+    (plan,) = plans()
+    length = plan.train.longest_row
+    packed = plan.train.packed(2 * length + 2)
+    assert plan._replace(train=packed).losses()[0] == (
+        f"[ppo] data.train: 1 of 5 records dropped (prompt longer than 128 tokens), 4 records packed into 2 "
+        f"rows of {2 * length + 2} tokens, {length / (length + 1):.1%} filled (one record each: 100.0%)"
+    )
+    bucketed = dataclasses.replace(plan.train, shorter=(8, 16), length=24)
+    assert plan._replace(train=bucketed).losses()[0].endswith("batches of 8, 16 or 24 tokens")
+
+
 def test_more_than_half_dropped_is_a_warning_and_cut_rows_are_counted(plans):
     (plan,) = plans()
     many = dataclasses.replace(plan.train, num_dropped=5, losses=Losses(long_prompts=5), num_cut=3)
