@@ -22,6 +22,7 @@ from rlhf_jax.data.records import (
     is_conversational,
 )
 from rlhf_jax.data.tokenizer import Tokenizer, encode_after, encode_prompts, template_date
+from rlhf_jax.progress import watched
 
 
 class Losses(NamedTuple):
@@ -196,7 +197,7 @@ def _conversations(
 ) -> Iterator[_Candidate]:
     """Yields conversations in tokens; a prompt ends where the first turn begins that is learned."""
     encoder = chat_encoder(tokenizer)
-    for number, record in enumerate(records, start=1):
+    for number, record in enumerate(watched(records, f"tokenising {where}"), start=1):
         here, prompt = f"{where}: record {number}", cast("list[Message]", record.prompt)
         if kind == "prompt_only":
             yield _Candidate(record, encoder.prompt(prompt, record.variables, here), [])

@@ -9,6 +9,7 @@ within a word, the completion is encoded alone.
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -25,10 +26,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from rlhf_jax.config import TokenizerConfig
 from rlhf_jax.data.third_party import told_as
 from rlhf_jax.options import did_you_mean
+from rlhf_jax.progress import watched
 
 Tokenizer = PreTrainedTokenizerBase
 """Other modules import the type from here, so that the line above runs before transformers is imported."""
 
+TEXTS_AT_ONCE = 4096  # between two looks at how far it is
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 
 
@@ -37,7 +40,7 @@ def load_tokenizer(cfg: TokenizerConfig, model_path: str = "") -> Tokenizer:
 
     Args:
         cfg: reads path, eos_token, pad_token. Code that comes with a tokenizer is never run.
-        model_path: directory or hub name of the model, used where cfg.path is empty.
+        model_path: directory of the model, used where cfg.path is empty.
 
     Raises:
         ValueError: no tokenizer there; no EOS or padding token; a named token that is not in the vocabulary.
@@ -179,18 +182,20 @@ def encode_completions(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[
     Raises:
         ValueError: the tokenizer fails, being damaged, or without a token for words it does not know.
     """
-    if not texts:
-        return []
-    with told_as(f"tokenizer.path: the tokenizer of {tokenizer.name_or_path} cannot encode the text"):
-        encoded = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-    return cast("list[list[int]]", encoded["input_ids"])
+    found: list[list[int]] = []
+    batches = itertools.batched(texts, TEXTS_AT_ONCE)
+    for batch in watched(batches, "tokenising", total=len(texts), size=len):
+        with told_as(f"tokenizer.path: the tokenizer of {tokenizer.name_or_path} cannot encode the text"):
+            encoded = tokenizer(
+                list(batch),
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+        found += cast("list[list[int]]", encoded["input_ids"])
+    return found
 
 
 def encode_after(

@@ -199,3 +199,12 @@ def fails_to_load(path, reason):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
         load_tokenizer(TokenizerConfig(path=path))
     assert "\n" not in str(caught.value)
+
+
+def test_many_texts_have_the_tokens_that_each_has_alone(monkeypatch):
+    tokenizer = train_tokenizer(["some words of some text"] * 9, 270)
+    texts = ["some", " words", "", " of some", "text"]
+    alone = [encode_completions(tokenizer, [text])[0] for text in texts]
+    monkeypatch.setattr("rlhf_jax.data.tokenizer.TEXTS_AT_ONCE", 2)
+    assert encode_completions(tokenizer, texts) == alone
+    assert encode_completions(tokenizer, []) == []
