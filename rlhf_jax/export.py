@@ -170,6 +170,8 @@ def generation_config(stage: StageConfig, tokenizer: Tokenizer) -> dict[str, Any
     return token_ids(tokenizer) | {
         "do_sample": True,
         "temperature": sampling.temperature,
+        "top_k": 0,  # nothing is left out; the default of transformers is 50
+        "top_p": 1.0,
         "max_new_tokens": sampling.max_new_tokens,
     }
 

@@ -106,6 +106,7 @@ def test_export_is_a_hugging_face_directory(finished):
     assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     generation = GenerationConfig.from_pretrained(run / "export")
     assert (generation.do_sample, generation.max_new_tokens) == (True, 12)
+    assert (generation.temperature, generation.top_k, generation.top_p) == (1.0, 0, 1.0)
     card = ModelCard.load(run / "export" / "README.md")
     assert card.data.pipeline_tag == "text-generation" and card.data.tags == ["rlhf_jax", "ppo"]
     gold = json.loads((run / "summary.json").read_text())["ppo"]["gold_after"]
