@@ -20,6 +20,7 @@ from rlhf_jax.config_file import ignored, resolve
 from rlhf_jax.data.columns import record_format
 from rlhf_jax.data.loader import Examples, Loader, load_examples
 from rlhf_jax.data.sources import open_source
+from rlhf_jax.data.tokenize import text_difference, text_settings
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.evaluation import evaluate_records
 from rlhf_jax.export import read_run_config
@@ -28,17 +29,23 @@ from rlhf_jax.metrics import format_number
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.hub import local_directory
+from rlhf_jax.models.scorers import is_scorer
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.plan import TOKENIZER
+from rlhf_jax.plan import TEXT_OF_MODEL, check_length
 from rlhf_jax.programs import TokenIds, build_programs, rows_per_unit
 from rlhf_jax.roles import is_stage_dir, load_policy, load_reward, stored_architecture
+from rlhf_jax.run_tokenizer import TOKENIZER, check_vocabulary
 from rlhf_jax.sharding import check_batch, make_mesh
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["policy", "reward"]
 ALGORITHM_OF: dict[Role, str] = {"policy": "sft", "reward": "reward_model"}
 """The algorithm whose held-out figures are those of a role."""
 SECTIONS = ("data", "model", "tokenizer", "mesh")
 """Sections of the configuration that a measurement reads."""
+UNREAD = ("data.length_buckets", "data.train", "data.eval", "model.remat")
+"""Options of these sections that it does not read."""
 CHUNK = 4096  # tokens whose logits exist at once, unless a flag says otherwise
 
 
@@ -100,10 +107,19 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
     model = str(local_directory(model))
     subject = find_subject(Path(model), data, read_stage("reward", model, data, batch_size, flags).data)
     architecture = stored_architecture(subject.path, subject.role)
-    stage = read_stage(subject.role, model, data, batch_size, flags, architecture.context_length)
+    text = load_info(subject.path)["text"] if is_stage_dir(subject.path) else {}
+    template = text.get("prompt_template") or ""
+    stage = read_stage(
+        subject.role, model, data, batch_size, flags, architecture.context_length, prompt_template=template
+    )
+    algorithm = ALGORITHMS[stage.algorithm]
     tokenizer = load_tokenizer(stage.tokenizer, str(subject.tokenizer))
-    records = ALGORITHMS[stage.algorithm].records
-    examples = load_examples(stage.data, records, "eval", tokenizer, stage.run.seed)
+    check_vocabulary(subject.path, tokenizer, stage.tokenizer, architecture)
+    check_length(stage, algorithm, architecture)
+    examples = load_examples(stage.data, algorithm.records, "eval", tokenizer, stage.run.seed)
+    ours = text_settings(tokenizer, stage.data, has_conversations=examples.has_conversations)
+    if text and (differing := text_difference(text, ours, TEXT_OF_MODEL)):
+        logger.warning("%s was trained on text that is treated otherwise: %s", subject.path, differing)
     counts = {
         "records": len(examples),
         "dropped": examples.num_dropped,
@@ -124,7 +140,7 @@ def find_subject(model: Path, data: str, cfg: DataConfig) -> Subject:
         role: Role = "policy" if _trains(model, "policy") else "reward"
         return Subject(model, role, model.parent / TOKENIZER)
     if not (model / "config.yaml").is_file():
-        return Subject(model, "reward" if _has_score_head(model) else "policy", model)
+        return Subject(model, "reward" if is_scorer(hf.read_config(model)) else "policy", model)
     role = "reward" if _is_comparison(data, cfg) else "policy"
     stages = [s.name for s in read_run_config(model).stages if role in ALGORITHMS[s.algorithm].trains]
     if not stages:
@@ -133,7 +149,14 @@ def find_subject(model: Path, data: str, cfg: DataConfig) -> Subject:
 
 
 def read_stage(
-    role: Role, model: str, data: str, batch_size: int, flags: list[str], context_length: int = LARGEST_INT
+    role: Role,
+    model: str,
+    data: str,
+    batch_size: int,
+    flags: list[str],
+    context_length: int = LARGEST_INT,
+    *,
+    prompt_template: str = "",
 ) -> StageConfig:
     """Returns the stage whose evaluation the measurement is: defaults, and what the flags say.
 
@@ -150,13 +173,14 @@ def read_stage(
             "max_length": context_length,
             "max_prompt_length": context_length,
             "max_eval_records": LARGEST_INT,
+            "prompt_template": prompt_template,
         },
         "model": {"logprob_chunk": CHUNK},
         name: {"batch_size": batch_size},
     }
     line = parse(flags)
-    foreign = [path for path in line.overrides if path.partition(".")[0] not in SECTIONS]
-    problems = [f"--{path}: is not read; options of {', '.join(SECTIONS)} are" for path in foreign]
+    foreign = [path for path in line.overrides if path.partition(".")[0] not in SECTIONS or path in UNREAD]
+    problems = [f"--{path}: is not read here; other options of {', '.join(SECTIONS)} are" for path in foreign]
     overridden, misplaced = apply(tree, line.overrides)
     resolved = resolve(overridden, line.overrides)
     problems += [*line.problems, *misplaced, *resolved.problems]
@@ -200,12 +224,6 @@ def _is_comparison(data: str, cfg: DataConfig) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _has_score_head(directory: Path) -> bool:
-    """Returns whether a Hugging Face directory's config.json speaks of sequence classification."""
-    names = hf.read_config(directory).get("architectures") or []
-    return any(str(name).endswith("ForSequenceClassification") for name in names)
 
 
 if __name__ == "__main__":

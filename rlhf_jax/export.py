@@ -125,35 +125,41 @@ def export_stage(
     chain = lineage(config, name)
     results = {s.name: done[1] for s in chain if (done := read_result(run_dir / s.name)) is not None}
     card = model_card(chain, role, results)
+    ids = token_ids(tokenizer)
+    stop = load_info(directory)["text"]["stop"]
     with new_directory(out) as unfinished:
         if role == "policy":
             policy = load_policy(directory, model, mesh)
-            hf.save_policy(unfinished, architecture, policy, dtype=dtype, token_ids=token_ids(tokenizer))
-            generation = generation_config(stage, tokenizer)
-            stop = load_info(directory).get("text", {}).get("stop", tokenizer.eos_token_id)
-            if stop != tokenizer.eos_token_id:  # conversations end with a token of the chat template
-                generation["eos_token_id"] = [stop, tokenizer.eos_token_id]
+            hf.save_policy(unfinished, architecture, policy, dtype=dtype, token_ids=ids)
+            generation = ids | generation_config(stage)
+            if stop != ids["eos_token_id"]:  # conversations end with a token of the chat template
+                generation["eos_token_id"] = [stop, ids["eos_token_id"]]
             replace_file(unfinished / "generation_config.json", to_json(generation, indent=2) + "\n")
         else:
-            set_own_pad(tokenizer)
             kind: Role = "value" if role == "value" else "reward"
             scorer, normalizer = load_trained_scorer(directory, kind, model, mesh)
-            ids = token_ids(tokenizer)
+            ids = own_pad(tokenizer, stop)
             save_scorer(unfinished, architecture, scorer, kind, normalizer, dtype=dtype, token_ids=ids)
         tokenizer.save_pretrained(str(unfinished))
         replace_file(unfinished / "README.md", card)
 
 
-def set_own_pad(tokenizer: Tokenizer) -> None:
-    """Gives a tokenizer whose padding token is its EOS another one: BOS, which no text ends with, or unknown.
+def own_pad(tokenizer: Tokenizer, stop: int) -> dict[str, int]:
+    """Returns the ids that a scorer's config.json names, its padding token one that ends no text.
 
-    transformers reads a score at the last token that is not padding; ours is read at the EOS.
+    transformers reads a score at the last token that is not padding; ours is read at the end. So BOS or the
+    unknown token pads where the end would. Where there is no other, as in GPT-2's tokenizer, none is named:
+    transformers then takes texts one by one.
+
+    Args:
+        tokenizer: its padding token is changed in place.
+        stop: the token that ends texts.
     """
-    others = (tokenizer.bos_token, tokenizer.unk_token)
-    if tokenizer.pad_token == tokenizer.eos_token:
-        fitting = [token for token in others if token and token != tokenizer.eos_token]
-        if fitting:
-            tokenizer.pad_token = fitting[0]
+    if tokenizer.pad_token_id == stop:
+        ids = [id_ for id_ in (tokenizer.bos_token_id, tokenizer.unk_token_id) if id_ not in (None, stop)]
+        tokenizer.pad_token_id = (*ids, stop)[0]
+    ids = token_ids(tokenizer) | {"eos_token_id": stop}
+    return {name: id_ for name, id_ in ids.items() if name != "pad_token_id" or id_ != stop}
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
@@ -162,17 +168,16 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {name: id_ for name in names if (id_ := getattr(tokenizer, name)) is not None}
 
 
-def generation_config(stage: StageConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns how a policy is meant to be sampled; of one that was trained on its own samples, as it was."""
+def generation_config(stage: StageConfig) -> dict[str, Any]:
+    """Returns how a policy was sampled while it was trained; nothing where it was not."""
     if ALGORITHMS[stage.algorithm].records != "prompt_only":
-        return token_ids(tokenizer)
-    sampling = stage.rollout
-    return token_ids(tokenizer) | {
+        return {}
+    return {
         "do_sample": True,
-        "temperature": sampling.temperature,
+        "temperature": stage.rollout.temperature,
         "top_k": 0,  # nothing is left out; the default of transformers is 50
         "top_p": 1.0,
-        "max_new_tokens": sampling.max_new_tokens,
+        "max_new_tokens": stage.rollout.max_new_tokens,
     }
 
 

@@ -54,8 +54,11 @@ def model_card(stages: Sequence[StageConfig], role: str, results: Mapping[str, M
         role: policy, value or reward: what is exported of it.
         results: the figures of each stage by name, as in summary.json.
     """
-    last, first = stages[-1], stages[0]
-    start = _last_part(first.start_from or first.model.path)
+    last, by_name = stages[-1], {stage.name: stage for stage in stages}
+    steps = [last]
+    while steps[0].start_from in by_name:
+        steps.insert(0, by_name[steps[0].start_from])
+    start = _last_part(steps[0].start_from or steps[0].model.path)
     measured = table_rows({stage.name: results[stage.name] for stage in stages if stage.name in results})
     front = [
         "---",
@@ -65,12 +68,12 @@ def model_card(stages: Sequence[StageConfig], role: str, results: Mapping[str, M
         "---",
     ]
     origin = f"from `{start}`" if start else "from scratch"
-    steps = ", then ".join(_METHODS[stage.algorithm] for stage in stages)
+    methods = ", then ".join(_METHODS[stage.algorithm] for stage in steps)
     lines = [
         *front,
         f"# {last.name}: {role}",
         "",
-        f"The {role} of stage `{last.name}`, trained {origin} by {steps}, with rlhf_jax.",
+        f"The {role} of stage `{last.name}`, trained {origin} by {methods}, with rlhf_jax.",
         "",
         "| stage | measure | before | after |",
         "|---|---|---|---|",

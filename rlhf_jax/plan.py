@@ -10,49 +10,30 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import load_info
-from rlhf_jax.config import Config, RewardModelConfig, SFTConfig, StageConfig, TokenizerConfig
-from rlhf_jax.data.chat import chat_encoder
+from rlhf_jax.config import PROMPTLESS_FORMATS, Config, RewardModelConfig, SFTConfig, StageConfig
 from rlhf_jax.data.collate import LENGTH_MULTIPLE
 from rlhf_jax.data.columns import Format, is_read
-from rlhf_jax.data.loader import Examples, Split, load_examples, load_records, training_texts
+from rlhf_jax.data.loader import Examples, Split, load_examples
 from rlhf_jax.data.mixture import mixture_counts
 from rlhf_jax.data.packing import length_ladder
 from rlhf_jax.data.tokenize import prompt_limit, text_difference, text_settings
-from rlhf_jax.data.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-    open_tokenizer,
-    settle_template,
-    template_date,
-    train_tokenizer,
-)
+from rlhf_jax.data.tokenizer import Tokenizer, template_date
 from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.models.scorers import read_scorer
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.programs import role_shardings, rows_per_unit
-from rlhf_jax.rewards.external import RewardReader, leading_bos
+from rlhf_jax.reward_origin import External, external_reward
 from rlhf_jax.rewards.functions import RewardFunction, load_function
-from rlhf_jax.roles import Origins, checkpoint_architecture, is_stage_dir, origins, stored_architecture
+from rlhf_jax.roles import Origins, is_stage_dir, origins, stored_architecture
+from rlhf_jax.run_tokenizer import check_vocabulary
 from rlhf_jax.sharding import check_batch
 from rlhf_jax.unread import unread
-
-TOKENIZER = "tokenizer"  # RUN/tokenizer
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-class External(NamedTuple):
-    """A reward model that a stage does not hold among its roles, for it is not like the policy."""
-
-    path: Path
-    architecture: Architecture
-    reader: RewardReader
 
 
 class Plan(NamedTuple):
@@ -65,6 +46,8 @@ class Plan(NamedTuple):
     architecture: Architecture
     origins: Origins
     tokenizer: Tokenizer
+    text: dict[str, Any]
+    """How the stage's records become tokens; its checkpoints tell it."""
     train: Examples
     held_out: Examples
     demonstrations: Examples | None
@@ -78,11 +61,6 @@ class Plan(NamedTuple):
     def directory(self) -> Path:
         """Returns RUN/STAGE."""
         return Path(self.stage.run.dir) / self.stage.name
-
-    @property
-    def text(self) -> dict[str, Any]:
-        """Returns how the stage's records become tokens; its checkpoints tell it."""
-        return text_settings(self.tokenizer, self.stage.data, has_conversations=self.train.has_conversations)
 
     def row_counts(self) -> dict[str, int]:
         """Returns the numbers of rows that the mesh has to divide, by the option that decides them."""
@@ -159,7 +137,7 @@ class Plan(NamedTuple):
         if self.external is None or self.external.reader.tokenizer is None:
             return []
         return [
-            f"[{self.stage.name}] the reward model {self.external.path} has another tokenizer than the "
+            f"[{self.stage.name}] the reward model {self.external.path} reads text otherwise than the "
             "policy: it is given prompt and completion as text, in its own tokens"
         ]
 
@@ -244,11 +222,20 @@ def _plan(
         return function
 
     architecture = attempt(_architecture, stage, where, tokenizer, earlier)
-    external = None
     if architecture is not None:
-        attempt(_check_length, stage, algorithm, architecture)
-        external = attempt(_external, stage, where, tokenizer, architecture, earlier)
+        attempt(check_length, stage, algorithm, architecture)
     train, held_out = examples("train"), examples("eval")
+    external = None
+    if architecture is not None and train is not None:
+        external = attempt(
+            external_reward,
+            stage,
+            where.reward,
+            architecture,
+            tokenizer,
+            {name: plan.architecture for name, plan in earlier.items()},
+            has_conversations=train.has_conversations,
+        )
     function = judge(stage.rewards.function, train, held_out)
     gold = judge(stage.rewards.gold, held_out)
     if problems or architecture is None or train is None or held_out is None:
@@ -276,6 +263,7 @@ def _plan(
         architecture=architecture,
         origins=where._replace(reward=None) if external else where,
         tokenizer=tokenizer,
+        text=_text(stage, algorithm, tokenizer, train),
         train=train,
         held_out=held_out,
         demonstrations=demonstrations,
@@ -287,8 +275,20 @@ def _plan(
     return None if problems else plan
 
 
+def _text(stage: StageConfig, algorithm: Algorithm, tokenizer: Tokenizer, train: Examples) -> dict[str, Any]:
+    """Returns the text_settings of a stage, None for what it does not read."""
+    text = text_settings(tokenizer, stage.data, has_conversations=train.has_conversations)
+    if algorithm.records == "prompt_only":
+        text["truncation"] = None
+    if train.formats and set(train.formats) <= set(PROMPTLESS_FORMATS):
+        text["prompt_template"] = None
+    return text
+
+
 TEXT_OF_MODEL = ("tokenizer", "bos", "stop", "pad", "conversations", "chat_template", "template_date")
 """What text_settings have to agree on between a model and the stage that goes on from it."""
+TEXT_OF_DATA = ("prompt_template", "prompt_truncation", "truncation")
+"""The same, of stages that both read the option; None where one does not."""
 
 
 def _check_text(plan: Plan, earlier: dict[str, Plan]) -> None:
@@ -301,8 +301,8 @@ def _check_text(plan: Plan, earlier: dict[str, Plan]) -> None:
     starts = () if stage.algorithm == "sft" else ((stage.start_from, plan.origins.policy),)
     if plan.external is None:
         starts = (*starts, (stage.reward_from, plan.origins.reward))
-    elif (tokenizer := plan.external.reader.tokenizer) is not None and ours["conversations"]:
-        chat_encoder(tokenizer)  # raises where there is no template to render them again with
+    elif plan.external.reader.tokenizer is None:
+        starts = (*starts, (stage.reward_from, plan.external.path))
     for name, path in starts:
         if name in earlier:
             theirs = earlier[name].text
@@ -314,14 +314,16 @@ def _check_text(plan: Plan, earlier: dict[str, Plan]) -> None:
                 )
         else:
             continue
-        if differing := text_difference(theirs, ours, TEXT_OF_MODEL):
+        shared = [key for key in TEXT_OF_DATA if None not in (theirs[key], ours[key])]
+        if differing := text_difference(theirs, ours, [*TEXT_OF_MODEL, *shared]):
             raise ValueError(
                 f"{name} was trained on text that is treated otherwise: {differing}; use the same tokenizer "
-                "and chat template (tokenizer), and conversations or plain text in both"
+                "and chat template (tokenizer), conversations or plain text in both, and the same options of "
+                "data"
             )
 
 
-def _check_length(stage: StageConfig, algorithm: Algorithm, architecture: Architecture) -> None:
+def check_length(stage: StageConfig, algorithm: Algorithm, architecture: Architecture) -> None:
     longest, options = stage.data.max_length, "data.max_length"
     if algorithm.records == "prompt_only":
         longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
@@ -341,101 +343,12 @@ def _architecture(
         architecture = earlier[stage.start_from].architecture
     elif where.policy is not None:
         architecture = stored_architecture(where.policy, "policy")
-        _check_vocabulary(where.policy, tokenizer, stage.tokenizer)
     else:
         architecture = Architecture.from_config(stage.model, vocab_size=len(tokenizer))
-    if len(tokenizer) > architecture.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has "
-            f"{architecture.vocab_size}; use the tokenizer that the model was trained with (tokenizer.path)"
-        )
-    return architecture
-
-
-def _external(
-    stage: StageConfig,
-    where: Origins,
-    tokenizer: Tokenizer,
-    architecture: Architecture,
-    earlier: dict[str, Plan],
-) -> External | None:
-    """Returns the reward model that is no role of the stage; None where there is none, or it is one.
-
-    It is one where it reads the policy's tokens with the policy's architecture: the value model can then
-    start from it.
-
-    Raises:
-        ValueError: there is no such reward model, or no tokenizer with it.
-    """
-    path = where.reward
-    if path is None:
-        return None
-    pad_id, own, is_foreign = None, None, False
-    if stage.reward_from in earlier:
-        of_reward = earlier[stage.reward_from].architecture
-    else:
-        of_reward = stored_architecture(path, "reward")
-        is_foreign = not is_stage_dir(path)
-        pad_id = read_scorer(path).pad_id if is_foreign else None
-        own = open_tokenizer(str(_tokenizer_dir(path)), f"stages.{stage.name}.reward_from")
-        own = settle_template(own, TokenizerConfig(template_date=stage.tokenizer.template_date))
-        if _encode_alike(own, tokenizer, is_foreign):
-            own = None
-        elif len(own) > of_reward.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {path} has {len(own)} tokens, but its model's vocabulary has "
-                f"{of_reward.vocab_size}; the tokenizer is not that of the model"
-            )
-    if own is None and of_reward == architecture and pad_id != tokenizer.eos_token_id:
-        return None
-    bos_id = cast("int | None", (own or tokenizer).bos_token_id)
-    reader = RewardReader(own, is_foreign, bos_id, pad_id, of_reward.context_length)
-    return External(path, of_reward, reader)
-
-
-def _tokenizer_dir(path: Path) -> Path:
-    """Returns where the tokenizer of another run's stage, or of a checkpoint, lies; ValueError: nowhere."""
-    if is_stage_dir(path):
-        beside = path.parent / TOKENIZER
-        if not beside.is_dir():
-            raise ValueError(
-                f"{path} is of a run without a tokenizer: there is no {beside}; copy the whole run"
-            )
-        return beside
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(
-            f"{path} holds a reward model without a tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy "
-            "the one that it was trained with there"
-        )
-    return path
-
-
-def _encode_alike(own: Tokenizer, tokenizer: Tokenizer, is_foreign: bool) -> bool:
-    """Returns whether a reward model's tokenizer gives texts the ids that the policy's rows have."""
-    begins = tokenizer.bos_token_id is not None
-    return (
-        own.get_vocab() == tokenizer.get_vocab()
-        and own.eos_token_id == tokenizer.eos_token_id
-        and own.bos_token_id == tokenizer.bos_token_id
-        and (not is_foreign or bool(leading_bos(own)) == begins)
+    check_vocabulary(
+        None if stage.start_from in earlier else where.policy, tokenizer, stage.tokenizer, architecture
     )
-
-
-def _check_vocabulary(start: Path, tokenizer: Tokenizer, cfg: TokenizerConfig) -> None:
-    """Raises ValueError where a stage of another run, or a checkpoint, gave its tokens other ids."""
-    beside = _tokenizer_dir(start) if is_stage_dir(start) else start
-    if not is_stage_dir(start) and (
-        cfg.path or not any((beside / name).is_file() for name in TOKENIZER_FILES)
-    ):
-        return  # tokenizer.path is there to say what a checkpoint does not, or says wrongly
-    ours = tokenizer.get_vocab()
-    theirs = load_tokenizer(dataclasses.replace(cfg, path=str(beside))).get_vocab()
-    if ours != theirs:
-        differing = sum(ours.get(token) != theirs.get(token) for token in ours | theirs)
-        raise ValueError(
-            f"{start} was trained with another tokenizer: {differing} tokens have other ids in {beside} than "
-            "in this run's; use models that were trained with one tokenizer (tokenizer.path)"
-        )
+    return architecture
 
 
 def check_mesh(plans: Sequence[Plan], mesh: Mesh) -> None:
@@ -462,46 +375,3 @@ def _attempt[T](problems: list[str], make: Callable[..., T], *args: Any, **optio
     except ValueError as error:
         problems += str(error).splitlines()
         return None
-
-
-def prepare_tokenizer(config: Config) -> Tokenizer:
-    """Returns the run's tokenizer: the one it already has, the one that is named, the model's, or a new one.
-
-    A tokenizer is trained on the texts of the first stage when neither the configuration nor what the stages
-    start from brings one.
-
-    Raises:
-        ValueError: no such tokenizer; it lacks EOS or pad; its training texts cannot be read.
-    """
-    first = config.stages[0]
-    stored = Path(config.run.dir) / TOKENIZER
-    if stored.is_dir():
-        return load_tokenizer(dataclasses.replace(first.tokenizer, path=str(stored)))
-    if first.tokenizer.path or first.model.path:
-        return load_tokenizer(first.tokenizer, first.model.path)
-    if first.start_from:
-        start = Path(first.start_from)
-        if not is_stage_dir(start):
-            try:
-                checkpoint_architecture(start, "policy")
-            except ValueError as error:
-                raise ValueError(f"stages.{first.name}.from: {error}") from None
-        beside = start.parent / TOKENIZER if is_stage_dir(start) else start
-        return load_tokenizer(dataclasses.replace(first.tokenizer, path=str(beside)))
-    try:
-        texts = list(training_texts(first.data, ALGORITHMS[first.algorithm].records, first.run.seed))
-    except ValueError:
-        raise ValueError("\n".join(_unreadable(config))) from None
-    return settle_template(train_tokenizer(texts, first.tokenizer.vocab_size), first.tokenizer)
-
-
-def _unreadable(config: Config) -> list[str]:
-    """Returns a line for each split of a stage whose records cannot be read."""
-    lines = []
-    for stage in config.stages:
-        problems: list[str] = []
-        for split in get_args(Split):
-            records = ALGORITHMS[stage.algorithm].records
-            _attempt(problems, load_records, stage.data, records, split, stage.run.seed)
-        lines += [f"stage {stage.name}: {problem}" for problem in problems]
-    return lines

@@ -27,7 +27,8 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.files import to_json
 from rlhf_jax.models.hub import fetch_models, read_commits
 from rlhf_jax.options import did_you_mean
-from rlhf_jax.plan import Plan, plan_stages, prepare_tokenizer
+from rlhf_jax.plan import Plan, plan_stages
+from rlhf_jax.run_tokenizer import prepare_tokenizer
 
 Part = Literal["prompt", "completion", "other turns"]
 STYLES: Mapping[str, str] = {"prompt": "cyan", "completion": "bold green", "other turns": "yellow"}

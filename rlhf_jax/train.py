@@ -83,7 +83,8 @@ def prepare(config: Config) -> tuple[list[Plan], Mesh]:
         OSError: the run directory cannot be written.
     """
     from rlhf_jax.models import hub
-    from rlhf_jax.plan import TOKENIZER, check_mesh, plan_stages, prepare_tokenizer
+    from rlhf_jax.plan import check_mesh, plan_stages
+    from rlhf_jax.run_tokenizer import TOKENIZER, prepare_tokenizer
     from rlhf_jax.sharding import make_mesh
 
     run_dir = Path(config.run.dir)

@@ -35,7 +35,7 @@ def lower(plan: Plan, mesh: Mesh) -> dict[str, Any]:
         if is_online
         else max(plan.train.most_loss_tokens, plan.held_out.most_loss_tokens)
     )
-    ids = TokenIds(eos=cast(int, plan.tokenizer.eos_token_id), pad=cast(int, plan.tokenizer.pad_token_id))
+    ids = TokenIds(eos=plan.text["stop"], pad=cast(int, plan.tokenizer.pad_token_id))
     programs = cast(Any, build_programs(stage, algorithm, model, mesh, num_completion, ids))
 
     def weights(role: str) -> Params:

@@ -74,8 +74,10 @@ class ChatEncoder:
         # An assistant's message may hold added tokens that are not special, such as <think>; others may not.
         self._names = {True: _pattern(self._special), False: _pattern(markers)}
         self._control_ids = {cast(int, tokenizer.convert_tokens_to_ids(name)) for name in markers}
-        self.end_of_turn = self._end_of_turn(answered)
+        self.end_of_turn, tail = self._end_of_turn(answered)
         self.end_of_turn_id = cast(int, tokenizer.convert_tokens_to_ids(self.end_of_turn))
+        # What the template writes behind that, such as a newline: part of a text, but never sampled.
+        self.after_turn = self._parsed.encode(self.end_of_turn + tail, add_special_tokens=False).ids[1:]
         first = cast("list[int]", tokenizer("")["input_ids"])[:1]
         self._bos = first if first == [tokenizer.bos_token_id] else []
         after_control = self._parsed.encode(self.end_of_turn + "a", add_special_tokens=False).ids[1:]
@@ -181,7 +183,8 @@ class ChatEncoder:
                 ),
             )
 
-    def _end_of_turn(self, answered: str) -> str:
+    def _end_of_turn(self, answered: str) -> tuple[str, str]:
+        """Returns the token that ends the assistant's turn, and the text behind it."""
         _, answer, tail = answered.rpartition(str(PROBE[1]["content"]))
         found = self._names[False].search(tail)
         if not answer or found is None:
@@ -190,7 +193,7 @@ class ChatEncoder:
                 "special token of the tokenizer, so that no completion could end; let the template write "
                 "{{ eos_token }} there, or name a tokenizer that has the template's tokens"
             )
-        return found.group()
+        return found.group(), tail[found.end() :]
 
     def _encode(self, text: str, foreign: Sequence[Span]) -> tuple[list[int], list[Span]]:
         """Returns ids, and the characters that each stands for; the names at `foreign` are plain letters."""

@@ -60,6 +60,11 @@ def is_scorer(config: Mapping[str, Any]) -> bool:
     return any(str(name).endswith(_SUFFIX) for name in config.get("architectures") or [])
 
 
+def is_own_scorer(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config.json is one that `save_scorer` wrote."""
+    return "score_role" in config
+
+
 def read_scorer(directory: str | os.PathLike[str]) -> Scorer:
     """Returns what a directory's config.json says of a scorer.
 

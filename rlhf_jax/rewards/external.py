@@ -31,7 +31,7 @@ class RewardReader(NamedTuple):
     tokenizer: Tokenizer | None
     """None: the policy's tokenizer is its own, and it is given the policy's tokens."""
     joins: bool
-    """Whether it learned from prompt and completion encoded as one text, as others do, or as rows here."""
+    """Whether it learned from whole texts, as others make them, or from rows as they are made here."""
     bos_id: int | None
     pad_id: int | None
     """Its score is read at the last token that is not this one, as transformers does; None: at the last."""
@@ -79,22 +79,23 @@ def render(
 ) -> list[int]:
     """Returns prompt and completion in a reward model's tokens, its EOS last where the completion ended.
 
-    Conversations are rendered by the reward model's own chat template, and end with its token. Never nothing:
-    a score needs a token to stand on.
+    Conversations are rendered by the reward model's own chat template. Never nothing: a score needs a token.
 
     Args:
         tokenizer: the reward model's.
         record: the prompt.
         completion: text, without EOS.
         ended: whether the completion has its EOS.
-        joins: encode both as one text, with BOS where the tokenizer puts it by itself; otherwise as rows are
-            made here: the prompt keeps the tokens that it has alone, with BOS where there is one.
+        joins: give it what others train on: both encoded as one text, with BOS where the tokenizer puts it
+            by itself, and what a template writes behind the last turn. Otherwise as rows are made here: the
+            prompt keeps the tokens that it has alone, with BOS where there is one, and a turn's end is last.
     """
     if not isinstance(record.prompt, str):
         chat = chat_encoder(tokenizer)
         prompt = chat.prompt(record.prompt, record.variables, "a prompt, for the reward model")
         (answer,) = encode_completions(tokenizer, [completion])
-        return prompt + answer + [chat.end_of_turn_id] * ended
+        end = [chat.end_of_turn_id, *(chat.after_turn if joins else [])] if ended else []
+        return prompt + answer + end
     end = [cast(int, tokenizer.eos_token_id)] if ended and tokenizer.eos_token_id is not None else []
     if joins:
         (ids,) = encode_completions(tokenizer, [record.prompt + completion])

@@ -10,8 +10,9 @@ from rlhf_jax import stage
 from rlhf_jax.command_line import read_command_line
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.plan import plan_stages, prepare_tokenizer
+from rlhf_jax.plan import plan_stages
 from rlhf_jax.programs import build_programs
+from rlhf_jax.run_tokenizer import prepare_tokenizer
 from rlhf_jax.sharding import make_mesh, place_rows
 from rlhf_jax.stop_signals import StopSignals
 from tests.completions import assert_same_completions, next_token_logits

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -155,11 +156,15 @@ def test_a_value_model_is_exported_on_demand(finished, tmp_path):
     assert "score.weight" in load_file(tmp_path / "value" / "model.safetensors")
 
 
-def test_a_padding_token_that_is_eos_gives_way_to_bos():
+def test_a_padding_token_that_ends_texts_gives_way_to_another():
     tokenizer = train_tokenizer(["text"] * 9, 260)
     tokenizer.pad_token = tokenizer.eos_token
-    export.set_own_pad(tokenizer)
-    assert tokenizer.pad_token_id == tokenizer.bos_token_id
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}
+    assert export.own_pad(tokenizer, stop=2) == ids and tokenizer.pad_token_id == 1
+    tokenizer.pad_token = "<|pad|>"
+    assert export.own_pad(tokenizer, stop=2) == ids | {"pad_token_id": 0}
+    tokenizer.bos_token = tokenizer.pad_token = tokenizer.eos_token  # as GPT-2's
+    assert export.own_pad(tokenizer, stop=2) == {"bos_token_id": 2, "eos_token_id": 2}
 
 
 @pytest.mark.parametrize(
@@ -213,6 +218,22 @@ def test_evaluate_takes_of_a_run_the_stage_that_the_data_fit(finished, tmp_path,
         assert found["model"] == str(run / ("ppo" if role == "policy" else "reward"))
 
 
+def test_evaluate_puts_the_template_of_training_around_prompts(finished, tmp_path, capsys):
+    run, _, _ = finished
+    shutil.copytree(run, tmp_path / "run")
+    (manifest,) = (tmp_path / "run" / "sft" / "checkpoints").glob("6/manifest.json")
+    told = json.loads(manifest.read_text())
+    told["info"]["text"] |= {"prompt_template": "Q: {prompt}", "pad": 7}
+    manifest.write_text(json.dumps(told))
+    found = []
+    for where, prompt in ((tmp_path / "run", "my cup broke."), (run, "Q: my cup broke.")):
+        (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": prompt, "completion": " Sorry."}))
+        flags = ["--model", str(where / "sft"), "--data", str(tmp_path / "data.jsonl"), "--json"]
+        assert evaluate.main([*flags, "--mesh.data", "1", "--mesh.fsdp", "-1"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["nll"])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -222,12 +243,22 @@ def test_evaluate_takes_of_a_run_the_stage_that_the_data_fit(finished, tmp_path,
         (["--model", "{run}/sft", "--data", "synthetic", "--data.formt", "text"], "did you mean 'format'"),
         (["--model", "{run}/sft", "--data", "synthetic", "--sft.num_steps", "3"], "--sft.num_steps: is not"),
         (["--model", "{run}/sft", "--data", "synthetic", "--model.num_layers", "3"], "would be ignored"),
+        (["--model", "{run}/sft", "--data", "synthetic", "--data.length_buckets", "2"], "is not read here"),
+        (["--model", "{run}/sft", "--data", "synthetic", "--data.max_length", "97"], "model's context of 96"),
+        (
+            ["--model", "{run}/export", "--data", "synthetic", "--tokenizer.path", "{big}"],
+            "has 401 tokens, but",
+        ),
+        (["--model", "{run}/sft", "--data", "synthetic", "--tokenizer.path", "{big}"], "another tokenizer"),
         (["--model", "{run}/sft", "--data", "synthetic", "--batch_size", "0"], "batch_size: must be >= 1"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_a_line(finished, capsys, flags, message):
+def test_what_cannot_be_measured_is_told_in_a_line(finished, tmp_path, capsys, flags, message):
     run, config, _ = finished
-    flags = [flag.format(run=run, config=config) for flag in flags]
+    larger = AutoTokenizer.from_pretrained(run / "tokenizer")
+    larger.add_tokens([f"<|{i}|>" for i in range(401 - len(larger))])
+    larger.save_pretrained(tmp_path / "big")
+    flags = [flag.format(run=run, config=config, big=tmp_path / "big") for flag in flags]
     assert evaluate.main([*flags, *([] if "--data" in flags else ["--data", "none.jsonl"])]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and "Traceback" not in error

@@ -46,18 +46,24 @@ def test_rendered_text(prompt, completion, ended, joins, expected):
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_conversations_are_rendered_by_the_reward_model_s_template(ended):
+@pytest.mark.parametrize("joins", [True, False])
+def test_conversations_are_rendered_by_the_reward_model_s_template(ended, joins):
+    """Others train on all that the template writes: behind the last turn stands an x."""
     chat = train_tokenizer(["abab"] * 9, 260)
     chat.add_special_tokens({"extra_special_tokens": ["<|end|>"]})
-    chat.chat_template = "{% for m in messages %}{{ m.role[0] + m.content + '<|end|>' }}{% endfor %}" + (
+    chat.chat_template = "{% for m in messages %}{{ m.role[0] + m.content + '<|end|>x' }}{% endfor %}" + (
         "{{ 'a' if add_generation_prompt }}"
     )
     end = chat.convert_tokens_to_ids("<|end|>")
     record = PromptOnly([{"role": "user", "content": "xab"}])
-    made = render(chat, record, "y<|end|>", ended, joins=True)
+    made = render(chat, record, "y<|end|>", ended, joins=joins)
     letters = [chat.get_vocab()[letter] for letter in "y<|end|>"]
-    expected = [BOS, *ids("u"), *ids("x"), *ids("ab"), end, *ids("a"), *letters]
-    assert made == expected + [end] * ended
+    expected = [BOS, *ids("u"), *ids("x"), *ids("ab"), end, *ids("x"), *ids("a"), *letters]
+    assert made == expected + ([end, *ids("x") * joins] if ended else [])
+    messages = [*record.prompt, {"role": "assistant", "content": "y"}]
+    whole = chat.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    if joins:
+        assert render(chat, record, "y", True, joins=True) == [BOS, *whole]
 
 
 def test_a_control_token_s_name_in_a_text_is_letters():

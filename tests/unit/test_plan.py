@@ -19,8 +19,9 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.scorers import save_scorer
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.plan import Plan, plan_stages, prepare_tokenizer
+from rlhf_jax.plan import Plan, plan_stages
 from rlhf_jax.roles import stored_architecture
+from rlhf_jax.run_tokenizer import prepare_tokenizer
 
 MODEL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_size": 48}
 TOKENIZER = train_tokenizer(["the lamp is broken"] * 3, 260)
@@ -194,9 +195,23 @@ def test_a_stage_that_treats_text_otherwise_than_its_model_is_refused(plans, tmp
         plans("HERE/chat/sft")
 
 
-def test_truncation_may_differ_between_stages(plans, tmp_path):
-    write_stage(tmp_path / "left", "sft", "sft", truncation="left", prompt_template="Q: {prompt}")
-    assert len(plans("HERE/left/sft")) == 1
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ({"prompt_template": "Q: {prompt}"}, "prompt_template 'Q: {prompt}' there and '' here"),
+        ({"prompt_truncation": "left"}, "prompt_truncation 'left' there and 'drop' here"),
+        ({"truncation": "left"}, ""),  # ppo has no rows to cut
+        ({"prompt_template": None}, ""),  # it had no prompts
+    ],
+)
+def test_options_of_data_are_compared_where_both_stages_read_them(plans, tmp_path, text, message):
+    write_stage(tmp_path / "other", "sft", "sft", **text)
+    if not message:
+        assert len(plans("HERE/other/sft")) == 1
+        return
+    with pytest.raises(ValueError) as raised:
+        plans("HERE/other/sft")
+    assert message in str(raised.value)
 
 
 def test_text_settings_come_back_from_a_saved_tokenizer(tmp_path):
@@ -257,6 +272,8 @@ def scorer(tmp_path):
         if tokenizer is not None:
             tokenizer.save_pretrained(judge)
         config = json.loads((judge / "config.json").read_text())
+        if role == "reward":  # as others write it
+            del config["score_role"], config["score_normalizer"]
         (judge / "config.json").write_text(json.dumps(config | changes))
         return judge
 
@@ -290,7 +307,7 @@ def test_a_reward_model_unlike_the_policy_has_a_program_of_its_own(plans, scorer
     assert (path, architecture) == (judge, changes.get("architecture", ARCHITECTURE))
     assert (reader.tokenizer is not None, reader.joins) == (reads_text, True)
     assert (reader.pad_id, reader.context_length) == (changes.get("pad", 0), 256)
-    notes = [f"[ppo] the reward model {judge} has another tokenizer than the policy: it is given prompt and "
+    notes = [f"[ppo] the reward model {judge} reads text otherwise than the policy: it is given prompt and "
              "completion as text, in its own tokens"]  # fmt: skip
     assert plan.reward_notes() == (notes if reads_text else [])
 
@@ -301,7 +318,7 @@ def test_a_reward_stage_of_another_run_with_another_tokenizer(plans, tmp_path):
     (plan,) = plans(**{"HERE/run/reward}]\ndata": "HERE/theirs/reward}]\ndata:"})
     assert plan.external is not None and plan.external.reader.tokenizer is not None
     assert not plan.external.reader.joins  # it learned from prompt and completion apart
-    assert "theirs/reward has another tokenizer than the policy" in plan.reward_notes()[0]
+    assert "theirs/reward reads text otherwise than the policy" in plan.reward_notes()[0]
 
 
 @pytest.mark.parametrize(
