@@ -38,7 +38,8 @@ _KEYS = {
     "tie_embeddings": "tie_word_embeddings",
 }
 _BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
-_CAPS = {"attention_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
+_FINAL_CAP = {"final_softcap": "final_logit_softcapping"}
+_CAPS = {"attention_softcap": "attn_logit_softcapping"} | _FINAL_CAP
 _GPT2_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "n_embd",
@@ -204,7 +205,7 @@ FAMILIES = {
         model_class="Gemma3ForCausalLM",
         tensors=tables.GEMMA2,
         facts={"norm_offset": True, "norm_placement": "sandwich", "qk_norm": "head"},
-        keys=_KEYS | _BIASES | _CAPS,
+        keys=_KEYS | _BIASES | _FINAL_CAP,
         defaults=_GEMMA_DEFAULTS
         | {
             "max_position_embeddings": 131072,
@@ -214,7 +215,7 @@ FAMILIES = {
             "sliding_window": 4096,
             "sliding_window_pattern": 6,
         },
-        only=_CAUSAL,
+        only=_CAUSAL | {"attn_logit_softcapping": None},  # transformers has the key, and does not apply it
         activation=("hidden_activation", "gelu_pytorch_tanh"),
         special=(
             (options.read_gemma3_rope, options.write_gemma3_rope),

@@ -154,6 +154,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "sliding_window": 5,
         "query_pre_attn_scalar": 12,
+        "final_logit_softcapping": 3.0,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},

@@ -173,6 +173,10 @@ def test_both_spellings_of_the_rotary_base_are_read():
             "is True; supported: False",
         ),
         (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            r"attn_logit_softcapping is 50\.0; supported: None",
+        ),
+        (
             {"model_type": "qwen2", "layer_types": ["full"]},
             r"layer_types is \['full'\]; it must be",
         ),
