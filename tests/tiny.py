@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +16,12 @@ from jax.sharding import Mesh
 from rlhf_jax import config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params, Prompts, Rows
+from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import init_score_head
 from rlhf_jax.models.transformer import Model, make_model
 from rlhf_jax.programs import Programs, TokenIds, build_programs, role_shardings
-from rlhf_jax.sharding import make_mesh
+from rlhf_jax.sharding import make_mesh, param_shardings
 
 ARCHITECTURE = Architecture(
     vocab_size=64,
@@ -77,6 +79,14 @@ def weights(role: str, on: Mesh, seed: int = 0) -> Params:
     if role in ("value", "reward"):
         params = {"trunk": params["trunk"], "score_head": init_score_head(jax.random.key(seed + 9), 32)}
     return jax.device_put(params, role_shardings(model(), on, role))
+
+
+def load_policy(directory: Path, on: Mesh) -> tuple[Architecture, Params]:
+    """Returns the policy of a Hugging Face directory."""
+    architecture = hf.read_architecture(directory)
+    model = make_model(architecture)
+    shardings = param_shardings(on, model.policy_axes, model.policy_shapes)
+    return architecture, hf.load_policy(directory, architecture, shardings)
 
 
 def roles(algorithm: str, on: Mesh) -> tuple[Params, Params]:

@@ -3,7 +3,7 @@
 Two environments, for the project has no torch:
 
     python -m tests.parity.make_export_golden export DIRECTORY     # the project's: writes it with save_policy
-    python tests/parity/make_export_golden.py generate DIRECTORY   # with torch: reads it, writes the golden
+    python -m tests.parity.make_export_golden generate DIRECTORY   # with torch: reads it, writes the golden
 
 RLHF_JAX_TEST_DATA must hold tinystories656k. The golden keeps a digest of the exported tensors: the test
 then tells that what transformers loaded is what is exported now.

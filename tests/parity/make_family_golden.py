@@ -2,8 +2,8 @@
 
 With torch and transformers installed, from the root of the repository:
 
-    python tests/parity/make_family_golden.py golden             # writes both files
-    python tests/parity/make_family_golden.py reload DIRECTORY   # loads what test_families.py exported there
+    python -m tests.parity.make_family_golden golden             # writes both files
+    python -m tests.parity.make_family_golden reload DIRECTORY   # loads what test_families.py exported there
 
 For the second, run the tests with RLHF_JAX_KEEP_EXPORTS=DIRECTORY before. Weights are drawn by name, so that
 the tests draw the same; the golden files have the names and shapes that transformers itself writes, and the
@@ -16,11 +16,12 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tests.random_llama import random_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 ROWS, LENGTH = 2, 24
@@ -42,6 +43,11 @@ def _scaled(**scaling: Any) -> dict[str, Any]:
     return {"rope_parameters": _ROPE | scaling}
 
 
+def _scaled_llama(kind: str, **scaling: Any) -> dict[str, Any]:
+    long = _scaled(rope_type=kind, factor=4.0, original_max_position_embeddings=16, **scaling)
+    return {"model_type": "llama", **_SIZES, "head_dim": 16, **long}
+
+
 # Of each variant, what differs from transformers' defaults. Windows are shorter than the rows, and so are the
 # contexts before scaling.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,37 +61,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "llama_linear": {"model_type": "llama", **_SIZES, **_scaled(rope_type="linear", factor=3.0)},
-    "llama3": {
-        "model_type": "llama",
-        **_SIZES,
-        "head_dim": 16,
-        **_scaled(
-            rope_type="llama3",
-            factor=4.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=16,
-        ),
-    },
-    "llama_yarn": {
-        "model_type": "llama",
-        **_SIZES,
-        "head_dim": 16,
-        **_scaled(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=2.0),
-    },
-    "llama_yarn_mscale": {
-        "model_type": "llama",
-        **_SIZES,
-        "head_dim": 16,
-        **_scaled(
-            rope_type="yarn",
-            factor=4.0,
-            original_max_position_embeddings=16,
-            mscale=1.0,
-            mscale_all_dim=0.5,
-            truncate=False,
-        ),
-    },
+    "llama3": _scaled_llama("llama3", low_freq_factor=1.0, high_freq_factor=4.0),
+    "llama_yarn": _scaled_llama("yarn", beta_fast=2.0),
+    "llama_yarn_mscale": _scaled_llama("yarn", mscale=1.0, mscale_all_dim=0.5, truncate=False),
     "mistral": {"model_type": "mistral", **_SIZES, "head_dim": 6, "sliding_window": 5},
     "mistral_no_window": {"model_type": "mistral", **_SIZES, "sliding_window": None},
     "mixtral": {
@@ -213,53 +191,59 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_tensors(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
-    """Returns the weights of a model, each drawn by its name; norms are near 1, or 0 where 1 is added."""
-    return {name: _draw(name, shape) for name, shape in shapes.items()}
-
-
-def _draw(name: str, shape: list[int]) -> np.ndarray:
-    values = np.random.default_rng(zlib.crc32(name.encode())).normal(0.0, 0.3, shape)
-    is_scale = len(shape) == 1 and name.endswith("weight")
-    return (values + 0.7 if is_scale else values).astype(np.float32)
-
-
 def tokens() -> np.ndarray:
     """Returns i32[ROWS, LENGTH], the same for all models."""
     return np.random.default_rng(8).integers(0, 48, (ROWS, LENGTH)).astype(np.int32)
+
+
+def write_random(directory: Path, auto_class: Any, variant: dict[str, Any]) -> dict[str, list[int]]:
+    """Writes a model as transformers does, with weights drawn by name, and returns the shapes of its tensors.
+
+    Args:
+        directory: to write to.
+        auto_class: of transformers.
+        variant: model_type, and what differs from its defaults.
+    """
+    from safetensors.numpy import load_file, save_file
+    from transformers import AutoConfig
+
+    auto_class.from_config(AutoConfig.for_model(**variant)).save_pretrained(directory)
+    stored = load_file(directory / "model.safetensors")
+    shapes = {tensor: list(values.shape) for tensor, values in stored.items()}
+    save_file(random_tensors(shapes), directory / "model.safetensors", metadata={"format": "pt"})
+    return shapes
+
+
+def read(directory: Path, auto_class: Any) -> Any:
+    """Returns transformers' model of a directory, which must have the model's tensors and no others."""
+    import torch
+
+    model, info = auto_class.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
 
 
 def _logits(directory: Path) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     with torch.no_grad():
-        return model.eval()(torch.from_numpy(tokens()).long()).logits.numpy()
+        return read(directory, AutoModelForCausalLM)(torch.from_numpy(tokens()).long()).logits.numpy()
 
 
 def make() -> None:
     """Writes the golden files."""
-    from safetensors.numpy import load_file, save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     tensors, logits = {}, {}
     for name, variant in VARIANTS.items():
         with tempfile.TemporaryDirectory() as made:
-            directory = Path(made)
-            options = dict(variant)
-            config = AutoConfig.for_model(options.pop("model_type"), **options)
-            AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-            stored = load_file(directory / "model.safetensors")
-            tensors[name] = {tensor: list(values.shape) for tensor, values in stored.items()}
-            weights = random_tensors(tensors[name])
-            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-            logits[name] = _logits(directory)
-            # The weights matter: what is golden must not be nearly the same for all tokens.
-            print(name, len(tensors[name]), f"{logits[name].std():.3f}")
+            tensors[name] = write_random(Path(made), AutoModelForCausalLM, variant)
+            logits[name] = _logits(Path(made))
+        # The weights matter: what is golden must not be nearly the same for all tokens.
+        print(name, len(tensors[name]), f"{logits[name].std():.3f}")
     np.savez_compressed(GOLDEN / "families.npz", **logits)
     (GOLDEN / "families.json").write_text(json.dumps(tensors, indent=0, sort_keys=True) + "\n")
 

@@ -17,9 +17,10 @@ from transformers import AutoConfig
 from rlhf_jax.models import hf, kv_cache
 from rlhf_jax.models.families import FAMILIES, from_hf, to_hf
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.sharding import param_shardings, place_rows
+from rlhf_jax.sharding import place_rows
 from tests import tiny
-from tests.parity.make_family_golden import GOLDEN, LENGTH, VARIANTS, random_tensors, tokens
+from tests.parity.make_family_golden import GOLDEN, LENGTH, VARIANTS, tokens
+from tests.random_llama import random_tensors
 
 SHAPES = json.loads((GOLDEN / "families.json").read_text())
 PROMPT_LENGTHS = np.asarray([5, 11])
@@ -41,10 +42,7 @@ def loaded(tmp_path_factory):
         directory = tmp_path_factory.mktemp(name)
         (directory / "config.json").write_text(json.dumps(VARIANTS[name]))
         save_file(random_tensors(SHAPES[name]), directory / "model.safetensors")
-        architecture = hf.read_architecture(directory)
-        model, mesh = make_model(architecture), tiny.mesh()
-        shardings = param_shardings(mesh, model.policy_axes, model.policy_shapes)
-        return architecture, hf.load_policy(directory, architecture, shardings)
+        return tiny.load_policy(directory, tiny.mesh())
 
     return load
 
@@ -111,7 +109,7 @@ def test_decoding_gives_the_logits_of_the_whole_rows(name, computed, golden):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_an_export_has_the_tensors_and_the_config_of_the_original(name, loaded, tmp_path):
-    """What transformers computes of the exports is told by make_family_golden.py reload."""
+    """What transformers computes of the exports is told by make_family_golden reload."""
     kept = os.environ.get("RLHF_JAX_KEEP_EXPORTS")
     directory = (Path(kept) if kept else tmp_path) / name
     architecture, params = loaded(name)
@@ -179,11 +177,9 @@ def test_a_checkpoint_without_lm_head_lacks_the_prefix_and_may_have_buffers(tmp_
     }
     masks = {"h.0.attn.bias": np.ones((1, 1, 32, 32), np.float32)}
     save_file(tensors | masks, tmp_path / "model.safetensors")
-    architecture, expected = loaded("gpt2")
-    model = make_model(architecture)
-    shardings = param_shardings(tiny.mesh(), model.policy_axes, model.policy_shapes)
-    found = hf.load_policy(tmp_path, architecture, shardings)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    found = tiny.load_policy(tmp_path, tiny.mesh())
+    assert found[0] == loaded("gpt2")[0]
+    jax.tree.map(np.testing.assert_array_equal, found[1], loaded("gpt2")[1])
 
 
 # Training: the scan over layers, recomputation, meshes
@@ -217,15 +213,14 @@ def _at(tree, path):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_neox", "mixtral", "phi3", "qwen3_moe"])
-def test_eight_devices_compute_what_one_does(name, loaded, computed, tmp_path):
-    architecture, _ = loaded(name)
-    if name == "qwen3_moe":  # 5 experts, which no device must share
-        assert architecture.num_experts == 5
+def test_eight_devices_compute_what_one_does(name, computed, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(VARIANTS[name]))
     save_file(random_tensors(SHAPES[name]), tmp_path / "model.safetensors")
-    model, mesh = make_model(architecture), tiny.mesh(data=2, fsdp=2, tensor=2)
-    shardings = param_shardings(mesh, model.policy_axes, model.policy_shapes)
-    params = hf.load_policy(tmp_path, architecture, shardings)
+    mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
+    architecture, params = tiny.load_policy(tmp_path, mesh)
+    if name == "qwen3_moe":  # 5 experts, which no device must share
+        assert architecture.num_experts == 5
+    model = make_model(architecture)
     rows = jnp.tile(jnp.asarray(tokens()), (2, 1))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         run = jax.jit(lambda params, rows: model.logits(params, model.hidden(params["trunk"], rows)))

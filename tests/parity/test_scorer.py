@@ -24,7 +24,7 @@ from rlhf_jax.models.transformer import make_model
 from rlhf_jax.sharding import param_shardings
 from tests import tiny
 from tests.parity.make_scorer_golden import GOLDEN, MEAN, PAD, STD, digest, export, random_tensors, texts
-from tests.parity.test_llama import SHAPES
+from tests.random_llama import SHAPES
 
 SCORER_SHAPES = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
 SCORER_SHAPES |= {"score.weight": (1, 24)}
