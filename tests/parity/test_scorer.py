@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from transformers import AutoConfig
 
 from rlhf_jax.batch import Rows
@@ -23,11 +23,9 @@ from rlhf_jax.models.scorers import (
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.sharding import param_shardings
 from tests import tiny
-from tests.parity.make_scorer_golden import GOLDEN, MEAN, PAD, STD, digest, export, random_tensors, texts
-from tests.random_llama import SHAPES
-
-SCORER_SHAPES = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
-SCORER_SHAPES |= {"score.weight": (1, 24)}
+from tests.parity.make_export_golden import digest
+from tests.parity.make_scorer_golden import GOLDEN, IDS, MEAN, PAD, SCORERS, STD, export, tensors, texts
+from tests.random_llama import random_tensors
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +34,21 @@ def golden():
         return dict(file)
 
 
+def write_theirs(directory, golden, name):
+    """Writes a reward model as transformers does, and returns its directory."""
+    directory.mkdir()
+    (directory / "config.json").write_text(str(golden[f"{name}/config"]))
+    save_file(random_tensors(shapes(golden, name)), directory / "model.safetensors")
+    return directory
+
+
+def shapes(golden, name):
+    return json.loads(str(golden[f"{name}/shapes"]))
+
+
 @pytest.fixture
 def checkpoint(tmp_path, golden):
-    """Returns a reward model as transformers writes it."""
-    directory = tmp_path / "theirs"
-    directory.mkdir()
-    (directory / "config.json").write_text(str(golden["config"]))
-    assert list(golden["names"]) == sorted(SCORER_SHAPES)
-    save_file(random_tensors(SCORER_SHAPES), directory / "model.safetensors")
-    return directory
+    return write_theirs(tmp_path / "theirs", golden, "llama")
 
 
 def change_config(directory, **changes):
@@ -66,22 +70,28 @@ def scores(scorer, params):
     return np.asarray(heads.scores(params["score_head"], hidden, rows.lengths))
 
 
-def test_a_reward_model_of_transformers_has_its_logits_here(checkpoint, golden, one_device_mesh):
-    scorer, params = load(checkpoint, one_device_mesh)
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_reward_model_of_transformers_has_its_logits_here(tmp_path, golden, one_device_mesh, name):
+    scorer, params = load(write_theirs(tmp_path / "theirs", golden, name), one_device_mesh)
     assert (scorer.pad_id, scorer.normalizer, scorer.role) == (PAD, (0.0, 1.0), "reward")
-    np.testing.assert_allclose(scores(scorer, params), golden["logits"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(scores(scorer, params), golden[f"{name}/logits"], rtol=0, atol=1e-4)
 
 
-def test_our_reward_model_has_its_scores_in_transformers(tmp_path, golden, one_device_mesh):
+@pytest.mark.parametrize("name", SCORERS)
+def test_our_reward_model_has_its_scores_in_transformers(tmp_path, golden, one_device_mesh, name):
     """transformers gives the logit; the normaliser is what config.json says."""
-    export(tmp_path / "ours")
-    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 2
-    assert digest(tmp_path / "ours") == str(golden["digest"])
-    config = AutoConfig.from_pretrained(tmp_path / "ours")
-    assert (config.num_labels, config.pad_token_id) == (1, PAD)
+    ours = tmp_path / "ours"
+    export(name, ours)
+    assert len(list(ours.glob("*.safetensors"))) > 2
+    assert tensors(ours).keys() == shapes(golden, name).keys()
+    assert digest(tensors(ours)) == str(golden[f"{name}/digest"])
+    config = AutoConfig.from_pretrained(ours)
+    assert config.architectures == json.loads(str(golden[f"{name}/config"]))["architectures"]
+    assert config.num_labels == 1
+    assert {key: getattr(config, key) for key in IDS} == IDS
     assert config.score_normalizer == {"mean": MEAN, "std": STD}
-    scorer, params = load(tmp_path / "ours", one_device_mesh)
-    expected = (golden["exported_logits"] - MEAN) / STD
+    scorer, params = load(ours, one_device_mesh)
+    expected = (golden[f"{name}/exported_logits"] - MEAN) / STD
     np.testing.assert_allclose(scores(scorer, params), expected, rtol=0, atol=1e-4)
 
 
@@ -97,7 +107,7 @@ def test_a_value_model_keeps_its_bias(checkpoint, tmp_path, one_device_mesh):
     scorer, params = load(checkpoint, one_device_mesh)
     params["score_head"]["bias"] = jnp.float32(0.75)
     save_scorer(tmp_path / "value", scorer.architecture, params, "value")
-    assert sorted(load_file(tmp_path / "value" / "model.safetensors")) == sorted(SCORER_SHAPES)
+    assert tensors(tmp_path / "value").keys() == tensors(checkpoint).keys()
     read, loaded = load(tmp_path / "value", one_device_mesh)
     assert (read.role, read.pad_id, read.normalizer) == ("value", None, (-0.75, 1.0))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded), jax.device_get(params))
@@ -137,8 +147,8 @@ def test_what_is_no_reward_model_is_refused(checkpoint, changes, message):
 
 
 def test_a_head_of_another_shape_is_in_the_table(checkpoint):
-    tensors = random_tensors(SCORER_SHAPES | {"score.weight": (2, 24)})
-    save_file(tensors, checkpoint / "model.safetensors")
+    head = {"score.weight": np.zeros((2, 24), np.float32)}
+    save_file(tensors(checkpoint) | head, checkpoint / "model.safetensors")
     with pytest.raises(ValueError, match=r"score\.weight  \(1, 24\)   \(2, 24\)$"):
         check_scorer(checkpoint, read_scorer(checkpoint))
 
