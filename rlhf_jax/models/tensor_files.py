@@ -55,14 +55,17 @@ class StoredTensor:
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of model.safetensors, or of the files that the index names; only headers are read.
 
+    Where both are there, model.safetensors is read, as by transformers. Of files that an index names, also
+    tensors that it does not name are among those returned.
+
     Raises:
         ValueError: no safetensors; a file that is damaged, or not in the directory; an index that does not
             fit its files.
     """
-    if not (directory / INDEX).is_file():
-        if not (directory / WEIGHTS).is_file():
-            raise ValueError(_no_safetensors(directory))
+    if (directory / WEIGHTS).is_file():
         return _open(directory / WEIGHTS)
+    if not (directory / INDEX).is_file():
+        raise ValueError(_no_safetensors(directory))
     content = read_json(directory / INDEX)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -76,7 +79,8 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
         raise ValueError(
             f"{directory / INDEX} names tensors that their files do not have: {', '.join(lost[:8])}"
         )
-    return {tensor: opened[name][tensor] for tensor, name in weight_map.items()}
+    stored = {tensor: of[tensor] for of in opened.values() for tensor in of}
+    return stored | {tensor: opened[name][tensor] for tensor, name in weight_map.items()}
 
 
 def empty(shape: Sequence[int]) -> np.ndarray:

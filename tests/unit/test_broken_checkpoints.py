@@ -72,6 +72,21 @@ def test_a_broken_index_is_refused(checkpoint, one_device_mesh, content, message
         tiny.load_policy(checkpoint, one_device_mesh)
 
 
+def test_tensors_that_no_index_names_are_not_expected(checkpoint, one_device_mesh):
+    random_llama.split(checkpoint)
+    surplus = load_file(checkpoint / "a.safetensors") | {"adapter.weight": np.zeros(3, np.float32)}
+    save_file(surplus, checkpoint / "a.safetensors")
+    with pytest.raises(ValueError, match=r"adapter\.weight  -         \(3,\)$"):
+        tiny.load_policy(checkpoint, one_device_mesh)
+
+
+def test_one_file_is_read_in_place_of_an_index_beside_it(checkpoint, one_device_mesh):
+    """As transformers does."""
+    _, whole = tiny.load_policy(checkpoint, one_device_mesh)
+    (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {"x": "old.safetensors"}}')
+    assert_trees_equal(tiny.load_policy(checkpoint, one_device_mesh)[1], whole)
+
+
 # Tensors that are not as they should be
 
 

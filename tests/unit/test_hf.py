@@ -165,9 +165,7 @@ def test_a_large_checkpoint_is_written_in_several_files(checkpoint, tmp_path, on
     assert_trees_equal(together, random_tensors(SHAPES))
     assert_trees_equal(tiny.load_policy(tmp_path / "out", one_device_mesh)[1], params)
 
-    hf.save_policy(
-        tmp_path / "out", architecture, params
-    )  # transformers would read the one file, we the index
+    hf.save_policy(tmp_path / "out", architecture, params)
     assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
     hf.save_policy(tmp_path / "out", architecture, params, shard_bytes=1)
     assert len(list((tmp_path / "out").glob("model-*"))) == len(SHAPES)
