@@ -63,6 +63,11 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
             fit its files.
     """
     if (directory / WEIGHTS).is_file():
+        if not _is_inside(directory, WEIGHTS):
+            raise ValueError(
+                f"{directory / WEIGHTS} is a link to a file outside its directory; copy the file here, or give "
+                "the directory that it is in"
+            )
         return _open(directory / WEIGHTS)
     if not (directory / INDEX).is_file():
         raise ValueError(_no_safetensors(directory))

@@ -35,10 +35,16 @@ def test_an_index_may_not_leave_its_directory(checkpoint, one_device_mesh, name)
         tiny.load_policy(checkpoint, one_device_mesh)
 
 
-def test_a_link_may_not_leave_the_directory_but_into_the_hub_s_cache(checkpoint, tmp_path, one_device_mesh):
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_link_may_not_leave_the_directory_but_into_the_hub_s_cache(
+    checkpoint, tmp_path, one_device_mesh, is_split
+):
     """MODEL/snapshots/REVISION is made of links to MODEL/blobs."""
     _, whole = tiny.load_policy(checkpoint, one_device_mesh)
-    random_llama.split(checkpoint)
+    name, message = "model.safetensors", "model.safetensors is a link to a file outside its directory"
+    if is_split:
+        random_llama.split(checkpoint)
+        name, message = "a.safetensors", r"names files outside its directory: \['a.safetensors'\]"
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
     blobs, elsewhere = snapshot.parent.parent / "blobs", tmp_path / "elsewhere"
     for directory in (snapshot, blobs, elsewhere):
@@ -47,10 +53,10 @@ def test_a_link_may_not_leave_the_directory_but_into_the_hub_s_cache(checkpoint,
         path.rename(blobs / f"blob-{path.name}")
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", f"blob-{path.name}"))
     assert_trees_equal(tiny.load_policy(snapshot, one_device_mesh)[1], whole)
-    (blobs / "blob-a.safetensors").rename(elsewhere / "a.safetensors")
-    (snapshot / "a.safetensors").unlink()
-    (snapshot / "a.safetensors").symlink_to(elsewhere / "a.safetensors")
-    with pytest.raises(ValueError, match=r"names files outside its directory: \['a.safetensors'\]"):
+    (blobs / f"blob-{name}").rename(elsewhere / name)
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(elsewhere / name)
+    with pytest.raises(ValueError, match=message):
         tiny.load_policy(snapshot, one_device_mesh)
 
 
