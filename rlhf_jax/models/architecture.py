@@ -251,6 +251,11 @@ def _wrong_numbers(facts: Architecture) -> list[str]:
             f"rope_scaling has {len(scaling.short_factors)} short factors; it must have one for each of the "
             f"{facts.rotary_size // 2} frequencies"
         )
+    if scaling and scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        problems.append(
+            f"rope_scaling.high_freq_factor is {scaling.high_freq_factor}; it must be more than "
+            f"low_freq_factor, {scaling.low_freq_factor}"
+        )
     if scaling and (scaling.factor == 0 or (scaling.kind != "linear" and scaling.original_context == 0)):
         problems.append("rope_scaling must have a positive factor and original_context")
     return problems

@@ -11,6 +11,8 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.families import from_hf, to_hf
 from tests.random_llama import CONFIG
 
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
+
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_reads_our_config(tied):
@@ -56,6 +58,10 @@ def test_both_spellings_of_the_rotary_base_are_read():
         (
             {"rope_parameters": {"rope_type": "llama3"}},
             "low_freq_factor of .* missing; high_freq_fact",
+        ),
+        (
+            {"rope_scaling": _LLAMA3 | {"low_freq_factor": 4, "high_freq_factor": 4}},
+            r"high_freq_factor is 4\.0; it must be more than low_freq_factor, 4\.0",
         ),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
