@@ -211,21 +211,12 @@ def _tied_name(
     if embedding not in files:
         return lm_head
     one, other = (files[name] for name in names)
-    if one.dtype in FLOAT_TYPES and not _is_equal(one, other):
+    if one.dtype in FLOAT_TYPES and not tensor_files.are_equal(one, other):
         raise ValueError(
             f"{directory}: its {_CONFIG} says tie_word_embeddings, but {embedding} and {lm_head} differ; "
             "set tie_word_embeddings to false there if the model is not tied"
         )
     return embedding
-
-
-def _is_equal(one: StoredTensor, other: StoredTensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    equal = np.array_equal(one[:], other[:])
-    one.release()
-    other.release()
-    return equal
 
 
 def checked_tensors(

@@ -65,7 +65,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     if (directory / WEIGHTS).is_file():
         if not _is_inside(directory, WEIGHTS):
             raise ValueError(
-                f"{directory / WEIGHTS} is a link to a file outside its directory; copy the file here, or give "
+                f"{directory / WEIGHTS} is a link to a file outside its directory; copy it here, or give "
                 "the directory that it is in"
             )
         return _open(directory / WEIGHTS)
@@ -108,6 +108,21 @@ def copy_in_blocks(out: np.ndarray, values: np.ndarray, release: Callable[[], No
         block = (*[slice(None)] * axis, slice(start, start + step))
         out[block] = values[block]
         release()
+
+
+def are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Returns whether two tensors are the same in type, shape and numbers, read a block of each at a time."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    numbers, others = one[...].reshape(-1), other[...].reshape(-1)
+    step = _BLOCK_BYTES // numbers.itemsize
+    for start in range(0, numbers.size, step):
+        is_equal = np.array_equal(numbers[start : start + step], others[start : start + step])
+        one.release()
+        other.release()
+        if not is_equal:
+            return False
+    return True
 
 
 class NewTensor(NamedTuple):

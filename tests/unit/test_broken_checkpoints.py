@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from rlhf_jax.models import tensor_files
 from tests import random_llama, tiny
 from tests.random_llama import CONFIG, SHAPES, random_tensors
 
@@ -142,11 +143,21 @@ def test_a_tied_checkpoint_may_store_either_matrix(checkpoint, one_device_mesh, 
     np.testing.assert_array_equal(params["trunk"]["embed"]["embedding"], matrix)
 
 
-def test_a_tied_checkpoint_with_two_matrices_is_refused(checkpoint, one_device_mesh):
-    config = CONFIG | {"tie_word_embeddings": True}
-    (checkpoint / "config.json").write_text(json.dumps(config))
+def test_a_tied_checkpoint_with_two_matrices_is_refused(checkpoint, one_device_mesh, monkeypatch):
+    """They are compared to the last number, a block of each on the host at a time."""
+    (checkpoint / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    change_tensors(checkpoint, change)
+    monkeypatch.setattr(tensor_files, "_BLOCK_BYTES", 4 * 100)
+    released = []
+    monkeypatch.setattr(tensor_files.StoredTensor, "release", lambda tensor: released.append(tensor.shape))
     with pytest.raises(ValueError, match=r"says tie_word_embeddings, but .* differ"):
         tiny.load_policy(checkpoint, one_device_mesh)
+    assert released == 2 * [(48, 24)] * 12  # 1152 numbers
 
 
 def test_an_untied_checkpoint_needs_both_matrices(checkpoint, one_device_mesh):
