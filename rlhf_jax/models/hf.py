@@ -98,8 +98,9 @@ def save_policy(
         token_ids: see `families.to_hf`.
         shard_bytes: a larger checkpoint becomes several files of at most so many bytes, and an index.
     Raises:
-        ValueError: parameters that are not this architecture's.
+        ValueError: parameters that are not this architecture's, or have numbers too large for the dtype.
     """
+    check_range(params, dtype)
     tensors = new_tensors(architecture, params, make_model(architecture).policy_shapes, dtype)
     write_checkpoint(directory, tensors, to_hf(architecture, dtype, token_ids), dtype, shard_bytes)
     if jax.process_index() == 0:
@@ -120,6 +121,20 @@ def write_checkpoint(
     tensor_files.write_tensors(path, tensors, _STORED_AS[dtype], shard_bytes, writes=writes)
     if writes:
         _write_json(path / _CONFIG, config)
+
+
+def check_range(params: Params, dtype: Dtype) -> None:
+    """Raises ValueError with the parameters that float16 makes infinite; other types reach far enough."""
+    if dtype != "float16":
+        return
+    largest = {name: max(float(leaf.max()), -float(leaf.min())) for name, leaf in _flatten(params)}
+    limit = float(np.finfo(np.float16).max)
+    beyond = [f"{name} (up to {value:.6g})" for name, value in largest.items() if value > limit]
+    if beyond:
+        raise ValueError(
+            f"float16 ends at {limit:.0f}, and these parameters have larger numbers: {', '.join(beyond)}; "
+            "write bfloat16 or float32"
+        )
 
 
 def new_tensors(

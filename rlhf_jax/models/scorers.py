@@ -144,8 +144,8 @@ def save_scorer(
         token_ids: see `families.to_hf`. transformers finds the last token of a text by `pad_token_id`.
         shard_bytes: see `hf.save_policy`.
     Raises:
-        ValueError: parameters that are not this architecture's, or a pad_token_id that is also the EOS:
-            transformers would then read the score before the EOS.
+        ValueError: see `hf.save_policy`; or a pad_token_id that is also the EOS: transformers would then read
+            the score before the EOS.
     """
     ids = dict(token_ids or {})
     if ids.get("pad_token_id") is not None and ids.get("pad_token_id") == ids.get("eos_token_id"):
@@ -153,6 +153,7 @@ def save_scorer(
             f"pad_token_id and eos_token_id are both {ids['eos_token_id']}: transformers reads a score at "
             "the last token that is not pad, and so would leave out the EOS; set another tokenizer.pad_token"
         )
+    hf.check_range(params, dtype)
     shapes = make_model(architecture).score_shapes
     tensors = hf.new_tensors(architecture, {"trunk": params["trunk"]}, {"trunk": shapes["trunk"]}, dtype)
     kernel, bias = params["score_head"]["kernel"], float(np.asarray(params["score_head"]["bias"]))

@@ -166,3 +166,10 @@ def test_a_pad_token_that_is_the_eos_is_refused(checkpoint, tmp_path, one_device
             token_ids={"eos_token_id": 7, "pad_token_id": 7},
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_too_large_for_float16_is_refused(checkpoint, tmp_path, one_device_mesh):
+    scorer, params = load(checkpoint, one_device_mesh)
+    params["score_head"]["kernel"] *= 1e6
+    with pytest.raises(ValueError, match=r"larger numbers: score_head/kernel \(up to "):
+        save_scorer(tmp_path / "out", scorer.architecture, params, "reward", dtype="float16")

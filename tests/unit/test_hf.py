@@ -117,6 +117,22 @@ def test_files_of_every_float_type_load(checkpoint, tmp_path, one_device_mesh, d
     assert str(AutoConfig.from_pretrained(tmp_path / "out").dtype).endswith(dtype)
 
 
+def test_numbers_too_large_for_float16_are_not_written(checkpoint, tmp_path):
+    architecture, params = tiny.load_policy(checkpoint, tiny.mesh(fsdp=2, tensor=2))
+    params["lm_head"]["kernel"] = params["lm_head"]["kernel"].at[3, 5].set(-70000.0)
+    params["trunk"]["final_norm"]["scale"] = params["trunk"]["final_norm"]["scale"].at[1].set(1e6)
+    message = (
+        r"float16 ends at 65504.*: lm_head/kernel \(up to 70000\), trunk/final_norm/scale \(up to 1e\+06\); "
+        "write bfloat16 or float32"
+    )
+    with pytest.raises(ValueError, match=message):
+        hf.save_policy(tmp_path / "out", architecture, params, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    hf.save_policy(tmp_path / "out", architecture, params, dtype="bfloat16")
+    head = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    assert head[5, 3] == ml_dtypes.bfloat16(-70000.0)
+
+
 def test_a_part_is_copied_in_blocks_of_the_file(checkpoint, one_device_mesh, monkeypatch):
     _, whole = tiny.load_policy(checkpoint, one_device_mesh)
     monkeypatch.setattr(tensor_files, "_BLOCK_BYTES", 200)  # two rows of 24 numbers
