@@ -107,19 +107,14 @@ def cached_attention(
         products = jnp.einsum("bkgh,bksh->bkgs", q_BKGh, keys, preferred_element_type=jnp.float32)
         return jnp.where(is_seen, soft_capped(products * scale, softcap), -jnp.inf)
 
-    prompt_columns, columns, lengths_B1 = (
-        jnp.arange(prompt_size),
-        jnp.arange(completion_size),
-        prompt_lengths[:, None],
-    )
+    lengths_B1 = prompt_lengths[:, None]
+    prompt_columns, columns = jnp.arange(prompt_size), jnp.arange(completion_size)
     prompt_seen, seen = prompt_columns < lengths_B1, columns <= step
     if window:
         prompt_seen &= lengths_B1 + step - prompt_columns < window
         seen &= step - columns < window
-    prompt_scores, completion_scores = scores(prompt_k, prompt_seen[:, None, None, :]), scores(k, seen)
-    weights = jax.nn.softmax(jnp.concatenate([prompt_scores, completion_scores], axis=-1), axis=-1).astype(
-        v.dtype
-    )
+    both = [scores(prompt_k, prompt_seen[:, None, None, :]), scores(k, seen)]
+    weights = jax.nn.softmax(jnp.concatenate(both, axis=-1), axis=-1).astype(v.dtype)
     weights_prompt, weights_completion = jnp.split(weights, [prompt_size], axis=-1)
     out = jnp.einsum("bkgs,bksh->bkgh", weights_prompt, prompt_v)
     out += jnp.einsum("bkgs,bksh->bkgh", weights_completion, v)

@@ -63,6 +63,9 @@ _DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_em
 _QWEN_DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN_DEFAULTS |= {"use_sliding_window": False, "num_key_value_heads": 32}
 _GEMMA_DEFAULTS = {"max_position_embeddings": 8192, "head_dim": 256, "tie_word_embeddings": True}
+_GEMMA_DEFAULTS |= {"attention_bias": False}
+_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {"num_key_value_heads": 4, "query_pre_attn_scalar": 256}
+_GEMMA2_DEFAULTS |= {"sliding_window": 4096}
 _LAYER_NORM = {"norm": "layer", "gated": False, "mlp_bias": True}
 _CAUSAL = {"use_bidirectional_attention": False}
 
@@ -169,7 +172,7 @@ FAMILIES = {
         tensors=tables.LLAMA,
         facts={"norm_offset": True},
         keys=_KEYS | _BIASES,
-        defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 16, "attention_bias": False},
+        defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 16},
         only=_CAUSAL,
         activation=None,
         special=(
@@ -183,15 +186,7 @@ FAMILIES = {
         tensors=tables.GEMMA2,
         facts={"norm_offset": True, "norm_placement": "sandwich"},
         keys=_KEYS | _BIASES | _CAPS,
-        defaults=_GEMMA_DEFAULTS
-        | {
-            "num_key_value_heads": 4,
-            "attention_bias": False,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-        },
+        defaults=_GEMMA2_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         only=_CAUSAL,
         activation=("hidden_activation", "gelu_pytorch_tanh"),
         special=(
@@ -206,15 +201,7 @@ FAMILIES = {
         tensors=tables.GEMMA2,
         facts={"norm_offset": True, "norm_placement": "sandwich", "qk_norm": "head"},
         keys=_KEYS | _BIASES | _FINAL_CAP,
-        defaults=_GEMMA_DEFAULTS
-        | {
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 4,
-            "attention_bias": False,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-            "sliding_window_pattern": 6,
-        },
+        defaults=_GEMMA2_DEFAULTS | {"max_position_embeddings": 131072, "sliding_window_pattern": 6},
         only=_CAUSAL | {"attn_logit_softcapping": None},  # transformers has the key, and does not apply it
         activation=("hidden_activation", "gelu_pytorch_tanh"),
         special=(
