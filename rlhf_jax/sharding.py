@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -154,6 +154,28 @@ def constrain(x: Array, axes: Sequence[str]) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def by_rows(function: Callable[..., Array], rows: Array, *whole: Array) -> Array:
+    """Returns function(rows, *whole), each device computing its own rows; plain where no mesh is set.
+
+    For what XLA does not divide by itself: it gathers the rows of all devices on each.
+
+    Args:
+        function: gives rows of those it gets; what it does with one depends on no other.
+        rows: a leading axis of rows, which is divided as batches are.
+        whole: not divided over the devices that divide rows; other mesh axes divide these as ever.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(rows, *whole)
+    spec, axes = partition_spec(("batch",)), _mesh_axes(LOGICAL_AXES["batch"])
+
+    def on_device(rows: Array, *whole: Array) -> Array:
+        # Said first of all, so that gradients are summed over devices in the type that `whole` comes in.
+        return function(rows, *(jax.lax.pcast(x, axes, to="varying") for x in whole))
+
+    in_specs = (spec, *(PartitionSpec() for _ in whole))
+    return jax.shard_map(on_device, in_specs=in_specs, out_specs=spec, axis_names=set(axes))(rows, *whole)
 
 
 def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from rlhf_jax.models.attention import causal_attention, soft_capped
 from rlhf_jax.models.experts import choose_experts, run_experts
 from rlhf_jax.models.heads import SCORE_HEAD_AXES, zero_score_head
 from rlhf_jax.models.rope import Rotation, rotate, rotation
-from rlhf_jax.sharding import constrain
+from rlhf_jax.sharding import by_rows, constrain
 
 INIT_STD = 0.02
 _ACTIVATIONS = {
@@ -284,15 +284,18 @@ class Experts(nnx.Module):
         self.down = _weight(rngs, (num_experts, *shape[:0:-1]), ("expert", "mlp", "embed"), std)
 
     def __call__(self, x: Array) -> Array:
-        flat = x.reshape(-1, x.shape[-1])
+        return by_rows(self._feed, x, *(w[...] for w in (self.router, self.gate, self.up, self.down)))
+
+    def _feed(self, x: Array, *params: Array) -> Array:
+        router, gate, up, down = (w.astype(x.dtype) for w in params)  # here: gradients are summed in float32
+        architecture, flat = self.architecture, x.reshape(-1, x.shape[-1])
         experts, weights = choose_experts(
             flat,
-            self.router[...].astype(x.dtype),
-            self.architecture.experts_per_token,
-            normalize=self.architecture.normalize_expert_weights,
+            router,
+            architecture.experts_per_token,
+            normalize=architecture.normalize_expert_weights,
         )
-        gate, up, down = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
-        act = _ACTIVATIONS[self.architecture.activation]
+        act = _ACTIVATIONS[architecture.activation]
         return run_experts(flat, experts, weights, gate, up, down, act).reshape(x.shape)
 
 

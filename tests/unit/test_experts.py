@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax.models.experts import choose_experts, run_experts
+from rlhf_jax.models.transformer import make_model
+from rlhf_jax.sharding import param_shardings, place_rows
+from tests import tiny
 
 
 def test_a_token_chooses_its_most_likely_experts():
@@ -37,3 +43,33 @@ def test_no_token_is_dropped_however_uneven_the_load():
         x, jnp.asarray(experts), weights, gate, up, down, jax.nn.relu
     )
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "tolerance"),
+    [
+        ({"data": 8}, "float32", 1e-5),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 1e-2),  # products are rounded to 8 bits
+    ],
+)
+def test_a_device_computes_its_share_and_the_same_gradient(sizes, dtype, tolerance):
+    """XLA alone would sort and multiply the tokens of all devices on each."""
+    architecture = dataclasses.replace(
+        tiny.ARCHITECTURE, family="mixtral", num_layers=1, num_experts=4, experts_per_token=2, mlp_size=256
+    )
+    model = make_model(architecture, dtype)
+    rows = np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
+
+    def loss(params, rows):
+        return jnp.sum(jnp.sin(model.hidden(params["trunk"], rows).astype(jnp.float32)))
+
+    def gradient(mesh):
+        shardings = param_shardings(mesh, model.policy_axes, model.policy_shapes)
+        params = jax.device_put(model.init_policy(jax.random.key(0)), shardings)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            compiled = jax.jit(jax.grad(loss)).lower(params, place_rows(mesh, rows)).compile()
+        return compiled(params, place_rows(mesh, rows)), compiled.cost_analysis()["flops"]
+
+    (one, all_flops), (ours, flops) = gradient(tiny.mesh()), gradient(tiny.mesh(**sizes))
+    assert flops < 1.1 * all_flops / 8
+    assert tiny.relative_difference(ours, one) < tolerance
