@@ -18,7 +18,8 @@ from rlhf_jax.command_line import apply, parse
 from rlhf_jax.config import LARGEST_INT, DataConfig, StageConfig
 from rlhf_jax.config_file import ignored, resolve
 from rlhf_jax.data.columns import record_format
-from rlhf_jax.data.loader import Examples, Loader, load_examples
+from rlhf_jax.data.examples import Examples, load_examples
+from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.sources import open_source
 from rlhf_jax.data.tokenize import text_difference, text_settings
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer

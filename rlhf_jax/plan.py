@@ -20,7 +20,7 @@ from rlhf_jax.checkpoint import load_info
 from rlhf_jax.config import PROMPTLESS_FORMATS, Config, RewardModelConfig, SFTConfig, StageConfig
 from rlhf_jax.data.collate import LENGTH_MULTIPLE
 from rlhf_jax.data.columns import Format, is_read
-from rlhf_jax.data.loader import Examples, Split, load_examples
+from rlhf_jax.data.examples import Examples, Split, load_examples
 from rlhf_jax.data.mixture import mixture_counts
 from rlhf_jax.data.packing import length_ladder
 from rlhf_jax.data.tokenize import prompt_limit, text_difference, text_settings

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from rlhf_jax.command_line import ConfigError, read_config
 from rlhf_jax.data.collate import Row
-from rlhf_jax.data.loader import Examples
+from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.files import to_json
 from rlhf_jax.models.hub import fetch_models, read_commits

@@ -8,7 +8,7 @@ from typing import get_args
 
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.config import Config, TokenizerConfig
-from rlhf_jax.data.loader import Split, load_records, training_texts
+from rlhf_jax.data.examples import Split, load_records, training_texts
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, settle_template, train_tokenizer
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.roles import checkpoint_architecture, is_stage_dir

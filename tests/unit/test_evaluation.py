@@ -10,7 +10,8 @@ import pytest
 
 from rlhf_jax.config import RewardsConfig
 from rlhf_jax.data.collate import Row
-from rlhf_jax.data.loader import Examples, Loader
+from rlhf_jax.data.examples import Examples
+from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import Preference, PromptCompletion, PromptOnly
 from rlhf_jax.evaluation import evaluate_prompts, evaluate_records
 from rlhf_jax.experience import Collector, text_metrics

@@ -11,14 +11,8 @@ import pytest
 
 from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.config import DataConfig, TokenizerConfig
-from rlhf_jax.data.loader import (
-    Loader,
-    Prefetched,
-    epoch_order,
-    load_examples,
-    tokenize_records,
-    training_texts,
-)
+from rlhf_jax.data.examples import load_examples, tokenize_records, training_texts
+from rlhf_jax.data.loader import Loader, Prefetched, epoch_order
 from rlhf_jax.data.records import Preference, PromptCompletion, PromptOnly
 from rlhf_jax.data.tokenize import opening
 from rlhf_jax.data.tokenizer import encode_completions, encode_prompts, load_tokenizer, train_tokenizer

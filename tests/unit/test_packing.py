@@ -8,7 +8,8 @@ import pytest
 
 from rlhf_jax.batch import Rows
 from rlhf_jax.data.collate import Row
-from rlhf_jax.data.loader import WINDOW, Examples, Loader, _joined
+from rlhf_jax.data.examples import Examples, _joined
+from rlhf_jax.data.loader import WINDOW, Loader
 from rlhf_jax.data.packing import length_ladder, pack
 from rlhf_jax.data.records import Preference, PromptCompletion
 from rlhf_jax.data.tokenize import Losses

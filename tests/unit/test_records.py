@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_jax.config import DataConfig
+from rlhf_jax.data.formats import implicit_prompt, read_records
 from rlhf_jax.data.prose import detokenize
 from rlhf_jax.data.records import (
     Preference,
@@ -17,9 +18,7 @@ from rlhf_jax.data.records import (
     Ranking,
     Unpaired,
     completions,
-    implicit_prompt,
     is_conversational,
-    read_records,
     reward_columns,
 )
 from rlhf_jax.data.sources import open_source

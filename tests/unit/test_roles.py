@@ -10,7 +10,7 @@ import pytest
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import Checkpointer
 from rlhf_jax.data.collate import Row
-from rlhf_jax.data.loader import Examples
+from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.records import Preference, PromptCompletion
 from rlhf_jax.models.scorers import Normalizer, save_scorer
 from rlhf_jax.plan import Plan

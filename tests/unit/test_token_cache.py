@@ -8,7 +8,7 @@ import pytest
 from rlhf_jax.config import DataConfig
 from rlhf_jax.data import token_cache
 from rlhf_jax.data.collate import Row
-from rlhf_jax.data.loader import tokenize_records
+from rlhf_jax.data.examples import tokenize_records
 from rlhf_jax.data.records import PromptCompletion, PromptOnly
 from rlhf_jax.data.token_cache import fingerprint, through_cache
 from rlhf_jax.data.tokenize import Encoded, Losses

@@ -1,0 +1,277 @@
+"""A stage's examples: source -> records -> tokens, with what was left out or cut beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+
+from rlhf_jax.batch import Prompts, Rows
+from rlhf_jax.config import PROMPTLESS_FORMATS, DataConfig
+from rlhf_jax.data.arrow import Record
+from rlhf_jax.data.collate import Row, collate_packed, collate_prompts, collate_rows, static_length
+from rlhf_jax.data.columns import Format, Kind, record_format
+from rlhf_jax.data.formats import read_records
+from rlhf_jax.data.packing import Packing, pack
+from rlhf_jax.data.records import AnyRecord, completions, in_template, is_conversational, texts
+from rlhf_jax.data.sources import open_source, open_sources
+from rlhf_jax.data.synthetic import synthetic_records
+from rlhf_jax.data.token_cache import through_cache
+from rlhf_jax.data.tokenize import Losses, encode_records
+from rlhf_jax.data.tokenizer import Tokenizer
+
+Split = Literal["train", "eval"]
+SYNTHETIC = "synthetic"
+NOT_OF_TOKENS = ("train", "eval", "max_eval_records", "packing", "length_buckets", "cache_dir")
+"""Options of the data section that decide no token of given records."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The tokenised records of a stage; how many were left out or cut stands beside them."""
+
+    kind: Kind
+    formats: tuple[Format, ...]  # of each source's columns; the embedded task has none
+    records: Sequence[AnyRecord]  # as text; a prompt that was cut to its first tokens reads as cut
+    rows: Sequence[Row]  # one per record, of a preference two: chosen, rejected; of a prompt its prompt alone
+    length: int  # static length of a collated row: T, of prompts P
+    pad_id: int
+    num_dropped: int  # records whose prompt is too long, or whose text is too short to have one
+    num_cut: int  # rows that were cut at data.max_length and so have no EOS
+    longest_row: int
+    longest_prompt: int
+    weights: tuple[float, ...] = (1.0,)  # of each source; its records are drawn in this proportion
+    counts: tuple[int, ...] = ()  # records of each source, which follow each other; of a single one all
+    losses: Losses = dataclasses.field(default_factory=Losses)
+    packings: tuple[Packing, ...] = ()  # of each source, where records share rows of `length` tokens
+    shorter: tuple[int, ...] = ()  # further static lengths, ascending: a batch has the least that holds it
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def has_conversations(self) -> bool:
+        """Returns whether the records are conversations rather than plain text."""
+        return is_conversational(self.records[0])
+
+    @property
+    def rows_per_record(self) -> int:
+        """Returns 2 for preferences, 1 otherwise."""
+        return 2 if self.kind == "preference" else 1
+
+    @functools.cached_property
+    def fingerprint(self) -> int:
+        """Returns a checksum of all rows in their order: a run is resumed on the data that it began with."""
+        rows = (
+            np.asarray([row.prompt_length, *row.ids, *itertools.chain(*row.excluded)], np.int32).tobytes()
+            for row in self.rows
+        )
+        return functools.reduce(lambda crc, row: zlib.crc32(row, crc), rows, 0)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Returns i32[N, rows_per_record], tokens of the rows of each record."""
+        return self._of_records(len(row.ids) for row in self.rows)
+
+    @functools.cached_property
+    def most_loss_tokens(self) -> int:
+        """Returns the most tokens that carry loss in any row of a batch: C."""
+        of_rows = self._of_records(row.num_loss_tokens for row in self.rows)
+        if not self.packings:
+            return int(of_rows.max())
+        lengths, counts = self.lengths.sum(axis=1), of_rows.sum(axis=1)
+        parts = [self.of_source(source) for source in range(len(self.packings))]
+        return max(
+            packing.most(lengths[part.start : part.stop], counts[part.start : part.stop])
+            for packing, part in zip(self.packings, parts, strict=True)
+        )
+
+    @functools.cached_property
+    def has_excluded(self) -> bool:
+        """Returns whether any row has tokens behind its prompt that are not the model's own."""
+        return any(row.excluded for row in self.rows)
+
+    @property
+    def num_units(self) -> tuple[int, ...]:
+        """Returns for each source how many rows its records are packed into, or how many records it has."""
+        return tuple(packing.num_rows for packing in self.packings) or self.counts or (len(self),)
+
+    def of_source(self, source: int) -> range:
+        """Returns the numbers of a source's records."""
+        counts = self.counts or (len(self),)
+        return range(sum(counts[:source]), sum(counts[: source + 1]))
+
+    def packed(self, capacity: int) -> Examples:
+        """Returns the examples of one source with a plan of rows of `capacity` tokens that records share."""
+        return dataclasses.replace(
+            self, length=capacity, packings=(pack(self.lengths.sum(axis=1), capacity),)
+        )
+
+    def collate(self, units: Sequence[Sequence[int]], index: Sequence[int], num_units: int) -> Rows | Prompts:
+        """Returns the records of each unit, by number, as a batch of num_units; what is missing has length 0.
+
+        Preferences alternate: sequence 2i is chosen, sequence 2i + 1 rejected. `index` becomes Prompts.index.
+        """
+        per = self.rows_per_record
+        groups = [[self.rows[per * number + k] for number in unit for k in range(per)] for unit in units]
+        if self.packings:
+            most = per * max(packing.most_records for packing in self.packings)
+            return collate_packed(
+                groups, self.length, self.pad_id, num_units, most, with_excluded=self.has_excluded
+            )
+        rows = [row for group in groups for row in group]
+        longest = max((len(row.ids) for row in rows), default=0)
+        length = next(length for length in (*self.shorter, self.length) if longest <= length)
+        if self.kind == "prompt_only":
+            return collate_prompts([row.ids for row in rows], index, length, self.pad_id, num_units)
+        return collate_rows(rows, length, self.pad_id, per * num_units, with_excluded=self.has_excluded)
+
+    def _of_records(self, numbers: Iterable[int]) -> np.ndarray:
+        return np.fromiter(numbers, np.int32, len(self.rows)).reshape(-1, self.rows_per_record)
+
+
+def load_examples(
+    cfg: DataConfig,
+    kind: Kind,
+    split: Split,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    loss_on: Literal["completion", "all"] = "completion",
+) -> Examples:
+    """Returns the tokenised records of a split.
+
+    Args:
+        cfg: the stage's data section.
+        kind: what the stage reads.
+        split: train or held out; of held-out records at most cfg.max_eval_records are taken.
+        tokenizer: with EOS and padding token.
+        seed: decides the embedded task's records, and which labelled texts meet in a pair.
+        loss_on: `all` gives the prompt's tokens loss too, as completion tokens.
+
+    Raises:
+        ValueError: as open_source, read_records, tokenize_records.
+    """
+    parts = [
+        dataclasses.replace(
+            tokenize_records(source.records, kind, tokenizer, cfg, loss_on=loss_on, where=source.name),
+            formats=(source.format,) if source.format else (),
+            weights=(source.weight,),
+        )
+        for source in load_records(cfg, kind, split, seed)
+    ]
+    return functools.reduce(_joined, parts)
+
+
+def _joined(first: Examples, second: Examples) -> Examples:
+    """Returns the examples of two lots of sources as one, those of the first before those of the second.
+
+    Raises:
+        ValueError: some are conversations and others plain text.
+    """
+    if first.has_conversations != second.has_conversations:
+        raise ValueError(
+            "data.train: some sources hold conversations and others plain text; let all be alike, for a "
+            "conversation ends with a token of its chat template"
+        )
+    longer = max(first, second, key=lambda examples: examples.length)
+    return dataclasses.replace(
+        longer,
+        formats=first.formats + second.formats,
+        records=[*first.records, *second.records],
+        rows=[*first.rows, *second.rows],
+        num_dropped=first.num_dropped + second.num_dropped,
+        num_cut=first.num_cut + second.num_cut,
+        longest_row=max(first.longest_row, second.longest_row),
+        longest_prompt=max(first.longest_prompt, second.longest_prompt),
+        weights=first.weights + second.weights,
+        packings=first.packings + second.packings,
+        counts=(*(first.counts or (len(first),)), *(second.counts or (len(second),))),
+        losses=Losses(*map(sum, zip(first.losses, second.losses, strict=True))),
+    )
+
+
+class SourceRecords(NamedTuple):
+    """The records of one source as text."""
+
+    name: str
+    """Configuration key and source, for messages."""
+    weight: float
+    format: Format | None
+    """What the columns meant; the embedded task has none."""
+    records: list[AnyRecord]
+
+
+def load_records(cfg: DataConfig, kind: Kind, split: Split, seed: int) -> list[SourceRecords]:
+    """Returns the records of each source of a split; see load_examples."""
+    own_eval = SYNTHETIC if cfg.train == SYNTHETIC else ""
+    weights = cfg.sources if split == "train" else {cfg.eval or own_eval: 1.0}
+    where = f"data.{split}"
+    if "" in weights:
+        raise ValueError(
+            "data.eval: is empty; name held-out records (only data.train: synthetic brings its own)"
+        )
+    if SYNTHETIC in weights:
+        found = [SourceRecords(where, 1.0, None, synthetic_records(kind, split, seed))]
+    else:
+        opened = zip(weights.items(), open_sources(weights, where=where), strict=True)
+        found = [
+            _read(f"{where}: {spec}", weight, source, cfg, kind, seed) for (spec, weight), source in opened
+        ]
+    limit = None if split == "train" else cfg.max_eval_records
+    return [source._replace(records=source.records[:limit]) for source in found]
+
+
+def _read(
+    name: str, weight: float, source: Sequence[Record], cfg: DataConfig, kind: Kind, seed: int
+) -> SourceRecords:
+    format = record_format(source, kind, cfg, name)
+    is_paired = format == "labelled" and cfg.prompts
+    prompts = open_source(cfg.prompts, where="data.prompts") if is_paired else ()
+    records = read_records(source, kind, cfg, name, prompts=prompts, seed=seed)
+    if format not in PROMPTLESS_FORMATS:
+        records = [in_template(record, cfg.prompt_template) for record in records]
+    return SourceRecords(name, weight, format, records)
+
+
+def training_texts(cfg: DataConfig, kind: Kind, seed: int) -> Iterator[str]:
+    """Yields the texts of the training records, for the training of a tokenizer."""
+    for source in load_records(cfg, kind, "train", seed):
+        for record in source.records:
+            for content in (record.prompt, *completions(record)):
+                yield from texts(content)
+
+
+def tokenize_records(
+    records: Sequence[AnyRecord],
+    kind: Kind,
+    tokenizer: Tokenizer,
+    cfg: DataConfig,
+    *,
+    loss_on: Literal["completion", "all"] = "completion",
+    where: str = "data.train",
+) -> Examples:
+    """Returns the records with their token ids; arguments and errors are those of encode_records."""
+    encode = functools.partial(encode_records, records, kind, tokenizer, cfg, loss_on=loss_on, where=where)
+    settings = [kind, loss_on, {name: x for name, x in vars(cfg).items() if name not in NOT_OF_TOKENS}]
+    encoded = through_cache(cfg.cache_dir, encode, records, tokenizer, settings)
+    longest = max(len(row.ids) for row in encoded.rows)
+    examples = Examples(
+        kind=kind,
+        formats=(),
+        records=encoded.records,
+        rows=encoded.rows,
+        length=static_length(longest, cfg.max_prompt_length if kind == "prompt_only" else cfg.max_length),
+        pad_id=cast(int, tokenizer.pad_token_id),
+        num_dropped=len(records) - len(encoded.records),
+        num_cut=sum(row.was_cut for row in encoded.rows),
+        longest_row=longest,
+        longest_prompt=encoded.longest_prompt,
+        losses=encoded.losses,
+    )
+    return examples.packed(examples.rows_per_record * cfg.max_length) if cfg.packing else examples

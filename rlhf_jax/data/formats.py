@@ -1,0 +1,334 @@
+"""Records of any format become what a stage learns from: text, or conversations as lists of messages.
+
+| format            | columns                                     | can serve                                |
+|-------------------|---------------------------------------------|------------------------------------------|
+| text              | text                                        | prompt_completion, prompt_only           |
+| messages          | messages                                    | prompt_completion, prompt_only           |
+| prompt_completion | prompt, completion                          | prompt_completion, prompt_only           |
+| preference        | [prompt,] chosen, rejected                  | preference, prompt_only                  |
+| ranking           | prompt, completions; ranks, scores or pairs | ranking, preference, prompt_only         |
+| unpaired          | prompt, completion, label (true or false)   | unpaired, prompt_completion, prompt_only |
+| prompt_only       | prompt                                      | prompt_only                              |
+| labelled          | text, label (0 or 1)                        | preference                               |
+
+Prompts and completions are text, or lists of messages, all of a record alike. A message is {role, content}
+and whatever else the chat template reads; it is given the columns `tools` and `chat_template_kwargs` too.
+
+The prompt of a preference without a prompt column is what both begin with. Text as prompt_completion has an
+empty prompt; text as prompt_only has its first data.prompt_tokens tokens as prompt, cut where tokens are
+made. Messages as prompt_completion are all completion: each assistant turn is learned; as prompt_only they
+are a prompt up to the last assistant turn. Of unpaired records the desirable ones serve prompt_completion. A
+ranking serves preference as its pairs: those judged (`pairs`), or all that ranks or scores tell apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from rlhf_jax.config import DataConfig
+from rlhf_jax.data.columns import ORDERS, Cells, Content, Kind, Message, Reader, resolve_format
+from rlhf_jax.data.prose import detokenize
+from rlhf_jax.data.records import (
+    AnyRecord,
+    Preference,
+    PromptCompletion,
+    PromptOnly,
+    Ranking,
+    Unpaired,
+    texts,
+)
+
+ASSISTANT_TURN = "\n\nAssistant:"
+
+
+def read_records(
+    source: Sequence[Mapping[str, object]],
+    kind: Kind,
+    cfg: DataConfig,
+    where: str,
+    *,
+    prompts: Sequence[Mapping[str, object]] = (),
+    seed: int = 0,
+) -> list[AnyRecord]:
+    """Returns the source's records as what a stage learns from.
+
+    Args:
+        source: records as read, at least one.
+        kind: what the stage needs.
+        cfg: reads format, columns, detokenize, prompt_tokens.
+        where: key and name of the source, for messages.
+        prompts: records of cfg.prompts, which stand before the pairs of a labelled source.
+        seed: decides which texts of a labelled source meet in a pair.
+
+    Raises:
+        ValueError: a missing column, a cell of another type, messages without role or content, or a format
+            that cannot serve the kind.
+    """
+    reader = Reader(source[0], cfg.columns, where)
+    match resolve_format(reader, kind, cfg):
+        case "text" if kind == "prompt_only":
+            if cfg.prompt_tokens == 0:
+                raise ValueError(
+                    f"{where}: holds plain text and data.prompt_tokens is 0: a stage that samples needs "
+                    "prompts; set data.prompt_tokens to the number of a text's tokens that are its prompt"
+                )
+            rows = reader.read(source, ("text",), allow_messages=False)
+            return [PromptOnly(text, columns, cfg.prompt_tokens) for (text,), columns, _ in rows]
+        case "text":
+            rows = reader.read(source, ("text",), allow_messages=False)
+            return [PromptCompletion("", text, columns) for (text,), columns, _ in rows]
+        case "messages":
+            return _read_conversations(reader, source, kind)
+        case "prompt_completion" if kind == "prompt_completion":
+            rows = reader.read(source, ("prompt", "completion"))
+            return [PromptCompletion(prompt, answer, *rest) for (prompt, answer), *rest in rows]
+        case "unpaired" if kind != "prompt_only":
+            return _read_unpaired(reader, source, kind)
+        case "ranking" if kind != "prompt_only":
+            rankings = [_ranking(reader, record, number) for number, record in enumerate(source, start=1)]
+            return list(rankings) if kind == "ranking" else _pairs_of(rankings, where)
+        case "preference" if kind == "preference":
+            pairs = _read_pairs(reader, source)
+            return [Preference(prompt, a, b, variables=variables) for (prompt, a, b), _, variables in pairs]
+        case "preference" if not _has_own_prompt(reader, source):
+            return [
+                PromptOnly(prompt, {**columns, "chosen": a, "rejected": b}, variables=variables)
+                for (prompt, a, b), columns, variables in _read_pairs(reader, source)
+            ]
+        case "labelled":
+            return _pair_labelled(reader, source, cfg, prompts, seed)
+        case _:
+            rows = reader.read(source, ("prompt",))
+            return [PromptOnly(prompt, columns, 0, variables) for (prompt,), columns, variables in rows]
+
+
+def implicit_prompt(chosen: str, rejected: str) -> str:
+    """Returns what two whole texts share: a dialogue up to its last shared reply, or else whole words."""
+    common = chosen[: _num_shared(chosen, rejected)]
+    turn = common.rfind(ASSISTANT_TURN)
+    if turn >= 0:
+        return common[: turn + len(ASSISTANT_TURN)]
+    end = len(common)
+    while end > 0 and not (
+        end < min(len(chosen), len(rejected)) and chosen[end].isspace() and rejected[end].isspace()
+    ):
+        end -= 1
+    return common[:end]
+
+
+def implicit_messages(chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
+    """Returns the messages that two conversations share, up to where the assistant answers in both."""
+    end = min(_num_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    while end > 0 and not (chosen[end]["role"] == rejected[end]["role"] == "assistant"):
+        end -= 1
+    return list(chosen[:end])
+
+
+def _num_shared(a: Sequence[object], b: Sequence[object]) -> int:
+    shared = itertools.takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False))
+    return sum(1 for _ in shared)
+
+
+def _read_conversations(
+    reader: Reader, source: Sequence[Mapping[str, object]], kind: Kind
+) -> list[AnyRecord]:
+    """Returns whole conversations: all turns of the assistant are learned, or the last one is sampled."""
+    found: list[AnyRecord] = []
+    for number, ((messages,), columns, variables) in enumerate(reader.read(source, ("messages",)), start=1):
+        if isinstance(messages, str):
+            reader.wrong(number, f"column {reader.name('messages')!r} is text; map it to 'text'")
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        if kind != "prompt_only":
+            if not answers:
+                reader.wrong(number, "no message is the assistant's: there is nothing to learn")
+            found.append(PromptCompletion([], messages, columns, variables))
+            continue
+        end = answers[-1] if answers else len(messages)
+        if end == 0:
+            reader.wrong(
+                number, "the conversation begins with its only assistant message: there is no prompt"
+            )
+        left = {"completion": messages[end:]} if answers else {}
+        found.append(PromptOnly(messages[:end], {**columns, **left}, variables=variables))
+    return found
+
+
+def _read_unpaired(reader: Reader, source: Sequence[Mapping[str, object]], kind: Kind) -> list[AnyRecord]:
+    """Returns completions with their labels, or the desirable ones as demonstrations."""
+    found: list[AnyRecord] = []
+    cells = reader.read(source, ("prompt", "completion"))
+    label = reader.name("label")
+    for number, ((prompt, completion), columns, variables) in enumerate(cells, start=1):
+        is_desirable = columns.pop(label, None)
+        if not isinstance(is_desirable, bool):
+            reader.wrong(
+                number,
+                f"column {label!r} is {is_desirable!r}, must be true or false: whether the completion is "
+                "desirable; if it means something else, set data.format: prompt_completion",
+            )
+        if kind == "unpaired":
+            found.append(Unpaired(prompt, completion, is_desirable, variables))
+        elif is_desirable:
+            found.append(PromptCompletion(prompt, completion, columns, variables))
+    if not found:
+        raise ValueError(
+            f"{reader.where}: no completion is desirable (column {label!r} is false in all records)"
+        )
+    return found
+
+
+def _ranking(reader: Reader, record: Mapping[str, object], number: int) -> Ranking:
+    """Returns a record with several completions."""
+    (prompt,) = reader.contents(record, ("prompt",), number)
+    name = reader.name("completions")
+    cell = reader.cell(record, "completions", number)
+    if not isinstance(cell, list) or len(cell) < 2:
+        reader.wrong(number, f"column {name!r} must be a list of at least 2 completions, is {_shown(cell)}")
+    answers = tuple(reader.content(item, name, number) for item in cell)
+    for answer in answers:
+        reader.check_alike({reader.name("prompt"): prompt, name: answer}, number)
+        if not isinstance(answer, str):
+            reader.check_turns((answer,), ("completions",), number)
+    orders = [usual for usual in ORDERS if reader.has(usual)]
+    if not orders:
+        reader.missing("ranks", "completions are ranked by a column ranks, scores or pairs")
+    scores: tuple[float, ...] = ()
+    if numbers := [usual for usual in orders if usual != "pairs"]:
+        scores = _scores(reader, record, numbers[0], len(answers), number)
+    if "pairs" in orders:
+        pairs = _judged(reader, record, len(answers), number)
+    else:
+        pairs = tuple(
+            (i, j) for i, j in itertools.permutations(range(len(answers)), 2) if scores[i] > scores[j]
+        )
+    variables = {} if isinstance(prompt, str) else reader.variables(record, number)
+    return Ranking(prompt, answers, pairs, scores, variables)
+
+
+def _scores(
+    reader: Reader, record: Mapping[str, object], usual: str, count: int, number: int
+) -> tuple[float, ...]:
+    """Returns the scores of completions, higher ones better; ranks, of which 1 is best, are negated."""
+    cell, name = reader.cell(record, usual, number), reader.name(usual)
+    if not isinstance(cell, list) or len(cell) != count:
+        what = f"{len(cell)} entries" if isinstance(cell, list) else _shown(cell)
+        reader.wrong(number, f"column {name!r} has {what} for {count} completions; give each one")
+    for value in cell:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            reader.wrong(number, f"column {name!r} has the entry {value!r}, must be a finite number")
+        if usual == "ranks" and value < 1:
+            reader.wrong(number, f"column {name!r} has the rank {value!r}; ranks count from 1, the best")
+    sign = -1.0 if usual == "ranks" else 1.0
+    return tuple(sign * value for value in cell)
+
+
+def _judged(
+    reader: Reader, record: Mapping[str, object], count: int, number: int
+) -> tuple[tuple[int, int], ...]:
+    """Returns the pairs of a ranking that were judged, (better, worse)."""
+    cell, name = reader.cell(record, "pairs", number), reader.name("pairs")
+    pairs: list[tuple[int, int]] = []
+    for pair in cell if isinstance(cell, list) else [cell]:
+        match pair:
+            case [int(better), int(worse)] if better != worse and {better, worse} <= set(range(count)):
+                pairs.append((better, worse))
+            case _:
+                reader.wrong(
+                    number,
+                    f"column {name!r} has the entry {pair!r}, must be [better, worse]: two different places "
+                    f"from 0 to {count - 1} among the completions",
+                )
+    return tuple(pairs)
+
+
+def _shown(cell: object) -> str:
+    return f"a list of {len(cell)}" if isinstance(cell, list) else f"{cell!r} ({type(cell).__name__})"
+
+
+def _pairs_of(rankings: Sequence[Ranking], where: str) -> list[AnyRecord]:
+    """Returns the pairs of rankings in their order."""
+    found: list[AnyRecord] = [
+        Preference(of.prompt, of.completions[better], of.completions[worse], variables=of.variables)
+        for of in rankings
+        for better, worse in of.pairs
+    ]
+    if not found:
+        raise ValueError(f"{where}: no completion is better than another in any of {len(rankings)} rankings")
+    return found
+
+
+def _read_pairs(reader: Reader, source: Sequence[Mapping[str, object]]) -> list[Cells]:
+    """Returns (prompt, chosen, rejected) of each record, and the columns that are left."""
+    if _has_own_prompt(reader, source):
+        return reader.read(source, ("prompt", "chosen", "rejected"))
+    pairs = []
+    for number, cells in enumerate(reader.read(source, ("chosen", "rejected")), start=1):
+        chosen, rejected = cells.contents
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            prompt: Content = implicit_prompt(chosen, rejected)
+        else:
+            prompt = implicit_messages(cast("list[Message]", chosen), cast("list[Message]", rejected))
+            if not prompt:
+                reader.wrong(number, "chosen and rejected share no message before the assistant's: no prompt")
+            repeated = cells.columns.pop(reader.name("prompt"), None)
+            if repeated is not None and repeated not in list(texts(prompt)):
+                name = reader.name("prompt")
+                reader.wrong(
+                    number, f"column {name!r} is text that is not in the messages before the answers"
+                )
+        pairs.append(cells._replace(contents=(prompt, chosen[len(prompt) :], rejected[len(prompt) :])))
+    return pairs
+
+
+def _has_own_prompt(reader: Reader, source: Sequence[Mapping[str, object]]) -> bool:
+    """Returns whether the prompt stands apart; as text beside whole conversations it only repeats theirs."""
+    if not reader.has("prompt"):
+        return False
+    prompt, chosen = (reader.cell(source[0], usual, 1) for usual in ("prompt", "chosen"))
+    return not (isinstance(prompt, str) and isinstance(chosen, list))
+
+
+def _pair_labelled(
+    reader: Reader,
+    source: Sequence[Mapping[str, object]],
+    cfg: DataConfig,
+    prompts: Sequence[Mapping[str, object]],
+    seed: int,
+) -> list[AnyRecord]:
+    """Returns pairs of a text with label 1 against one with label 0; each text is used at most once.
+
+    Pair i follows the beginning of prompt text i (counted round); it is cut, and a blank put between, where
+    tokens are made.
+    """
+    texts: dict[int, list[str]] = {0: [], 1: []}
+    for number, record in enumerate(source, start=1):
+        (text,) = cast("tuple[str]", reader.contents(record, ("text",), number, allow_messages=False))
+        label = reader.cell(record, "label", number)
+        if not isinstance(label, int) or label not in (0, 1):
+            raise ValueError(f"{reader.where}: record {number}: label is {label!r}, must be 0 or 1")
+        texts[int(label)].append(detokenize(text) if cfg.detokenize else text)
+    if not texts[0] or not texts[1]:
+        raise ValueError(
+            f"{reader.where}: {len(texts[1])} texts have label 1 and {len(texts[0])} label 0; pairs need both"
+        )
+    random.Random(f"{seed} label 0").shuffle(texts[0])
+    random.Random(f"{seed} label 1").shuffle(texts[1])
+    pairs = zip(texts[1], texts[0], strict=False)
+    if not prompts:
+        return [Preference("", chosen, rejected) for chosen, rejected in pairs]
+    if cfg.prompt_tokens == 0:
+        raise ValueError(
+            "data.prompts: is set, but data.prompt_tokens is 0; set it to the tokens that a prompt has"
+        )
+    prompt_reader = Reader(prompts[0], {}, f"data.prompts: {cfg.prompts}")
+    if not prompt_reader.has("text"):
+        prompt_reader.missing("text", "prompts are the beginnings of texts")
+    openings = [cells.contents[0] for cells in prompt_reader.read(prompts, ("text",), allow_messages=False)]
+    return [
+        Preference(openings[i % len(openings)], chosen, rejected, cfg.prompt_tokens)
+        for i, (chosen, rejected) in enumerate(pairs)
+    ]
