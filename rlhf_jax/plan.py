@@ -106,6 +106,11 @@ class Plan(NamedTuple):
                 )
             if lost.without_turns:
                 parts.append(f"{lost.without_turns} of {total} records dropped (no assistant turn to learn)")
+            if lost.uneven_starts:
+                parts.append(
+                    f"{lost.uneven_starts} of {total} records dropped (the template rewrites turns: their "
+                    "completions do not follow the same prompt)"
+                )
             if lost.unlearned_turns:
                 parts.append(
                     f"{lost.unlearned_turns} assistant turns without loss (the template rewrites them)"

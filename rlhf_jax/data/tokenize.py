@@ -34,11 +34,18 @@ class Losses(NamedTuple):
     """Records dropped: prompt and completion are too long."""
     without_turns: int = 0
     """Conversations dropped: no turn of the assistant stands in them as it is sampled."""
+    uneven_starts: int = 0
+    """Records dropped: not before all their completions stands the same prompt, for the chat template rewrites
+    turns that more turns follow."""
     cut_prompts: int = 0
     unlearned_turns: int = 0
     """Turns of the assistant without loss, as the chat template writes them otherwise once more follow."""
     apart: int = 0
     """Completions encoded alone, as the joined text does not begin with the prompt's tokens."""
+
+
+OTHER_DROPS = ("long_rows", "without_turns", "uneven_starts")
+"""The fields of Losses that count records, besides long_prompts."""
 
 
 class Encoded(NamedTuple):
@@ -102,6 +109,9 @@ def encode_records(
         if not all(of.spans for of in turns):
             counts["without_turns"] += 1
             continue
+        if any(of.ids[: of.spans[0][0]] != prompt for of in turns):
+            counts["uneven_starts"] += 1
+            continue
         lengths.append(len(prompt))
         if len(prompt) > limit:
             if cfg.prompt_truncation == "drop":
@@ -122,7 +132,7 @@ def encode_records(
         rows += of_record
     if not kept:
         raise ValueError(_nothing_left(where, lengths, limit, cfg, counts))
-    counts["long_prompts"] = len(records) - len(kept) - counts["long_rows"] - counts["without_turns"]
+    counts["long_prompts"] = len(records) - len(kept) - sum(counts[why] for why in OTHER_DROPS)
     longest_prompt = max(row.prompt_length for row in rows)
     if loss_on == "all":
         rows = [row._replace(prompt_length=1, excluded=()) for row in rows]
@@ -326,6 +336,12 @@ def _nothing_left(
             f"{where}: no turn of the assistant in {counts['without_turns']} conversations stands in the "
             "text as it is sampled: the chat template writes something else after the messages before it; "
             "set tokenizer.chat_template to one that does not"
+        )
+    if counts["uneven_starts"]:
+        return (
+            f"{where}: the completions of {counts['uneven_starts']} records do not follow the same prompt: the "
+            "chat template writes turns otherwise once more follow; set tokenizer.chat_template to one that "
+            "does not, or give completions of one turn"
         )
     if counts["long_rows"]:
         return (

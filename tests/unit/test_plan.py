@@ -167,13 +167,14 @@ def test_more_than_half_dropped_is_a_warning_and_cut_rows_are_counted(plans):
 
 
 def test_every_loss_is_told(plans):
-    (plan,) = plans()
-    lost = Losses(long_rows=1, without_turns=2, cut_prompts=3, unlearned_turns=4, apart=5)
+    (plan,) = plans(eval="prompt_truncation: left, eval:")
+    lost = Losses(long_rows=1, without_turns=2, uneven_starts=1, cut_prompts=3, unlearned_turns=4, apart=5)
     lines = plan._replace(train=dataclasses.replace(plan.train, losses=lost)).losses()
     assert lines[0] == (
         "[ppo] data.train: 1 of 5 records dropped (longer than 256 tokens), 2 of 5 records dropped "
-        "(no assistant turn to learn), 4 assistant turns without loss (the template rewrites them), 3 of 5 "
-        "prompts cut on the drop at 128 tokens, 5 of 4 completions encoded apart"
+        "(no assistant turn to learn), 1 of 5 records dropped (the template rewrites turns: their completions "
+        "do not follow the same prompt), 4 assistant turns without loss (the template rewrites them), 3 of 5 "
+        "prompts cut on the left at 128 tokens, 5 of 5 completions encoded apart"
     )
 
 

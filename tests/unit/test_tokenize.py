@@ -152,11 +152,38 @@ def test_prompt_of_a_conversation_is_not_cut_on_the_right(tokenizer):
         encode(tokenizer, [PromptOnly(TALK[:1])], "prompt_only", prompt_truncation="right")
 
 
-def test_rows_without_a_turn_to_learn_are_dropped_and_counted(tokenizer):
-    """The template writes the first of two turns otherwise, as Qwen3 does."""
+@pytest.fixture(scope="module")
+def rewriting():
+    """Returns a tokenizer whose template writes all turns but the last one otherwise, as Qwen3's does."""
     rewriting = train_tokenizer([], 260)
     own = "(m.content if loop.last or m.role == 'user' else m.content | upper) }}"
     rewriting.chat_template = TEMPLATE.replace("m.content }}", own)
+    return rewriting
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_length": 32}, {"max_length": 100}, {"max_prompt_length": 20}, {"truncation": "left"}]
+)
+@pytest.mark.parametrize("prompt_truncation", ["drop", "left"])
+def test_records_whose_completions_do_not_follow_the_same_prompt_are_dropped(
+    options, prompt_truncation, rewriting
+):
+    """Of two answers the first one is not learned: what is learned would follow another prompt."""
+    two = [assistant("bad"), user("x" * 60), assistant("no")]
+    uneven = Preference([user("q")], [assistant("good")], two)
+    even = Preference([user("q")], [assistant("good")], [assistant("bad")])
+    turned = uneven._replace(chosen=two, rejected=[assistant("good")])
+    options = {"prompt_truncation": prompt_truncation} | options
+    encoded = encode(rewriting, [uneven, even, turned], "preference", **options)
+    assert encoded.records == [even]
+    assert [shown(rewriting, row)[1] for row in encoded.rows] == [["good<|eos|>"], ["bad<|eos|>"]]
+    assert encoded.losses == Losses(uneven_starts=2, unlearned_turns=2)
+    with pytest.raises(ValueError, match="the completions of 1 records do not follow the same prompt: the"):
+        encode(rewriting, [uneven], "preference", **options)
+
+
+def test_rows_without_a_turn_to_learn_are_dropped_and_counted(rewriting):
+    """The template writes the first of two turns otherwise."""
     gone = PromptCompletion([], [*TALK, user("x")])
     encoded = encode(rewriting, [PromptCompletion([], TALK), gone])
     assert [shown(rewriting, row) for row in encoded.rows] == [
