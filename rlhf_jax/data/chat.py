@@ -43,7 +43,8 @@ class Turns(NamedTuple):
     num_unlearned: int = 0
     """Assistant turns without loss, as the template writes them otherwise in the whole conversation."""
     was_apart: bool = False
-    """The tokens of the whole text do not begin with the prompt's: it was encoded in parts."""
+    """The tokens of the whole text do not begin with those of some turn's prompt: it was encoded in parts, cut
+    where the turns begin."""
 
 
 class ChatEncoder:
@@ -105,8 +106,11 @@ class ChatEncoder:
     ) -> Turns:
         """Returns prompt and completion in tokens; the assistant's turns in the completion carry loss.
 
-        The ids begin with those of `prompt(...)` of what stands before the first such turn. A turn with
-        nothing before it carries no loss. Arguments and errors otherwise as in `prompt`.
+        Before each such turn k stand the ids of `prompt(messages[:k], ...)`, after which it would be sampled.
+        Where the tokens of the whole text do not allow that (`was_apart`), this holds for the first of them;
+        the others begin with a token of their own, but the turns before them have the tokens with which those
+        were sampled. A turn with nothing before it carries no loss. Arguments and errors otherwise as in
+        `prompt`.
         """
         messages = [*prompt, *completion]
         text, foreign = self._render_safely(messages, variables, where, asks=False)
@@ -117,10 +121,8 @@ class ChatEncoder:
             return Turns([], [], num_unlearned)
         end, starts = places[-1][1], [start for start, _ in places]
         ids, offsets = self._encode(text[:end], foreign)
-        opening, _ = self._encode(text[: starts[0]], foreign)
-        was_apart = ids[: len(opening)] != opening or any(
-            start < place < stop for place in starts for start, stop in offsets
-        )
+        openings = [self._encode(text[:start], foreign)[0] for start in starts]
+        was_apart = any(ids[: len(opening)] != opening for opening in openings)
         if was_apart:
             ids, offsets = [], []
             for start, stop in itertools.pairwise([0, *starts, end]):

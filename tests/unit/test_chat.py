@@ -132,13 +132,21 @@ def test_turn_begins_where_its_prompt_is_sampled_from_and_ends_with_the_stop_tok
         assert turns.ids[stop - 1] == encoder.end_of_turn_id
 
 
-def test_blank_line_that_reads_otherwise_before_a_word_is_encoded_apart(load):
+@pytest.mark.parametrize("first", ["Over there.", ""])
+def test_blank_line_that_reads_otherwise_before_a_word_is_encoded_apart(first, load):
+    """Before the empty answer it is one token, as in its prompt; before the second answer it is not."""
     tokenizer = load("gpt2", "llama3")
     encoder = ChatEncoder(tokenizer)
-    turns = encoder.turns([], TWO_TURNS, {}, "w")
+    talk = [TWO_TURNS[0], assistant(first), *TWO_TURNS[2:]]
+    turns = encoder.turns([], talk, {}, "w")
     assert turns.was_apart
-    assert learned(tokenizer, turns) == ["Over there.<|eot_id|>", "It fell, 3 times<|eot_id|>"]
-    assert turns.ids[: turns.spans[0][0]] == encoder.prompt(TWO_TURNS[:1], {}, "w")
+    assert learned(tokenizer, turns) == [f"{first}<|eot_id|>", "It fell, 3 times<|eot_id|>"]
+    assert turns.ids[: turns.spans[0][0]] == encoder.prompt(talk[:1], {}, "w")
+    before, answer = encoder.prompt(talk[:3], {}, "w"), turns.ids[slice(*turns.spans[1])]
+    assert answer == encoder.turns(talk[:1], talk[3:], {}, "w").ids[-len(answer) :]
+    assert (
+        turns.ids[turns.spans[0][1] : turns.spans[1][0]] == before[-(turns.spans[1][0] - turns.spans[0][1]) :]
+    )
 
 
 @pytest.mark.parametrize("name, template", BOTH)
