@@ -265,18 +265,23 @@ def _read_pairs(reader: Reader, source: Sequence[Mapping[str, object]]) -> list[
     """Returns (prompt, chosen, rejected) of each record, and the columns that are left."""
     if _has_own_prompt(reader, source):
         return reader.read(source, ("prompt", "chosen", "rejected"))
-    pairs = []
+    pairs, name = [], reader.name("prompt")
     for number, cells in enumerate(reader.read(source, ("chosen", "rejected")), start=1):
         chosen, rejected = cells.contents
+        told = cells.columns.pop(name, None)
+        if told is not None and (isinstance(chosen, str) or not isinstance(told, str)):
+            reader.wrong(
+                number,
+                f"column {name!r} holds its prompt, but in record 1 the prompt is what chosen and rejected "
+                "begin with; let all be alike",
+            )
         if isinstance(chosen, str) and isinstance(rejected, str):
             prompt: Content = implicit_prompt(chosen, rejected)
         else:
             prompt = implicit_messages(cast("list[Message]", chosen), cast("list[Message]", rejected))
             if not prompt:
                 reader.wrong(number, "chosen and rejected share no message before the assistant's: no prompt")
-            repeated = cells.columns.pop(reader.name("prompt"), None)
-            if repeated is not None and repeated not in list(texts(prompt)):
-                name = reader.name("prompt")
+            if told is not None and told not in list(texts(prompt)):
                 reader.wrong(
                     number, f"column {name!r} is text that is not in the messages before the answers"
                 )

@@ -594,3 +594,25 @@ def test_real_pairs_and_questions_need_nothing_but_config(test_data):
     for kind, record_type in (("prompt_completion", PromptCompletion), ("prompt_only", PromptOnly)):
         found = read_records(questions, kind, cfg, "w")
         assert len(found) == 1319 and {type(record) for record in found} == {record_type}
+
+
+@pytest.mark.parametrize("kind", ["preference", "prompt_only"])
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_prompt_that_only_a_later_record_has_is_not_lost(kind, as_messages):
+    def content(*turns):
+        if not as_messages:
+            return turns[-1][1]
+        return [{"role": role, "content": text} for role, text in turns]
+
+    pair = {name: content(("user", "x"), ("assistant", f"x {name}")) for name in ("chosen", "rejected")}
+    own = {name: content(("assistant", name)) for name in ("chosen", "rejected")}
+    own["prompt"] = content(("user", "Q"))
+    message = "w: record 2: column 'prompt' holds its prompt, but in record 1 the prompt is what chosen and"
+    with pytest.raises(ValueError, match=message):
+        read_records([pair, own], kind, DataConfig(), "w")
+    with pytest.raises(ValueError, match="w: record 2 has no column 'prompt'; it has chosen, rejected"):
+        read_records([own, pair], kind, DataConfig(), "w")
+    # A table has the column in every record.
+    alike = [pair | {"prompt": None}, pair | {"prompt": None}]
+    with pytest.raises(ValueError, match="w: record 1: column 'prompt' is None"):
+        read_records(alike, kind, DataConfig(), "w")
