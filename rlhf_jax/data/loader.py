@@ -40,7 +40,8 @@ class Loader[Batch: Rows | Prompts, Taken: AnyRecord]:
         self.batch_size = batch_size
         self._seed = seed
         self._window = functools.lru_cache(maxsize=2)(self._deal)
-        self._filled = functools.lru_cache(maxsize=3)(self._fill)
+        # Of each source the epoch that batches are taken from, and the next one, into which they reach.
+        self._filled = functools.lru_cache(maxsize=2 * len(examples.num_units))(self._fill)
 
     def batch(self, position: int) -> tuple[Batch, int]:
         """Returns the batch at a position, always full, and the next position.

@@ -1,6 +1,7 @@
 """Packing: a plan from lengths alone, an order that has every record once per epoch, the same loss."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -144,6 +145,18 @@ def test_rows_of_a_mixture_are_of_one_source_each():
         once = sorted(tuple(row.ids) for row in of.rows)
         for start in range(0, len(rows) - count + 1, count):
             assert sorted(taken for row in rows[start : start + count] for taken in row) == once
+
+
+def test_every_epoch_of_a_source_is_filled_once(monkeypatch):
+    filled, fill = [], Loader._fill
+    monkeypatch.setattr(Loader, "_fill", lambda self, *of: (filled.append(of), fill(self, *of))[1])
+    four = functools.reduce(
+        _joined, [examples("prompt_completion", 30, seed).packed(40) for seed in range(4)]
+    )
+    loader = Loader(four, 8, seed=0)
+    for position in range(0, 4 * sum(four.num_units), 8):
+        loader.batch(position)
+    assert len(filled) == len(set(filled)) >= 4 * 4
 
 
 def test_evaluation_of_packed_rows_fills_the_last_batch():
