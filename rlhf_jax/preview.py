@@ -142,18 +142,16 @@ def stage_lines(plan: Plan, num_records: int, *, in_colour: bool) -> Iterator[Te
 
 def length_statistics(examples: Examples) -> dict[str, dict[str, float]]:
     """Returns minimum, median, 95th percentile and maximum of prompts, completions and rows, in tokens."""
-    prompts = [row.prompt_length for row in examples.rows]
-    rows = [len(row.ids) for row in examples.rows]
+    prompts, rows = examples.rows.prompt_lengths, examples.rows.lengths
     lengths = {"prompt": prompts}
     if examples.kind != "prompt_only":
-        completions = [row - prompt for row, prompt in zip(rows, prompts, strict=True)]
-        lengths |= {"completion": completions, "row": rows}
+        lengths |= {"completion": rows - prompts, "row": rows}
     return {
         what: {
-            "min": min(of),
+            "min": int(of.min()),
             "median": float(np.median(of)),
             "p95": float(np.percentile(of, 95)),
-            "max": max(of),
+            "max": int(of.max()),
         }
         for what, of in lengths.items()
     }

@@ -43,8 +43,8 @@ class Turns(NamedTuple):
     num_unlearned: int = 0
     """Assistant turns without loss, as the template writes them otherwise in the whole conversation."""
     was_apart: bool = False
-    """The tokens of the whole text do not begin with those of some turn's prompt: it was encoded in parts, cut
-    where the turns begin."""
+    """The tokens of the whole text do not begin with those of some turn's prompt: it was encoded in parts,
+    cut where the turns begin."""
 
 
 class ChatEncoder:

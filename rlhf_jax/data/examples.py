@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
@@ -14,14 +13,15 @@ import numpy as np
 from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.config import PROMPTLESS_FORMATS, DataConfig
 from rlhf_jax.data.arrow import Record
-from rlhf_jax.data.collate import Row, collate_packed, collate_prompts, collate_rows, static_length
+from rlhf_jax.data.collate import collate_packed, collate_prompts, collate_rows, static_length
 from rlhf_jax.data.columns import Format, Kind, record_format
 from rlhf_jax.data.formats import read_records
 from rlhf_jax.data.packing import Packing, pack
-from rlhf_jax.data.records import AnyRecord, completions, in_template, is_conversational, texts
+from rlhf_jax.data.records import AnyRecord, PromptOnly, completions, in_template, is_conversational, texts
 from rlhf_jax.data.sources import open_source, open_sources
 from rlhf_jax.data.synthetic import synthetic_records
 from rlhf_jax.data.token_cache import through_cache
+from rlhf_jax.data.token_rows import TokenRows
 from rlhf_jax.data.tokenize import Losses, encode_records
 from rlhf_jax.data.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ class Examples:
     kind: Kind
     formats: tuple[Format, ...]  # of each source's columns; the embedded task has none
     records: Sequence[AnyRecord]  # as text; a prompt that was cut to its first tokens reads as cut
-    rows: Sequence[Row]  # one per record, of a preference two: chosen, rejected; of a prompt its prompt alone
+    rows: TokenRows  # one per record, of a preference two: chosen, rejected; of a prompt its prompt alone
     length: int  # static length of a collated row: T, of prompts P
     pad_id: int
     num_dropped: int  # records whose prompt is too long, or whose text is too short to have one
@@ -66,35 +66,39 @@ class Examples:
 
     @functools.cached_property
     def fingerprint(self) -> int:
-        """Returns a checksum of all rows in their order: a run is resumed on the data that it began with."""
-        rows = (
-            np.asarray([row.prompt_length, *row.ids, *itertools.chain(*row.excluded)], np.int32).tobytes()
-            for row in self.rows
+        """Returns a checksum of the data: a run is resumed on that which it began with.
+
+        It covers all rows in their order and, of prompts, the columns that reward functions are given.
+        """
+        columns = (
+            repr(record.columns).encode("utf-8", "backslashreplace")
+            for record in self.records
+            if isinstance(record, PromptOnly)
         )
-        return functools.reduce(lambda crc, row: zlib.crc32(row, crc), rows, 0)
+        return functools.reduce(lambda crc, of: zlib.crc32(of, crc), columns, self.rows.checksum())
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Returns i32[N, rows_per_record], tokens of the rows of each record."""
-        return self._of_records(len(row.ids) for row in self.rows)
+        return self.rows.lengths.reshape(-1, self.rows_per_record)
 
     @functools.cached_property
     def most_loss_tokens(self) -> int:
         """Returns the most tokens that carry loss in any row of a batch: C."""
-        of_rows = self._of_records(row.num_loss_tokens for row in self.rows)
         if not self.packings:
-            return int(of_rows.max())
-        lengths, counts = self.lengths.sum(axis=1), of_rows.sum(axis=1)
+            return int(self.rows.num_loss_tokens.max())
+        of_records = self.rows.num_loss_tokens.reshape(-1, self.rows_per_record)
+        lengths, counts = self.lengths.sum(axis=1), of_records.sum(axis=1)
         parts = [self.of_source(source) for source in range(len(self.packings))]
         return max(
             packing.most(lengths[part.start : part.stop], counts[part.start : part.stop])
             for packing, part in zip(self.packings, parts, strict=True)
         )
 
-    @functools.cached_property
+    @property
     def has_excluded(self) -> bool:
         """Returns whether any row has tokens behind its prompt that are not the model's own."""
-        return any(row.excluded for row in self.rows)
+        return len(self.rows.excluded) > 0
 
     @property
     def num_units(self) -> tuple[int, ...]:
@@ -130,9 +134,6 @@ class Examples:
         if self.kind == "prompt_only":
             return collate_prompts([row.ids for row in rows], index, length, self.pad_id, num_units)
         return collate_rows(rows, length, self.pad_id, per * num_units, with_excluded=self.has_excluded)
-
-    def _of_records(self, numbers: Iterable[int]) -> np.ndarray:
-        return np.fromiter(numbers, np.int32, len(self.rows)).reshape(-1, self.rows_per_record)
 
 
 def load_examples(
@@ -184,7 +185,7 @@ def _joined(first: Examples, second: Examples) -> Examples:
         longer,
         formats=first.formats + second.formats,
         records=[*first.records, *second.records],
-        rows=[*first.rows, *second.rows],
+        rows=first.rows.joined(second.rows),
         num_dropped=first.num_dropped + second.num_dropped,
         num_cut=first.num_cut + second.num_cut,
         longest_row=max(first.longest_row, second.longest_row),
@@ -260,7 +261,7 @@ def tokenize_records(
     encode = functools.partial(encode_records, records, kind, tokenizer, cfg, loss_on=loss_on, where=where)
     settings = [kind, loss_on, {name: x for name, x in vars(cfg).items() if name not in NOT_OF_TOKENS}]
     encoded = through_cache(cfg.cache_dir, encode, records, tokenizer, settings)
-    longest = max(len(row.ids) for row in encoded.rows)
+    longest = int(encoded.rows.lengths.max())
     examples = Examples(
         kind=kind,
         formats=(),
@@ -269,7 +270,7 @@ def tokenize_records(
         length=static_length(longest, cfg.max_prompt_length if kind == "prompt_only" else cfg.max_length),
         pad_id=cast(int, tokenizer.pad_token_id),
         num_dropped=len(records) - len(encoded.records),
-        num_cut=sum(row.was_cut for row in encoded.rows),
+        num_cut=int(encoded.rows.was_cut.sum()),
         longest_row=longest,
         longest_prompt=encoded.longest_prompt,
         losses=encoded.losses,

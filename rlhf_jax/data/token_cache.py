@@ -7,6 +7,7 @@ told and made again.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -17,12 +18,12 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data.collate import Row
 from rlhf_jax.data.records import AnyRecord
+from rlhf_jax.data.token_rows import TokenRows
 from rlhf_jax.data.tokenize import Encoded, Losses
 from rlhf_jax.data.tokenizer import Tokenizer
 
@@ -32,43 +33,20 @@ OFF = "none"
 LEAST_TOKENS = 1_000_000
 """What is smaller is tokenised within seconds and not kept."""
 CHECKSUMS = "checksums.json"
+OF_ROWS = tuple(field.name for field in dataclasses.fields(TokenRows))
 
 
 class TokenArrays(NamedTuple):
-    """Rows as flat arrays, and the records that they are of."""
+    """What is kept: TokenRows, and the records that they are of."""
 
-    tokens: np.ndarray  # i32[all tokens]
-    ends: np.ndarray  # i64[rows], where each row ends in tokens
-    prompt_lengths: np.ndarray  # i32[rows]
-    was_cut: np.ndarray  # bool[rows]
-    excluded: np.ndarray  # i64[ranges, 3], sorted: row, start, end
+    tokens: np.ndarray
+    ends: np.ndarray
+    prompt_lengths: np.ndarray
+    was_cut: np.ndarray
+    excluded: np.ndarray
     numbers: np.ndarray  # i64[records kept], their places among those read
     longest_prompt: np.ndarray  # i64[]
     losses: np.ndarray  # i64[fields of Losses]
-
-
-class TokenRows(Sequence[Row]):
-    """Rows that lie in arrays, on disk or in memory."""
-
-    def __init__(self, arrays: TokenArrays):
-        self._arrays = arrays
-
-    def __len__(self) -> int:
-        return len(self._arrays.ends)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
-        of, number = self._arrays, range(len(self))[index]
-        start = int(of.ends[number - 1]) if number else 0
-        first, behind = np.searchsorted(of.excluded[:, 0], [number, number + 1])
-        excluded = tuple((int(a), int(b)) for _, a, b in of.excluded[first:behind])
-        ids = of.tokens[start : of.ends[number]].tolist()
-        return Row(ids, int(of.prompt_lengths[number]), bool(of.was_cut[number]), excluded)
 
 
 def through_cache(
@@ -105,7 +83,7 @@ def through_cache(
         return encoded
     kept = [records[number] for number in arrays.numbers.tolist()]
     losses = Losses(*arrays.losses.tolist())
-    return Encoded(kept, TokenRows(arrays), int(arrays.longest_prompt), losses)
+    return Encoded(kept, TokenRows(*arrays[: len(OF_ROWS)]), int(arrays.longest_prompt), losses)
 
 
 def fingerprint(records: Sequence[AnyRecord], tokenizer: Tokenizer, settings: Iterable[object]) -> str:
@@ -133,15 +111,8 @@ def _arrays(encoded: Encoded, records: Sequence[AnyRecord]) -> TokenArrays | Non
     numbers = [places.get(id(record), -1) for record in encoded.records]
     if min(numbers, default=-1) < 0:
         return None
-    rows = encoded.rows
-    excluded = [(number, *part) for number, row in enumerate(rows) for part in row.excluded]
-    ends = np.cumsum([len(row.ids) for row in rows])
     return TokenArrays(
-        tokens=np.fromiter((id_ for row in rows for id_ in row.ids), np.int32, ends[-1]),
-        ends=ends,
-        prompt_lengths=np.array([row.prompt_length for row in rows], np.int32),
-        was_cut=np.array([row.was_cut for row in rows]),
-        excluded=np.array(excluded, np.int64).reshape(-1, 3),
+        **{name: getattr(encoded.rows, name) for name in OF_ROWS},
         numbers=np.array(numbers),
         longest_prompt=np.array(encoded.longest_prompt),
         losses=np.array(encoded.losses, np.int64),

@@ -21,6 +21,7 @@ from rlhf_jax.data.records import (
     completions,
     is_conversational,
 )
+from rlhf_jax.data.token_rows import TokenRows, token_rows
 from rlhf_jax.data.tokenizer import Tokenizer, encode_after, encode_prompts, template_date
 from rlhf_jax.progress import watched
 
@@ -35,8 +36,8 @@ class Losses(NamedTuple):
     without_turns: int = 0
     """Conversations dropped: no turn of the assistant stands in them as it is sampled."""
     uneven_starts: int = 0
-    """Records dropped: not before all their completions stands the same prompt, for the chat template rewrites
-    turns that more turns follow."""
+    """Records dropped: their completions do not follow the same prompt, for the chat template rewrites turns
+    that more turns follow."""
     cut_prompts: int = 0
     unlearned_turns: int = 0
     """Turns of the assistant without loss, as the chat template writes them otherwise once more follow."""
@@ -53,7 +54,7 @@ class Encoded(NamedTuple):
 
     records: list[AnyRecord]
     """As text or messages; a prompt that was cut to its first tokens reads as cut."""
-    rows: Sequence[Row]
+    rows: TokenRows
     """One per completion: of a preference two: chosen, rejected; of a prompt its prompt alone."""
     longest_prompt: int
     """Tokens, BOS included."""
@@ -136,7 +137,7 @@ def encode_records(
     longest_prompt = max(row.prompt_length for row in rows)
     if loss_on == "all":
         rows = [row._replace(prompt_length=1, excluded=()) for row in rows]
-    return Encoded(kept, rows, longest_prompt, Losses(**counts))
+    return Encoded(kept, token_rows(rows), longest_prompt, Losses(**counts))
 
 
 def has_conversations(records: Sequence[AnyRecord], where: str) -> bool:
@@ -339,9 +340,9 @@ def _nothing_left(
         )
     if counts["uneven_starts"]:
         return (
-            f"{where}: the completions of {counts['uneven_starts']} records do not follow the same prompt: the "
-            "chat template writes turns otherwise once more follow; set tokenizer.chat_template to one that "
-            "does not, or give completions of one turn"
+            f"{where}: the completions of {counts['uneven_starts']} records do not follow the same prompt: "
+            "the chat template writes turns otherwise once more follow; set tokenizer.chat_template to one "
+            "that does not, or give completions of one turn"
         )
     if counts["long_rows"]:
         return (

@@ -13,6 +13,7 @@ from rlhf_jax.data.collate import Row
 from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import Preference, PromptCompletion, PromptOnly
+from rlhf_jax.data.token_rows import token_rows
 from rlhf_jax.evaluation import evaluate_prompts, evaluate_records
 from rlhf_jax.experience import Collector, text_metrics
 from rlhf_jax.rewards.combine import Judge
@@ -35,7 +36,12 @@ def examples(kind, num_records=10):
         prompt = int(rng.integers(1, 9))
         completion = 0 if kind == "prompt_only" else 1 + 7 * (number % 5 == 0)
         made.append(Row(rng.integers(2, 64, prompt + completion).tolist(), prompt))
-    told = {"kind": kind, "records": [RECORDS[kind]] * num_records, "rows": made, "pad_id": tiny.PAD}
+    told = {
+        "kind": kind,
+        "records": [RECORDS[kind]] * num_records,
+        "rows": token_rows(made),
+        "pad_id": tiny.PAD,
+    }
     told["length"] = 8 if kind == "prompt_only" else 16
     return Examples(**dict.fromkeys(COUNTS, 0) | told)
 

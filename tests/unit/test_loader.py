@@ -74,6 +74,19 @@ def test_every_epoch_has_every_record_once_in_another_order(tokenizer):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+def test_fingerprint_is_of_tokens_and_of_what_reward_functions_are_given(tokenizer):
+    """A run whose answers were corrected is not the one that was begun."""
+    records = [PromptOnly("q", {"answer": 1}), PromptOnly("r", {"answer": 2})]
+
+    def of(records):
+        return tokenize_records(records, "prompt_only", tokenizer, DataConfig()).fingerprint
+
+    corrected = [records[0], records[1]._replace(columns={"answer": 3})]
+    other = [records[0], records[1]._replace(prompt="s")]
+    assert len({of(records), of(corrected), of(other), of(records[::-1]), of(records[:1])}) == 5
+    assert of(list(records)) == of(records)
+
+
 def test_batch_is_a_function_of_the_position(tokenizer):
     examples = examples_of(tokenizer, 10)
     whole = sequence(Loader(examples, 4, seed=0), 40)

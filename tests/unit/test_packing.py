@@ -13,6 +13,7 @@ from rlhf_jax.data.examples import Examples, _joined
 from rlhf_jax.data.loader import WINDOW, Loader
 from rlhf_jax.data.packing import length_ladder, pack
 from rlhf_jax.data.records import Preference, PromptCompletion
+from rlhf_jax.data.token_rows import token_rows
 from rlhf_jax.data.tokenize import Losses
 from rlhf_jax.metrics import to_host
 from rlhf_jax.sharding import place_rows
@@ -34,7 +35,12 @@ def examples(kind, num_records, seed=0, excluded=False):
         ids = [number % 64, *rng.integers(2, 64, length - 1).tolist()]
         turns = ((length - 1, length),) if excluded and number % 3 == 0 and length - prompt > 1 else ()
         rows.append(Row(ids, prompt, excluded=turns))
-    told = {"kind": kind, "records": [RECORDS[kind]] * num_records, "rows": rows, "pad_id": tiny.PAD}
+    told = {
+        "kind": kind,
+        "records": [RECORDS[kind]] * num_records,
+        "rows": token_rows(rows),
+        "pad_id": tiny.PAD,
+    }
     return Examples(**dict.fromkeys(COUNTS, 0) | told | {"length": LONGEST, "losses": Losses()})
 
 

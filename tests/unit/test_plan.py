@@ -159,7 +159,7 @@ def test_how_full_packed_rows_are_is_told(plans):
 def test_more_than_half_dropped_is_a_warning_and_cut_rows_are_counted(plans):
     (plan,) = plans()
     many = dataclasses.replace(plan.train, num_dropped=5, losses=Losses(long_prompts=5), num_cut=3)
-    many = dataclasses.replace(many, rows=plan.train.rows * 2)
+    many = dataclasses.replace(many, rows=plan.train.rows.joined(plan.train.rows))
     assert plan._replace(train=many).losses()[0] == (
         "[ppo] WARNING: more than half is lost: data.train: 5 of 9 records dropped (prompt longer than 128 "
         "tokens), 3 of 8 rows cut at 256 tokens"
@@ -172,9 +172,9 @@ def test_every_loss_is_told(plans):
     lines = plan._replace(train=dataclasses.replace(plan.train, losses=lost)).losses()
     assert lines[0] == (
         "[ppo] data.train: 1 of 5 records dropped (longer than 256 tokens), 2 of 5 records dropped "
-        "(no assistant turn to learn), 1 of 5 records dropped (the template rewrites turns: their completions "
-        "do not follow the same prompt), 4 assistant turns without loss (the template rewrites them), 3 of 5 "
-        "prompts cut on the left at 128 tokens, 5 of 5 completions encoded apart"
+        "(no assistant turn to learn), 1 of 5 records dropped (the template rewrites turns: their "
+        "completions do not follow the same prompt), 4 assistant turns without loss (the template rewrites "
+        "them), 3 of 5 prompts cut on the left at 128 tokens, 5 of 5 completions encoded apart"
     )
 
 

@@ -12,6 +12,7 @@ from rlhf_jax.checkpoint import Checkpointer
 from rlhf_jax.data.collate import Row
 from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.records import Preference, PromptCompletion
+from rlhf_jax.data.token_rows import token_rows
 from rlhf_jax.models.scorers import Normalizer, save_scorer
 from rlhf_jax.plan import Plan
 from rlhf_jax.roles import Origins, load_policy, load_roles
@@ -172,7 +173,13 @@ def examples(kind, rows):
     ]
     record = Preference("a", "b", "c") if kind == "preference" else PromptCompletion("a", "b")
     number = len(made) // (2 if kind == "preference" else 1)
-    told = {"kind": kind, "records": [record] * number, "rows": made, "length": 16, "pad_id": tiny.PAD}
+    told = {
+        "kind": kind,
+        "records": [record] * number,
+        "rows": token_rows(made),
+        "length": 16,
+        "pad_id": tiny.PAD,
+    }
     return Examples(**dict.fromkeys(COUNTS, 0) | told)
 
 

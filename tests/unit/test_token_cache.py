@@ -11,6 +11,7 @@ from rlhf_jax.data.collate import Row
 from rlhf_jax.data.examples import tokenize_records
 from rlhf_jax.data.records import PromptCompletion, PromptOnly
 from rlhf_jax.data.token_cache import fingerprint, through_cache
+from rlhf_jax.data.token_rows import token_rows
 from rlhf_jax.data.tokenize import Encoded, Losses
 from rlhf_jax.data.tokenizer import train_tokenizer
 
@@ -26,7 +27,7 @@ class Encode:
 
     def __call__(self):
         self.calls += 1
-        return Encoded(RECORDS[1:4], ROWS, 2, Losses(long_prompts=2, apart=1))
+        return Encoded(RECORDS[1:4], token_rows(ROWS), 2, Losses(long_prompts=2, apart=1))
 
 
 def through(directory, encode, settings=(), records=RECORDS):
@@ -99,13 +100,13 @@ def test_what_is_not_kept(tmp_path, caplog, monkeypatch):
     """Small sets, records that were changed, where it is switched off, and where nothing can be written."""
     encode = Encode()
     through_cache(str(tmp_path / "small"), encode, RECORDS, TOKENIZER, (), least_tokens=9)
-    changed = Encoded([RECORDS[0]._replace(prompt="p")], ROWS, 2, Losses())
+    changed = Encoded([RECORDS[0]._replace(prompt="p")], token_rows(ROWS), 2, Losses())
     through(tmp_path / "changed", lambda: changed)
     monkeypatch.chdir(tmp_path)
     through("none", encode)
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
-    assert through(tmp_path / "file", encode).rows == ROWS
+    assert list(through(tmp_path / "file", encode).rows) == ROWS
     assert "tokens are not kept in data.cache_dir" in caplog.text
 
 

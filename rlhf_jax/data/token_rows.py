@@ -1,0 +1,83 @@
+"""Rows of tokens in flat arrays: what is asked of all rows is answered without going through them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import zlib
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+
+from rlhf_jax.data.collate import Row
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenRows(Sequence[Row]):
+    """Rows that lie in arrays, in memory or mapped from disk."""
+
+    tokens: np.ndarray  # i32[all tokens]
+    ends: np.ndarray  # i64[rows], where each row ends in tokens
+    prompt_lengths: np.ndarray  # i32[rows]
+    was_cut: np.ndarray  # bool[rows]
+    excluded: np.ndarray  # i64[ranges, 3], sorted: row, start, end
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]
+        start = int(self.ends[number - 1]) if number else 0
+        first, behind = np.searchsorted(self.excluded[:, 0], [number, number + 1])
+        excluded = tuple((int(a), int(b)) for _, a, b in self.excluded[first:behind])
+        ids = self.tokens[start : self.ends[number]].tolist()
+        return Row(ids, int(self.prompt_lengths[number]), bool(self.was_cut[number]), excluded)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Returns i32[rows], the tokens of each row."""
+        return np.diff(self.ends, prepend=0).astype(np.int32)
+
+    @functools.cached_property
+    def num_loss_tokens(self) -> np.ndarray:
+        """Returns i32[rows], how many tokens of each row are the model's own."""
+        counts = self.lengths - self.prompt_lengths
+        rows, starts, ends = self.excluded.T
+        np.subtract.at(counts, rows, (ends - starts).astype(np.int32))
+        return counts
+
+    def checksum(self) -> int:
+        """Returns one of the tokens of all rows in their order, and of which of them carry loss."""
+        arrays = (self.tokens, self.ends, self.prompt_lengths, self.excluded)
+        return functools.reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc), arrays, 0)
+
+    def joined(self, other: TokenRows) -> TokenRows:
+        """Returns these rows and then the other ones."""
+        return TokenRows(
+            tokens=np.concatenate([self.tokens, other.tokens]),
+            ends=np.concatenate([self.ends, other.ends + len(self.tokens)]),
+            prompt_lengths=np.concatenate([self.prompt_lengths, other.prompt_lengths]),
+            was_cut=np.concatenate([self.was_cut, other.was_cut]),
+            excluded=np.concatenate([self.excluded, other.excluded + np.array([len(self), 0, 0])]),
+        )
+
+
+def token_rows(rows: Sequence[Row]) -> TokenRows:
+    """Returns rows as arrays."""
+    ends = np.cumsum([len(row.ids) for row in rows])
+    excluded = [(number, *part) for number, row in enumerate(rows) for part in row.excluded]
+    return TokenRows(
+        tokens=np.fromiter(itertools.chain.from_iterable(row.ids for row in rows), np.int32, ends[-1]),
+        ends=ends,
+        prompt_lengths=np.array([row.prompt_length for row in rows], np.int32),
+        was_cut=np.array([row.was_cut for row in rows]),
+        excluded=np.array(excluded, np.int64).reshape(-1, 3),
+    )
