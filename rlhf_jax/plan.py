@@ -86,14 +86,15 @@ class Plan(NamedTuple):
         ]
 
     def losses(self) -> list[str]:
-        """Returns a line for each split of which records are dropped, cut, packed or dealt to buckets."""
+        """Returns a line for each split of which records are left out, dropped, cut, packed or in buckets."""
         data, lines = self.stage.data, []
         if self.number == 0 and self.train.has_conversations and (date := template_date(self.tokenizer)):
             lines.append(
                 f"the chat template prints today's date: it is always {date} (tokenizer.template_date)"
             )
         for name, of in (("train", self.train), ("eval", self.held_out)):
-            total, parts = len(of) + of.num_dropped, []
+            total = len(of) + of.num_dropped
+            parts = [f"{count} left out ({why})" for why, count in of.left_out.items()]
             lost = of.losses
             if long_prompts := lost.long_prompts:
                 why = f"prompt longer than {prompt_limit(data, of.kind)} tokens"

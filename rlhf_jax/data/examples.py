@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
@@ -47,7 +48,8 @@ class Examples:
     longest_prompt: int
     weights: tuple[float, ...] = (1.0,)  # of each source; its records are drawn in this proportion
     counts: tuple[int, ...] = ()  # records of each source, which follow each other; of a single one all
-    losses: Losses = dataclasses.field(default_factory=Losses)
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # while reading, by why
+    losses: Losses = dataclasses.field(default_factory=Losses)  # of those that were read
     packings: tuple[Packing, ...] = ()  # of each source, where records share rows of `length` tokens
     shorter: tuple[int, ...] = ()  # further static lengths, ascending: a batch has the least that holds it
 
@@ -163,6 +165,7 @@ def load_examples(
             tokenize_records(source.records, kind, tokenizer, cfg, loss_on=loss_on, where=source.name),
             formats=(source.format,) if source.format else (),
             weights=(source.weight,),
+            left_out=source.left_out,
         )
         for source in load_records(cfg, kind, split, seed)
     ]
@@ -193,6 +196,7 @@ def _joined(first: Examples, second: Examples) -> Examples:
         weights=first.weights + second.weights,
         packings=first.packings + second.packings,
         counts=(*(first.counts or (len(first),)), *(second.counts or (len(second),))),
+        left_out=Counter(first.left_out) + Counter(second.left_out),
         losses=Losses(*map(sum, zip(first.losses, second.losses, strict=True))),
     )
 
@@ -206,6 +210,8 @@ class SourceRecords(NamedTuple):
     format: Format | None
     """What the columns meant; the embedded task has none."""
     records: list[AnyRecord]
+    left_out: Counter[str]
+    """How many others the source holds, by why they are not read."""
 
 
 def load_records(cfg: DataConfig, kind: Kind, split: Split, seed: int) -> list[SourceRecords]:
@@ -218,14 +224,18 @@ def load_records(cfg: DataConfig, kind: Kind, split: Split, seed: int) -> list[S
             "data.eval: is empty; name held-out records (only data.train: synthetic brings its own)"
         )
     if SYNTHETIC in weights:
-        found = [SourceRecords(where, 1.0, None, synthetic_records(kind, split, seed))]
+        found = [SourceRecords(where, 1.0, None, synthetic_records(kind, split, seed), Counter())]
     else:
         opened = zip(weights.items(), open_sources(weights, where=where), strict=True)
         found = [
             _read(f"{where}: {spec}", weight, source, cfg, kind, seed) for (spec, weight), source in opened
         ]
-    limit = None if split == "train" else cfg.max_eval_records
-    return [source._replace(records=source.records[:limit]) for source in found]
+    return found if split == "train" else [_limited(source, cfg.max_eval_records) for source in found]
+
+
+def _limited(source: SourceRecords, limit: int) -> SourceRecords:
+    beyond = Counter({f"beyond data.max_eval_records = {limit}": max(len(source.records) - limit, 0)})
+    return source._replace(records=source.records[:limit], left_out=source.left_out + beyond)
 
 
 def _read(
@@ -234,10 +244,10 @@ def _read(
     format = record_format(source, kind, cfg, name)
     is_paired = format == "labelled" and cfg.prompts
     prompts = open_source(cfg.prompts, where="data.prompts") if is_paired else ()
-    records = read_records(source, kind, cfg, name, prompts=prompts, seed=seed)
+    records, left_out = read_records(source, kind, cfg, name, prompts=prompts, seed=seed)
     if format not in PROMPTLESS_FORMATS:
         records = [in_template(record, cfg.prompt_template) for record in records]
-    return SourceRecords(name, weight, format, records)
+    return SourceRecords(name, weight, format, records, left_out)
 
 
 def training_texts(cfg: DataConfig, kind: Kind, seed: int) -> Iterator[str]:

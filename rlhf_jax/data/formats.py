@@ -26,8 +26,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 from rlhf_jax.config import DataConfig
 from rlhf_jax.data.columns import ORDERS, Cells, Content, Kind, Message, Reader, resolve_format
@@ -45,6 +46,14 @@ from rlhf_jax.data.records import (
 ASSISTANT_TURN = "\n\nAssistant:"
 
 
+class ReadRecords(NamedTuple):
+    """What a source's records become."""
+
+    records: list[AnyRecord]
+    left_out: Counter[str]
+    """How many of its records, texts or pairs are not among them, by why."""
+
+
 def read_records(
     source: Sequence[Mapping[str, object]],
     kind: Kind,
@@ -53,8 +62,10 @@ def read_records(
     *,
     prompts: Sequence[Mapping[str, object]] = (),
     seed: int = 0,
-) -> list[AnyRecord]:
-    """Returns the source's records as what a stage learns from.
+) -> ReadRecords:
+    """Returns the source's records as what a stage learns from, and how many are left out.
+
+    Pairs of equal completions are: they tell nothing, and in accuracies they would count as half right.
 
     Args:
         source: records as read, at least one.
@@ -65,10 +76,25 @@ def read_records(
         seed: decides which texts of a labelled source meet in a pair.
 
     Raises:
-        ValueError: a missing column, a cell of another type, messages without role or content, or a format
-            that cannot serve the kind.
+        ValueError: a missing column, a cell of another type, messages without role or content, a format
+            that cannot serve the kind, or no record left.
     """
+    left_out = Counter[str]()
     reader = Reader(source[0], cfg.columns, where)
+    return ReadRecords(_read(reader, source, kind, cfg, prompts, seed, left_out), left_out)
+
+
+def _read(
+    reader: Reader,
+    source: Sequence[Mapping[str, object]],
+    kind: Kind,
+    cfg: DataConfig,
+    prompts: Sequence[Mapping[str, object]],
+    seed: int,
+    left_out: Counter[str],
+) -> list[AnyRecord]:
+    """Returns the records and counts those that are left out; see read_records."""
+    where = reader.where
     match resolve_format(reader, kind, cfg):
         case "text" if kind == "prompt_only":
             if cfg.prompt_tokens == 0:
@@ -87,20 +113,23 @@ def read_records(
             rows = reader.read(source, ("prompt", "completion"))
             return [PromptCompletion(prompt, answer, *rest) for (prompt, answer), *rest in rows]
         case "unpaired" if kind != "prompt_only":
-            return _read_unpaired(reader, source, kind)
+            return _read_unpaired(reader, source, kind, left_out)
         case "ranking" if kind != "prompt_only":
             rankings = [_ranking(reader, record, number) for number, record in enumerate(source, start=1)]
-            return list(rankings) if kind == "ranking" else _pairs_of(rankings, where)
+            return list(rankings) if kind == "ranking" else _pairs_of(rankings, where, left_out)
         case "preference" if kind == "preference":
-            pairs = _read_pairs(reader, source)
-            return [Preference(prompt, a, b, variables=variables) for (prompt, a, b), _, variables in pairs]
+            pairs = [
+                Preference(prompt, a, b, variables=variables)
+                for (prompt, a, b), _, variables in _read_pairs(reader, source)
+            ]
+            return _unlike(pairs, where, left_out)
         case "preference" if not _has_own_prompt(reader, source):
             return [
                 PromptOnly(prompt, {**columns, "chosen": a, "rejected": b}, variables=variables)
                 for (prompt, a, b), columns, variables in _read_pairs(reader, source)
             ]
         case "labelled":
-            return _pair_labelled(reader, source, cfg, prompts, seed)
+            return _pair_labelled(reader, source, cfg, prompts, seed, left_out)
         case _:
             rows = reader.read(source, ("prompt",))
             return [PromptOnly(prompt, columns, 0, variables) for (prompt,), columns, variables in rows]
@@ -157,7 +186,9 @@ def _read_conversations(
     return found
 
 
-def _read_unpaired(reader: Reader, source: Sequence[Mapping[str, object]], kind: Kind) -> list[AnyRecord]:
+def _read_unpaired(
+    reader: Reader, source: Sequence[Mapping[str, object]], kind: Kind, left_out: Counter[str]
+) -> list[AnyRecord]:
     """Returns completions with their labels, or the desirable ones as demonstrations."""
     found: list[AnyRecord] = []
     cells = reader.read(source, ("prompt", "completion"))
@@ -174,6 +205,8 @@ def _read_unpaired(reader: Reader, source: Sequence[Mapping[str, object]], kind:
             found.append(Unpaired(prompt, completion, is_desirable, variables))
         elif is_desirable:
             found.append(PromptCompletion(prompt, completion, columns, variables))
+        else:
+            left_out["not desirable"] += 1
     if not found:
         raise ValueError(
             f"{reader.where}: no completion is desirable (column {label!r} is false in all records)"
@@ -249,15 +282,27 @@ def _shown(cell: object) -> str:
     return f"a list of {len(cell)}" if isinstance(cell, list) else f"{cell!r} ({type(cell).__name__})"
 
 
-def _pairs_of(rankings: Sequence[Ranking], where: str) -> list[AnyRecord]:
+def _pairs_of(rankings: Sequence[Ranking], where: str, left_out: Counter[str]) -> list[AnyRecord]:
     """Returns the pairs of rankings in their order."""
-    found: list[AnyRecord] = [
+    found = [
         Preference(of.prompt, of.completions[better], of.completions[worse], variables=of.variables)
         for of in rankings
         for better, worse in of.pairs
     ]
     if not found:
         raise ValueError(f"{where}: no completion is better than another in any of {len(rankings)} rankings")
+    if num_ties := sum(not of.pairs for of in rankings):
+        left_out["rankings in which none is better"] = num_ties
+    return _unlike(found, where, left_out)
+
+
+def _unlike(pairs: Sequence[Preference], where: str, left_out: Counter[str]) -> list[AnyRecord]:
+    """Returns the pairs whose completions are not equal."""
+    found: list[AnyRecord] = [pair for pair in pairs if pair.chosen != pair.rejected]
+    if not found:
+        raise ValueError(f"{where}: chosen and rejected are equal in all of {len(pairs)} pairs")
+    if num_equal := len(pairs) - len(found):
+        left_out["chosen equals rejected"] = num_equal
     return found
 
 
@@ -303,6 +348,7 @@ def _pair_labelled(
     cfg: DataConfig,
     prompts: Sequence[Mapping[str, object]],
     seed: int,
+    left_out: Counter[str],
 ) -> list[AnyRecord]:
     """Returns pairs of a text with label 1 against one with label 0; each text is used at most once.
 
@@ -323,6 +369,8 @@ def _pair_labelled(
     random.Random(f"{seed} label 0").shuffle(texts[0])
     random.Random(f"{seed} label 1").shuffle(texts[1])
     pairs = zip(texts[1], texts[0], strict=False)
+    if surplus := abs(len(texts[1]) - len(texts[0])):
+        left_out["texts for which none of the other label is left"] = surplus
     if not prompts:
         return [Preference("", chosen, rejected) for chosen, rejected in pairs]
     if cfg.prompt_tokens == 0:

@@ -284,7 +284,9 @@ def test_examples_from_files(tokenizer, tmp_path):
     train, held_out = str(tmp_path / "train.jsonl"), str(tmp_path / "eval.jsonl")
     cfg = DataConfig(train=train, eval=held_out, max_eval_records=4)
     assert len(load_examples(cfg, "prompt_completion", "train", tokenizer, 0)) == 5
-    records = load_examples(cfg, "prompt_completion", "eval", tokenizer, 0).records
+    held_out = load_examples(cfg, "prompt_completion", "eval", tokenizer, 0)
+    records = held_out.records
+    assert held_out.left_out == {"beyond data.max_eval_records = 4": 5}
     assert [record.prompt for record in records] == ["eval 0", "eval 1", "eval 2", "eval 3"]
     assert list(training_texts(cfg, "prompt_completion", 0))[:2] == ["train 0", " x"]
     with pytest.raises(ValueError, match=r"data.eval: is empty; name held-out records"):

@@ -143,6 +143,18 @@ def test_stages_of_another_run_that_fit(plans, tmp_path):
     assert plan.losses() == [f"[ppo] {half.format(split)}" for split in ("train", "eval")]
 
 
+def test_what_is_left_out_of_each_source_is_told(plans, tmp_path):
+    records = [{"prompt": "a lamp", "label": i} for i in range(600)]
+    (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (plan,) = plans(**{"eval: HERE/prompts.jsonl}\nrewards": "eval: HERE/many.jsonl}\nrewards:"})
+    assert plan.losses()[1] == "[ppo] data.eval: 88 left out (beyond data.max_eval_records = 512)"
+    left_out = {"not desirable": 3, "chosen equals rejected": 1}
+    plan = plan._replace(train=dataclasses.replace(plan.train, left_out=left_out))
+    assert plan.losses()[0].startswith(
+        "[ppo] data.train: 3 left out (not desirable), 1 left out (chosen equals rejected), 1 of 5 records"
+    )
+
+
 def test_how_full_packed_rows_are_is_told(plans):
     """Four prompts of the same tokens, two of which fit into a row: it has two tokens of padding."""
     (plan,) = plans()

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_jax.config import DataConfig
-from rlhf_jax.data.formats import implicit_prompt, read_records
+from rlhf_jax.data import formats
+from rlhf_jax.data.formats import implicit_prompt
 from rlhf_jax.data.prose import detokenize
 from rlhf_jax.data.records import (
     Preference,
@@ -22,6 +23,10 @@ from rlhf_jax.data.records import (
     reward_columns,
 )
 from rlhf_jax.data.sources import open_source
+
+
+def read_records(*args, **options):
+    return formats.read_records(*args, **options).records
 
 
 def read(record, kind, **options):
@@ -303,8 +308,9 @@ def test_null_fields_of_messages_are_left_out():
     ],
 )
 def test_implicit_prompt_of_conversations_ends_before_the_assistant(chosen, rejected, num_shared):
-    (record,) = read({"chosen": chosen, "rejected": rejected}, "preference")
-    assert record == Preference(chosen[:num_shared], chosen[num_shared:], rejected[num_shared:])
+    (record,) = read({"chosen": chosen, "rejected": rejected}, "prompt_only")
+    answers = {"chosen": chosen[num_shared:], "rejected": rejected[num_shared:]}
+    assert record == PromptOnly(chosen[:num_shared], answers)
 
 
 def test_rankings_serve_preference_as_their_pairs():
@@ -616,3 +622,44 @@ def test_prompt_that_only_a_later_record_has_is_not_lost(kind, as_messages):
     alike = [pair | {"prompt": None}, pair | {"prompt": None}]
     with pytest.raises(ValueError, match="w: record 1: column 'prompt' is None"):
         read_records(alike, kind, DataConfig(), "w")
+
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    "source, kind, num_records, left_out",
+    [
+        ([PAIR, PAIR | {"rejected": "a"}], "preference", 1, {"chosen equals rejected": 1}),
+        ([PAIR, PAIR | {"rejected": "a"}], "prompt_only", 2, {}),
+        (
+            [{"prompt": "p", "completion": "c", "label": label} for label in (True, False, False)],
+            "prompt_completion",
+            1,
+            {"not desirable": 2},
+        ),
+        (
+            [{"text": "a", "label": label} for label in (1, 0, 0, 0)],
+            "preference",
+            1,
+            {"texts for which none of the other label is left": 2},
+        ),
+        (
+            [
+                {"prompt": "p", "completions": ["a", "b", "a"], "ranks": ranks}
+                for ranks in ([1, 2, 3], [1] * 3)
+            ],
+            "preference",
+            2,  # a before b, b before the other a
+            {"rankings in which none is better": 1, "chosen equals rejected": 1},
+        ),
+    ],
+)
+def test_what_is_left_out_is_counted(source, kind, num_records, left_out):
+    records, found = formats.read_records(source, kind, DataConfig(), "w")
+    assert (len(records), found) == (num_records, left_out)
+
+
+def test_pairs_that_are_all_equal_are_an_error():
+    with pytest.raises(ValueError, match="w: chosen and rejected are equal in all of 2 pairs"):
+        read_records([PAIR | {"rejected": "a"}] * 2, "preference", DataConfig(), "w")
