@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m rlhf_jax.preview", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--stage", default="", help="the stage whose records to show; by default all")
-    parser.add_argument("--records", type=int, default=2, help="of each stage; by default 2")
+    parser.add_argument(
+        "--records", type=_count, default=2, help="of each stage, its sources in turn; by default 2"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON on stdout instead")
     args, others = parser.parse_known_args(argv)
     try:
@@ -80,10 +82,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of records; allowed: 0, 1, 2, ...")
+    return int(text)
+
+
 def read_tokens(row: Row, tokenizer: Tokenizer, *, is_prompt_alone: bool) -> list[Token]:
     """Returns the tokens of a row with their texts, whose concatenation is the text of the row.
 
-    A character of several tokens is the text of its last one.
+    A character of several tokens is the text of its last one. Decoded is no more than the tokens since the
+    last two places where a character ended: what a decoder does at the beginning of a text (such as to leave
+    out a blank) then falls into what is already read.
 
     Args:
         row: of a record.
@@ -93,7 +103,12 @@ def read_tokens(row: Row, tokenizer: Tokenizer, *, is_prompt_alone: bool) -> lis
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(id_ for id_, token in added.items() if token.special)}
     tokens = []
-    plain = ""
+    start = told = 0
+
+    def text(end: int) -> str:
+        ids = row.ids[start:end]
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
     for end, id_ in enumerate(row.ids, start=1):
         is_other = any(start < end <= behind for start, behind in row.excluded)
         in_prompt = is_prompt_alone or end <= row.prompt_length
@@ -101,12 +116,11 @@ def read_tokens(row: Row, tokenizer: Tokenizer, *, is_prompt_alone: bool) -> lis
         if id_ in special:
             tokens.append(Token(id_, str(tokenizer.convert_ids_to_tokens(id_)), part, is_special=True))
             continue
-        longer = str(
-            tokenizer.decode(row.ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        longer = text(end)
         is_whole = end == len(row.ids) or not longer.endswith("\ufffd")
-        tokens.append(Token(id_, longer[len(plain) :] if is_whole else "", part, is_special=False))
-        plain = longer if is_whole else plain
+        tokens.append(Token(id_, longer[len(text(told)) :] if is_whole else "", part, is_special=False))
+        if is_whole:
+            start, told = told, end
     return tokens
 
 
@@ -128,7 +142,7 @@ def stage_lines(plan: Plan, num_records: int, *, in_colour: bool) -> Iterator[Te
     yield (
         legend.append("special token", style=SPECIAL) if in_colour else Text(f"   {OPEN}completion{CLOSE}")
     )
-    for title, row in _titled_rows(examples, num_records):
+    for title, row in _titled_rows(plan, num_records):
         tokens = read_tokens(row, plan.tokenizer, is_prompt_alone=examples.kind == "prompt_only")
         yield Text(f"\n-- {title}: {_describe(tokens, row, examples)}", style="dim" if in_colour else "")
         yield _painted(tokens, in_colour)
@@ -161,37 +175,48 @@ def as_json(plan: Plan, num_records: int) -> dict[str, Any]:
     """Returns what `stage_lines` shows, for programs: tokens with their ids, and whether they carry loss."""
     examples = plan.train
     records = []
-    for title, row in _titled_rows(examples, num_records):
+    for title, row in _titled_rows(plan, num_records):
         tokens = read_tokens(row, plan.tokenizer, is_prompt_alone=examples.kind == "prompt_only")
-        records.append(
-            {
-                "row": title,
-                "ids": [token.id for token in tokens],
-                "tokens": [token.text for token in tokens],
-                "parts": [token.part for token in tokens],
-                "prompt_length": row.prompt_length,
-                "padding": examples.length - len(row.ids),
-            }
-        )
+        shown = {
+            "row": title,
+            "ids": [token.id for token in tokens],
+            "tokens": [token.text for token in tokens],
+            "parts": [token.part for token in tokens],
+            "prompt_length": row.prompt_length,
+        }
+        records.append(shown | _padding(row, examples))
     counts = {"records": len(examples), "dropped": examples.num_dropped, "cut": examples.num_cut}
     return counts | {"lengths": length_statistics(examples), "rows": records}
 
 
-def _titled_rows(examples: Examples, num_records: int) -> list[tuple[str, Row]]:
-    """Returns the rows of the first records, each with what it is of which record."""
+def _titled_rows(plan: Plan, num_records: int) -> list[tuple[str, Row]]:
+    """Returns the rows of the first records, of sources in turn, each with what it is of which record."""
+    examples, sources = plan.train, list(plan.stage.data.sources)
     names = ("chosen", "rejected") if examples.kind == "preference" else ("",)
-    count = min(num_records, len(examples))
+    parts = [
+        (f"{source}, " if len(sources) > 1 else "", examples.of_source(i)) for i, source in enumerate(sources)
+    ]
+    in_turn = (
+        (of_source, place, part[place])
+        for place in range(max(len(part) for _, part in parts))
+        for of_source, part in parts
+        if place < len(part)
+    )
     return [
-        (f"record {number + 1}{name and ', '}{name}", examples.rows[len(names) * number + k])
-        for number in range(count)
+        (f"{of_source}record {place + 1}{name and ', '}{name}", examples.rows[len(names) * number + k])
+        for of_source, place, number in itertools.islice(in_turn, num_records)
         for k, name in enumerate(names)
     ]
 
 
+def _padding(row: Row, examples: Examples) -> dict[str, int]:
+    """Returns how much padding a row has, where it has one to itself and batches are of one length."""
+    return {} if examples.packings or examples.shorter else {"padding": examples.length - len(row.ids)}
+
+
 def _describe(tokens: Sequence[Token], row: Row, examples: Examples) -> str:
     """Returns the counts of a row's parts."""
-    counts = Counter[str](token.part for token in tokens)
-    counts["padding"] = examples.length - len(row.ids)
+    counts = dict(Counter[str](token.part for token in tokens)) | _padding(row, examples)
     shown = ", ".join(f"{count} of {name}" for name, count in counts.items())
     return f"{len(tokens)} tokens: {shown}" + ("; CUT" if row.was_cut else "")
 

@@ -5,6 +5,9 @@ import json
 import pytest
 
 from rlhf_jax import preview
+from rlhf_jax.config import TokenizerConfig
+from rlhf_jax.data.collate import Row
+from rlhf_jax.data.tokenizer import load_tokenizer
 
 CONFIG = """
 run: {{dir: {dir}/run}}
@@ -87,6 +90,55 @@ data: {{train: {tmp_path}/chats.jsonl, eval: {tmp_path}/chats.jsonl}}
     text = shown(capsys, str(tmp_path / "config.yaml"))
     assert "u:a<|eos|>a:⟦b<|eos|>⟧u:c<|eos|>a:⟦d<|eos|>⟧\n" in text
     assert ", 4 of completion, 6 of other turns" in text
+
+
+def test_sources_of_a_mixture_are_shown_in_turn(config, capsys, tmp_path):
+    mixed = f"{{{tmp_path}/demos.jsonl: 1, '{tmp_path}/demos.jsonl[:1]': 3}}"
+    rows = json.loads(
+        shown(
+            capsys, config, "--json", "--stage", "sft", "--records", "9", f"--stages.sft.data.train={mixed}"
+        )
+    )["sft"]["rows"]
+    titles = ["demos.jsonl, record 1", "demos.jsonl[:1], record 1", "demos.jsonl, record 2"]
+    assert [row["row"].removeprefix(f"{tmp_path}/") for row in rows] == titles
+    assert rows[0]["ids"] == rows[1]["ids"] != rows[2]["ids"]
+
+
+def test_rows_that_records_share_have_no_padding_of_a_record(config, capsys):
+    flags = ("--stage", "sft", "--stages.sft.data.packing=true")
+    assert "-- record 1: 6 tokens: 3 of prompt, 3 of completion\n" in shown(capsys, config, *flags)
+    assert "padding" not in json.loads(shown(capsys, config, "--json", *flags))["sft"]["rows"][0]
+
+
+@pytest.mark.parametrize("count", ["-1", "two"])
+def test_number_of_records(count, config, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        preview.main(["--config", config, "--records", count])
+    assert f"'{count}' is no number of records; allowed: 0, 1, 2, ..." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral"])
+def test_texts_of_tokens_are_read_from_few_of_them(name, test_data, monkeypatch):
+    """Each is what it adds to the text of all before it: blanks, characters of several tokens, markers."""
+    tokenizer = load_tokenizer(
+        TokenizerConfig(pad_token="</s>" if name == "mistral" else ""), str(test_data / "tokenizers" / name)
+    )
+    text = "It is  over there\n  é 漢字 🙂\u200d🙂 x" * 3
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = [*ids, tokenizer.eos_token_id, *ids, tokenizer.eos_token_id]
+    plain, expected = "", []
+    for end, id_ in enumerate(ids, start=1):
+        longer = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        is_whole = not longer.endswith("\ufffd")
+        expected.append(longer[len(plain) :] if is_whole and id_ != tokenizer.eos_token_id else "")
+        plain = longer if is_whole else plain
+    decoded, decode = [], tokenizer.decode
+    monkeypatch.setattr(
+        tokenizer, "decode", lambda ids, **options: (decoded.append(len(ids)), decode(ids, **options))[1]
+    )
+    tokens = preview.read_tokens(Row(ids, 3), tokenizer, is_prompt_alone=False)
+    assert ["" if token.is_special else token.text for token in tokens] == expected
+    assert len(ids) > 60 and max(decoded) <= 20
 
 
 def test_a_terminal_gets_colours(config, monkeypatch, capsys):
