@@ -153,7 +153,8 @@ class DataConfig:
     one of so many lengths, for each of which the programs are compiled once."""
     cache_dir: str = ""
     """Where tokenised records of a million tokens and more are kept, to be used again by every run that would
-    make the same; empty: rlhf_jax/tokens in $XDG_CACHE_HOME or ~/.cache; `none`: nowhere."""
+    make the same, but for plain prompts that are cut (prompt_truncation) or are beginnings of texts
+    (prompt_tokens); empty: rlhf_jax/tokens in $XDG_CACHE_HOME or ~/.cache; `none`: nowhere."""
     max_eval_records: PositiveInt = 512
     """At most so many held-out records are read."""
 

@@ -129,8 +129,11 @@ def _store(path: Path, arrays: TokenArrays) -> None:
                 np.save(unfinished / f"{name}.npy", array)
             sums = {name: zlib.crc32(np.ascontiguousarray(array)) for name, array in arrays._asdict().items()}
             (unfinished / CHECKSUMS).write_text(json.dumps(sums))
-            if not path.exists():
+            try:
                 os.rename(unfinished, path)
+            except OSError:
+                if not path.exists():
+                    raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:

@@ -96,6 +96,21 @@ def test_runs_that_tokenise_at_once_leave_one_whole_copy(tmp_path):
     assert list(through(tmp_path, encode).rows) == ROWS and encode.calls == 0
 
 
+def test_a_race_that_is_lost_is_no_failure(tmp_path, caplog, monkeypatch):
+    """The other run's copy appears after this one has looked for it, and stays."""
+    rename, first = os.rename, []
+
+    def slower(source, path):
+        if not first:
+            first.append(path)
+            through(tmp_path, Encode())
+        rename(source, path)
+
+    monkeypatch.setattr(token_cache.os, "rename", slower)
+    assert list(through(tmp_path, Encode()).rows) == ROWS
+    assert first == list(tmp_path.iterdir()) and not caplog.text
+
+
 def test_what_is_not_kept(tmp_path, caplog, monkeypatch):
     """Small sets, records that were changed, where it is switched off, and where nothing can be written."""
     encode = Encode()
