@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 from rlhf_jax.config import DataConfig
 from rlhf_jax.options import did_you_mean
+from rlhf_jax.progress import watched
 
 Kind = Literal["prompt_completion", "preference", "prompt_only", "unpaired", "ranking"]
 Format = Literal[
@@ -105,7 +106,7 @@ class Reader:
         """
         rows = [
             (self.contents(record, wanted, number, allow_messages), self.variables(record, number), record)
-            for number, record in enumerate(source, start=1)
+            for number, record in enumerate(watched(source, f"reading {self.where}"), start=1)
         ]
         names = [self.name(usual) for usual in wanted]
         left = [

@@ -270,7 +270,7 @@ def tokenize_records(
     """Returns the records with their token ids; arguments and errors are those of encode_records."""
     encode = functools.partial(encode_records, records, kind, tokenizer, cfg, loss_on=loss_on, where=where)
     settings = [kind, loss_on, {name: x for name, x in vars(cfg).items() if name not in NOT_OF_TOKENS}]
-    encoded = through_cache(cfg.cache_dir, encode, records, tokenizer, settings)
+    encoded = through_cache(cfg.cache_dir, encode, records, tokenizer, settings, where=where)
     longest = int(encoded.rows.lengths.max())
     examples = Examples(
         kind=kind,

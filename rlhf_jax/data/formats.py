@@ -42,6 +42,7 @@ from rlhf_jax.data.records import (
     Unpaired,
     texts,
 )
+from rlhf_jax.progress import watched
 
 ASSISTANT_TURN = "\n\nAssistant:"
 
@@ -115,7 +116,10 @@ def _read(
         case "unpaired" if kind != "prompt_only":
             return _read_unpaired(reader, source, kind, left_out)
         case "ranking" if kind != "prompt_only":
-            rankings = [_ranking(reader, record, number) for number, record in enumerate(source, start=1)]
+            rankings = [
+                _ranking(reader, record, number)
+                for number, record in enumerate(watched(source, f"reading {where}"), start=1)
+            ]
             return list(rankings) if kind == "ranking" else _pairs_of(rankings, where, left_out)
         case "preference" if kind == "preference":
             pairs = [
@@ -356,7 +360,7 @@ def _pair_labelled(
     tokens are made.
     """
     texts: dict[int, list[str]] = {0: [], 1: []}
-    for number, record in enumerate(source, start=1):
+    for number, record in enumerate(watched(source, f"reading {reader.where}"), start=1):
         (text,) = cast("tuple[str]", reader.contents(record, ("text",), number, allow_messages=False))
         label = reader.cell(record, "label", number)
         if not isinstance(label, int) or label not in (0, 1):

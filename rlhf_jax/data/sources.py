@@ -13,6 +13,7 @@ from typing import IO, cast
 from rlhf_jax.data.arrow import Record, is_path, read_directory, read_hub, read_parquet, read_stream
 from rlhf_jax.data.tfds import read_tfds
 from rlhf_jax.options import did_you_mean
+from rlhf_jax.progress import watched
 
 NOTATION = (
     "a .jsonl[.gz] or .parquet file, a directory of datasets.save_to_disk, hub:NAME[/CONFIG]:SPLIT, "
@@ -123,7 +124,7 @@ def _read_gzip_json_lines(path: Path, where: str) -> list[Record]:
 def _parse_lines(file: IO[bytes], path: Path, where: str) -> list[Record]:
     """Returns one record per line that is not blank; the whole file is parsed: a broken line shows early."""
     records = []
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(watched(file, f"parsing {where}: {path}"), start=1):
         if not line.strip():
             continue
         try:

@@ -26,6 +26,7 @@ from rlhf_jax.data.records import AnyRecord
 from rlhf_jax.data.token_rows import TokenRows
 from rlhf_jax.data.tokenize import Encoded, Losses
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.progress import watched
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def through_cache(
     tokenizer: Tokenizer,
     settings: Iterable[object],
     *,
+    where: str = "data.train",
     least_tokens: int = LEAST_TOKENS,
 ) -> Encoded:
     """Returns what encode() does, from the cache where it is there; put there where it is large.
@@ -66,13 +68,14 @@ def through_cache(
         records: as read.
         tokenizer: all of it is part of the fingerprint.
         settings: whatever else decides the result; its repr is part of the fingerprint.
+        where: key and name of the source, for what is shown while it lasts.
         least_tokens: fewer are not kept.
     """
     if directory == OFF:
         return encode()
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = (Path(directory) if directory else home / "rlhf_jax" / "tokens") / fingerprint(
-        records, tokenizer, settings
+        records, tokenizer, settings, where
     )
     arrays = _load(path)
     if arrays is None:
@@ -86,7 +89,9 @@ def through_cache(
     return Encoded(kept, TokenRows(*arrays[: len(OF_ROWS)]), int(arrays.longest_prompt), losses)
 
 
-def fingerprint(records: Sequence[AnyRecord], tokenizer: Tokenizer, settings: Iterable[object]) -> str:
+def fingerprint(
+    records: Sequence[AnyRecord], tokenizer: Tokenizer, settings: Iterable[object], where: str = "data.train"
+) -> str:
     """Returns a name for what tokenising gives: of records' text, tokenizer, settings and our own code."""
     digest = hashlib.blake2b(digest_size=16)
 
@@ -100,7 +105,7 @@ def fingerprint(records: Sequence[AnyRecord], tokenizer: Tokenizer, settings: It
     backend = getattr(tokenizer, "backend_tokenizer", None)
     add(sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str())
     add(list(settings))
-    for record in records:
+    for record in watched(records, f"looking for the tokens of {where}"):
         add([getattr(record, field) for field in record._fields if field != "columns"])
     return digest.hexdigest()
 

@@ -227,9 +227,10 @@ def _plain(
     """Yields texts in tokens, EOS after each completion, but those that are too short to have a prompt."""
     eos_id = cast(int, tokenizer.eos_token_id)
     encoded: list[tuple[AnyRecord, list[int]]] = []
-    for record, prompt in zip(
-        records, encode_prompts(tokenizer, [cast(str, record.prompt) for record in records]), strict=True
-    ):
+    prompts = encode_prompts(
+        tokenizer, [cast(str, record.prompt) for record in records], f"tokenising prompts of {where}"
+    )
+    for record, prompt in zip(records, prompts, strict=True):
         if isinstance(record, (Preference, PromptOnly)) and record.prompt_tokens:
             ids, text = opening(tokenizer, prompt, record.prompt_tokens)
             if ids:
@@ -239,12 +240,11 @@ def _plain(
     if kind == "prompt_only":
         answers = iter(())
     else:
-        pairs = [
-            ((cast(str, record.prompt), prompt), cast(str, text))
-            for record, prompt in encoded
-            for text in completions(record)
-        ]
-        answers = iter(encode_after(tokenizer, *(zip(*pairs, strict=True) if pairs else ((), ()))))
+        of = [(record, prompt, text) for record, prompt in encoded for text in completions(record)]
+        befores = [(cast(str, record.prompt), prompt) for record, prompt, _ in of]
+        answers = iter(
+            encode_after(tokenizer, befores, [cast(str, text) for *_, text in of], f"tokenising {where}")
+        )
     for number, (record, prompt) in enumerate(encoded, start=1):
         if not prompt and kind == "prompt_only":
             raise ValueError(

@@ -168,23 +168,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], what: str = "tokenising") -> list[list[int]]:
     """Returns the ids of each prompt: BOS once where the tokenizer has one, then the text's."""
     start = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
-    return [start + ids for ids in encode_completions(tokenizer, texts)]
+    return [start + ids for ids in encode_completions(tokenizer, texts, what)]
 
 
-def encode_completions(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def encode_completions(
+    tokenizer: Tokenizer, texts: Sequence[str], what: str = "tokenising"
+) -> list[list[int]]:
     """Returns the ids of each text alone, without control tokens; EOS is appended where rows are made.
 
-    A control token's name in a text stays plain letters.
+    A control token's name in a text stays plain letters. `what` names the work where it takes long.
 
     Raises:
         ValueError: the tokenizer fails, being damaged, or without a token for words it does not know.
     """
     found: list[list[int]] = []
     batches = itertools.batched(texts, TEXTS_AT_ONCE)
-    for batch in watched(batches, "tokenising", total=len(texts), size=len):
+    for batch in watched(batches, what, total=len(texts), size=len):
         with told_as(f"tokenizer.path: the tokenizer of {tokenizer.name_or_path} cannot encode the text"):
             encoded = tokenizer(
                 list(batch),
@@ -199,7 +201,10 @@ def encode_completions(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[
 
 
 def encode_after(
-    tokenizer: Tokenizer, prompts: Sequence[tuple[str, Sequence[int]]], texts: Sequence[str]
+    tokenizer: Tokenizer,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    texts: Sequence[str],
+    what: str = "tokenising",
 ) -> list[tuple[list[int], bool]]:
     """Returns the ids of each text after its prompt, and whether it had to be encoded alone.
 
@@ -207,13 +212,16 @@ def encode_after(
         tokenizer: of both.
         prompts: text and ids, as encode_prompts has them, of the prompt of each text.
         texts: completions.
+        what: names the work where it takes long.
     """
     joined = encode_prompts(
-        tokenizer, [prompt + text for (prompt, _), text in zip(prompts, texts, strict=True)]
+        tokenizer, [prompt + text for (prompt, _), text in zip(prompts, texts, strict=True)], what
     )
     is_apart = [whole[: len(ids)] != list(ids) for whole, (_, ids) in zip(joined, prompts, strict=True)]
     alone = iter(
-        encode_completions(tokenizer, [text for text, apart in zip(texts, is_apart, strict=True) if apart])
+        encode_completions(
+            tokenizer, [text for text, apart in zip(texts, is_apart, strict=True) if apart], what
+        )
     )
     return [
         (next(alone), True) if apart else (whole[len(ids) :], False)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import progress
 from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.config import DataConfig, TokenizerConfig
 from rlhf_jax.data.examples import load_examples, tokenize_records, training_texts
@@ -295,6 +296,26 @@ def test_examples_from_files(tokenizer, tmp_path):
         load_examples(
             DataConfig(train=train, eval="nowhere.jsonl"), "prompt_completion", "eval", tokenizer, 0
         )
+
+
+def test_what_takes_long_is_shown_by_split(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "QUIET", -1.0)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{i}", "completion": " x"}) for i in range(3)))
+    cfg = DataConfig(train=str(path), eval=str(path))
+    for split in ("train", "eval"):
+        load_examples(cfg, "prompt_completion", split, tokenizer, 0)
+        told = re.findall(r"^\[(.*)\] 3 ", capsys.readouterr().err, re.MULTILINE)
+        assert list(dict.fromkeys(told)) == [
+            f"{what} data.{split}: {path}"
+            for what in (
+                "parsing",
+                "reading",
+                "looking for the tokens of",
+                "tokenising prompts of",
+                "tokenising",
+            )
+        ]
 
 
 @pytest.mark.parametrize(
