@@ -14,14 +14,16 @@ from rlhf_jax.data.loader import WINDOW, Loader
 from rlhf_jax.data.packing import length_ladder, pack
 from rlhf_jax.data.records import Preference, PromptCompletion
 from rlhf_jax.data.token_rows import token_rows
-from rlhf_jax.data.tokenize import Losses
 from rlhf_jax.metrics import to_host
 from rlhf_jax.sharding import place_rows
 from tests import tiny
 
 RECORDS = {"prompt_completion": PromptCompletion("a", "b"), "preference": Preference("a", "b", "c")}
 FIELDS = dataclasses.fields(Examples)
-COUNTS = [field.name for field in FIELDS if field.default is dataclasses.MISSING]  # no batch depends on them
+NO_DEFAULT = dataclasses.MISSING
+COUNTS = [  # no batch depends on them
+    field.name for field in FIELDS if field.default is field.default_factory is NO_DEFAULT
+]
 LONGEST = 20
 
 
@@ -41,7 +43,7 @@ def examples(kind, num_records, seed=0, excluded=False):
         "rows": token_rows(rows),
         "pad_id": tiny.PAD,
     }
-    return Examples(**dict.fromkeys(COUNTS, 0) | told | {"length": LONGEST, "losses": Losses()})
+    return Examples(**dict.fromkeys(COUNTS, 0) | told | {"length": LONGEST})
 
 
 def sequences(batch):
@@ -245,3 +247,19 @@ def test_buckets_take_every_record_once_and_pad_less(kind):
     assert tokens / padded > 0.65 > tokens / (len(found) * LONGEST)
     fresh, _ = Loader(bucketed, size, seed=1).batch(position - size)
     jax.tree.map(np.testing.assert_array_equal, fresh, batch)
+
+
+def test_buckets_of_a_mixture_hold_its_shares_in_every_window():
+    """Batches are of both sources; each source still has its epochs."""
+    few, many = (examples("prompt_completion", count, seed=count) for count in (20, 50))
+    both = _joined(*(dataclasses.replace(of, weights=(w,)) for of, w in ((few, 1.0), (many, 3.0))))
+    bucketed, size = dataclasses.replace(both, shorter=(8, 16)), 4
+    loader, plain = Loader(bucketed, size, seed=1), Loader(both, size * WINDOW, seed=1)
+    ids = [{tuple(row.ids) for row in of.rows} for of in (few, many)]
+    assert not ids[0] & ids[1]
+    for start in range(0, 5 * size * WINDOW, size * WINDOW):
+        batches = [loader.batch(start + size * number)[0] for number in range(WINDOW)]
+        found = [sequence for batch in batches for sequence in sequences(batch)]
+        assert sorted(found) == sorted(sequences(plain.batch(start)[0]))
+        assert sum(taken in ids[0] for taken, _ in found) == size * WINDOW // 4
+        assert {batch.tokens.shape[1] for batch in batches} == {8, 16, LONGEST}

@@ -13,6 +13,7 @@ from rlhf_jax import config
 from rlhf_jax.checkpoint import write_result
 from rlhf_jax.command_line import read_config
 from rlhf_jax.config import DataConfig, TokenizerConfig
+from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.tokenize import Losses, text_difference, text_settings
 from rlhf_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_jax.models import hf
@@ -153,6 +154,39 @@ def test_what_is_left_out_of_each_source_is_told(plans, tmp_path):
     assert plan.losses()[0].startswith(
         "[ppo] data.train: 3 left out (not desirable), 1 left out (chosen equals rejected), 1 of 5 records"
     )
+
+
+@pytest.mark.parametrize(
+    "stage, per",
+    [
+        ("algorithm: sft", 1),
+        ("algorithm: reward_model, reward_model: {normalizer: none}", 2),
+    ],
+)
+def test_both_splits_are_packed_into_rows_of_one_shape(tmp_path, stage, per):
+    """Of max_length tokens, a pair twice that, whatever the longest row; every record is in one row."""
+    for name, count in (("train", 40), ("eval", 12)):
+        records = [
+            {"prompt": "a lamp", "completion": "b" * i, "chosen": "b" * i, "rejected": "c"}
+            for i in range(1, count + 1)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    text = """
+run: {dir: HERE/run}
+stages: [{name: one, STAGE}]
+data: {train: HERE/train.jsonl, eval: HERE/eval.jsonl, packing: true, max_length: 64}
+"""
+    path = tmp_path / "packed.yaml"
+    path.write_text(text.replace("HERE", str(tmp_path)).replace("STAGE", stage))
+    (plan,) = plan_stages(read_config(["--config", str(path)]), TOKENIZER)
+    for of, count in ((plan.train, 40), (plan.held_out, 12)):
+        assert (of.length, len(of), of.num_dropped, of.num_cut) == (64 * per, count, 0, 0)
+        assert of.num_units[0] < count
+        batches = [batch for batch, _ in Loader(of, 4, seed=0).eval_batches()]
+        assert {batch.tokens.shape for batch in batches} == {(4, 64 * per)}
+        assert sum(int((batch.lengths > 0).sum()) for batch in batches) == per * count
+        filled = int(sum(batch.lengths.sum() for batch in batches))
+        assert filled == of.lengths.sum() <= of.num_units[0] * 64 * per
 
 
 def test_how_full_packed_rows_are_is_told(plans):

@@ -20,7 +20,10 @@ from rlhf_jax.stage import _normalized
 from tests import tiny
 
 FIELDS = dataclasses.fields(Examples)
-COUNTS = [field.name for field in FIELDS if field.default is dataclasses.MISSING]  # no batch depends on them
+NO_DEFAULT = dataclasses.MISSING
+COUNTS = [  # no batch depends on them
+    field.name for field in FIELDS if field.default is field.default_factory is NO_DEFAULT
+]
 MODEL = tiny.model()
 ROOT = jax.random.key(5)
 
