@@ -120,17 +120,20 @@ class ChatEncoder:
         if not places:
             return Turns([], [], num_unlearned)
         end, starts = places[-1][1], [start for start, _ in places]
-        ids, offsets = self._encode(text[:end], foreign)
-        openings = [self._encode(text[:start], foreign)[0] for start in starts]
-        was_apart = any(ids[: len(opening)] != opening for opening in openings)
+        ids, ends = self._encode_part(text, 0, end, foreign)
+        was_apart = False
+        for start, before in zip(starts, [0, *(stop for _, stop in places)], strict=False):
+            # What stands before the token that ends the turn before decides no token behind it.
+            begin = before - len(self.end_of_turn) if text.endswith(self.end_of_turn, 0, before) else 0
+            part, _ = self._encode_part(text, begin, start, foreign)
+            first = bisect.bisect_right(ends, begin)
+            was_apart |= ids[first : first + len(part)] != part
         if was_apart:
-            ids, offsets = [], []
-            for start, stop in itertools.pairwise([0, *starts, end]):
-                within = [(a - start, b - start) for a, b in foreign if a >= start]
-                part, part_offsets = self._encode(text[start:stop], within)
-                ids += part
-                offsets += [(start + a, start + b) for a, b in part_offsets]
-        ends = [stop for _, stop in offsets]
+            parts = [
+                self._encode_part(text, start, stop, foreign)
+                for start, stop in itertools.pairwise([0, *starts, end])
+            ]
+            ids, ends = ([x for part in parts for x in part[k]] for k in (0, 1))
         num_bos = len(self._with_bos(ids)) - len(ids)
         # The first token that reaches beyond a place is the first one after it.
         spans = [tuple(num_bos + bisect.bisect_right(ends, place) for place in span) for span in places]
@@ -196,6 +199,14 @@ class ChatEncoder:
                 "{{ eos_token }} there, or name a tokenizer that has the template's tokens"
             )
         return found.group(), tail[found.end() :]
+
+    def _encode_part(
+        self, text: str, start: int, stop: int, foreign: Sequence[Span]
+    ) -> tuple[list[int], list[int]]:
+        """Returns ids of text[start:stop] alone, and where in the text each ends."""
+        within = [(a - start, b - start) for a, b in foreign if a >= start]
+        ids, offsets = self._encode(text[start:stop], within)
+        return ids, [start + b for _, b in offsets]
 
     def _encode(self, text: str, foreign: Sequence[Span]) -> tuple[list[int], list[Span]]:
         """Returns ids, and the characters that each stands for; the names at `foreign` are plain letters."""
