@@ -99,8 +99,9 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
 
     Returns:
         Of a policy `perplexity` and `nll`, nats per token that carries loss; of a reward model `accuracy`,
-        `margin` and `loss`, means over pairs. The `records`, those `dropped`, the rows that were `cut`, and
-        the `tokens` that carry loss (of a reward model: of all completions). `model`, its `role`, `data`.
+        `margin` and `loss`, means over pairs. The `records`, those `left_out` while reading or `dropped` as
+        too long, the rows that were `cut`, and the `tokens` that carry loss (of a reward model: of all
+        completions). `model`, its `role`, `data`.
 
     Raises:
         ValueError: flags, model or data that are wrong.
@@ -123,9 +124,10 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
         logger.warning("%s was trained on text that is treated otherwise: %s", subject.path, differing)
     counts = {
         "records": len(examples),
+        "left_out": sum(examples.left_out.values()),
         "dropped": examples.num_dropped,
         "cut": examples.num_cut,
-        "tokens": sum(row.num_loss_tokens for row in examples.rows),
+        "tokens": int(examples.rows.num_loss_tokens.sum()),
     }
     metrics = _metrics(subject, stage, architecture, tokenizer, examples)
     return metrics | counts | {"model": str(subject.path), "role": subject.role, "data": data}

@@ -1,4 +1,4 @@
-"""Logits of a random and of a trained Llama, of which the tolerances are tight, against transformers."""
+"""Logits of a random and of a trained Llama against transformers, whole and decoded."""
 
 from __future__ import annotations
 
