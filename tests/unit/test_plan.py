@@ -212,8 +212,11 @@ def test_more_than_half_dropped_is_a_warning_and_cut_rows_are_counted(plans):
     )
 
 
-def test_every_loss_is_told(plans):
-    (plan,) = plans(eval="prompt_truncation: left, eval:")
+def test_every_loss_is_told(plans, tmp_path):
+    write_stage(tmp_path / "left", "sft", "sft", prompt_truncation="left")
+    write_stage(tmp_path / "left", "reward", "reward_model", prompt_truncation="left")
+    left = {"HERE/run/reward}]\ndata": "HERE/left/reward}]\ndata:", "eval": "prompt_truncation: left, eval:"}
+    (plan,) = plans("HERE/left/sft", **left)
     lost = Losses(long_rows=1, without_turns=2, uneven_starts=1, cut_prompts=3, unlearned_turns=4, apart=5)
     lines = plan._replace(train=dataclasses.replace(plan.train, losses=lost)).losses()
     assert lines[0] == (

@@ -200,6 +200,7 @@ def test_the_normaliser_is_mean_and_deviation_of_the_scores(programs, mesh, demo
         architecture=tiny.ARCHITECTURE,
         origins=Origins(None, None),
         tokenizer=None,
+        text={},
         train=read,
         held_out=read,
         demonstrations=read,
