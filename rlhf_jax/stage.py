@@ -20,7 +20,7 @@ from rlhf_jax.data.tokenize import text_difference
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
 from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
-from rlhf_jax.models.transformer import make_model
+from rlhf_jax.models.transformer import Model, make_model
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit
 from rlhf_jax.rewards.combine import Judge
@@ -29,6 +29,19 @@ from rlhf_jax.roles import load_reward, load_roles
 from rlhf_jax.sharding import place_rows
 from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
+
+
+def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
+    """Returns the model of a stage, as pure functions, and its programs; nothing is compiled yet."""
+    stage, algorithm = plan.stage, plan.algorithm
+    model = make_model(plan.architecture, stage.model.dtype, stage.model.remat)
+    num_completion = (
+        stage.rollout.max_new_tokens
+        if algorithm.records == "prompt_only"
+        else max(plan.train.most_loss_tokens, plan.held_out.most_loss_tokens)
+    )
+    ids = TokenIds(eos=plan.text["stop"], pad=cast(int, plan.tokenizer.pad_token_id))
+    return model, build_programs(stage, algorithm, model, mesh, num_completion, ids)
 
 
 def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
@@ -48,15 +61,8 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
         return done[1]
     stage, algorithm = plan.stage, plan.algorithm
     root = keys.stage_root(stage.run.seed, plan.number)
-    model = make_model(plan.architecture, stage.model.dtype, stage.model.remat)
     is_online = algorithm.records == "prompt_only"
-    num_completion = (
-        stage.rollout.max_new_tokens
-        if is_online
-        else max(plan.train.most_loss_tokens, plan.held_out.most_loss_tokens)
-    )
-    ids = TokenIds(eos=plan.text["stop"], pad=cast(int, plan.tokenizer.pad_token_id))
-    programs = build_programs(stage, algorithm, model, mesh, num_completion, ids)
+    model, programs = stage_programs(plan, mesh)
     trained, frozen = load_roles(stage, algorithm, plan.origins, model, mesh, root)
     source, evaluate = (
         _online(plan, programs, frozen, mesh, root) if is_online else _offline(plan, programs, mesh)

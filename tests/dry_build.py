@@ -19,24 +19,18 @@ from jax.sharding import Mesh
 from rlhf_jax.batch import Params
 from rlhf_jax.command_line import read_config
 from rlhf_jax.data.loader import Loader
-from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import TokenIds, build_programs, role_shardings
+from rlhf_jax.programs import role_shardings
+from rlhf_jax.stage import stage_programs
 from rlhf_jax.train import prepare
 
 
 def lower(plan: Plan, mesh: Mesh) -> dict[str, Any]:
     """Returns figures of a stage whose programs have been lowered."""
     stage, algorithm = plan.stage, plan.algorithm
-    model = make_model(plan.architecture, stage.model.dtype, stage.model.remat)
     is_online = algorithm.records == "prompt_only"
-    num_completion = (
-        stage.rollout.max_new_tokens
-        if is_online
-        else max(plan.train.most_loss_tokens, plan.held_out.most_loss_tokens)
-    )
-    ids = TokenIds(eos=plan.text["stop"], pad=cast(int, plan.tokenizer.pad_token_id))
-    programs = cast(Any, build_programs(stage, algorithm, model, mesh, num_completion, ids))
+    model, built = stage_programs(plan, mesh)
+    programs = cast(Any, built)
 
     def weights(role: str) -> Params:
         shapes = model.score_shapes if role in ("value", "reward") else model.policy_shapes

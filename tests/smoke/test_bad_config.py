@@ -6,14 +6,7 @@ import pytest
 
 from rlhf_jax.command_line import read_config
 from rlhf_jax.config_file import dump_config
-
-CHAIN = """
-run: {dir: RUN}
-stages:
-  - {name: sft, algorithm: sft}
-  - {name: reward, algorithm: reward_model, from: sft}
-  - {name: ppo, algorithm: ppo, from: sft, reward_from: reward}
-"""
+from tests.configurations import CHAIN
 
 
 @pytest.fixture
