@@ -172,10 +172,16 @@ PROMPTLESS_FORMATS = ("text", "labelled")
 class MeshConfig:
     """Sizes of the device mesh's axes; one may be -1: what is left."""
 
+    slice: AxisSize = 1
+    """Rows of a batch, over slices that a slower network connects; parameters are replicated."""
     data: AxisSize = -1
     """Rows of a batch; parameters are replicated."""
     fsdp: AxisSize = 1
     """Rows of a batch; parameters and optimiser state are sharded."""
+    expert: AxisSize = 1
+    """Rows of a batch, and the experts of a mixture."""
+    sequence: AxisSize = 1
+    """Tokens of a row, in training and scoring."""
     tensor: AxisSize = 1
     """Heads, feed-forward and vocabulary."""
 

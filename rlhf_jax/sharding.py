@@ -12,11 +12,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.config import MeshConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "expert", "sequence", "tensor")
 
 LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
-    "length": None,
+    "batch": ("slice", "data", "fsdp", "expert"),
+    "length": "sequence",
+    "positions": None,
     "layers": None,
     "embed": "fsdp",  # the model's width, as a dimension of a matrix
     "width": None,  # the model's width, of activations and of vectors: these are too small to shard
@@ -30,7 +31,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh of axes data, fsdp, tensor over all devices.
+    """Returns the mesh of MESH_AXES over all devices.
 
     Args:
         config: sizes; one may be -1, which takes what the others leave.
@@ -39,7 +40,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ValueError: sizes that are not positive, several -1, or a product that is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
     text = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"{text}: each size must be at least 1, and one alone may be -1 (what is left)")
@@ -137,11 +138,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def check_batch(mesh: Mesh, size: int, name: str) -> None:
     """Raises ValueError where `size` rows, called `name` by the user, do not divide over the mesh."""
-    parts = math.prod(mesh.shape[axis] for axis in _mesh_axes(LOGICAL_AXES["batch"]))
+    axes = _mesh_axes(LOGICAL_AXES["batch"])
+    parts = math.prod(mesh.shape[axis] for axis in axes)
     if size % parts:
         raise ValueError(
             f"{name} is {size}; it must be a multiple of {parts}, the devices over which rows are divided "
-            f"(mesh.data={mesh.shape['data']} times mesh.fsdp={mesh.shape['fsdp']})"
+            f"({' times '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in axes)})"
         )
 
 

@@ -62,7 +62,7 @@ def stage(algorithm: str, **sections: dict[str, Any]) -> config.StageConfig:
 
 def mesh(**sizes: int) -> Mesh:
     """Returns a mesh of the first devices; one by default."""
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+    sizes = {"data": 1} | sizes
     return make_mesh(config.MeshConfig(**sizes), devices=jax.devices()[: int(np.prod(list(sizes.values())))])
 
 

@@ -338,7 +338,7 @@ class Embed(nnx.Module):
         self.scale = architecture.embedding_scale
         self.embedding = _weight(rngs, (architecture.vocab_size, width), ("vocab", "embed"))
         if architecture.positions == "learned":
-            self.position = _weight(rngs, (architecture.context_length, width), ("length", "embed"))
+            self.position = _weight(rngs, (architecture.context_length, width), ("positions", "embed"))
 
     def __call__(self, tokens: Array, positions: Array, dtype: jnp.dtype) -> Array:
         x = self.embedding[...][tokens].astype(dtype)
