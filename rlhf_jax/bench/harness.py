@@ -8,6 +8,7 @@ comparisons: 16 prompts of 32 random tokens, 64 new tokens, no early end.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -37,11 +38,14 @@ from rlhf_jax.models.transformer import Model, make_model
 from rlhf_jax.programs import Programs, TokenIds, build_programs, role_shardings
 from rlhf_jax.sharding import make_mesh
 
-SHAPES = {  # width, layers, heads, kv heads, mlp, vocabulary; embeddings tied
+SHAPES = {  # width, layers, heads, kv heads, mlp, vocabulary; embeddings tied but in UNTIED
     "tiny": (32, 2, 4, 2, 64, 512),
     "15m": (288, 6, 6, 6, 768, 32000),
     "60m": (576, 12, 9, 3, 1536, 32000),
+    "1b": (2048, 16, 32, 8, 8192, 128256),
+    "8b": (4096, 32, 32, 8, 14336, 128256),
 }
+UNTIED = ("8b",)
 PAD, FIRST_WORD = 0, 4
 NEVER = TokenIds(eos=-1, pad=PAD)  # no token is EOS: every completion has its full length
 
@@ -75,8 +79,19 @@ def make_architecture(shape: str, context_length: int) -> Architecture:
         context_length=context_length,
         rope_theta=10000.0,
         norm_eps=1e-5,
-        tie_embeddings=True,
+        tie_embeddings=shape not in UNTIED,
     )
+
+
+def make_stage(algorithm: Any, **sections: Any) -> config.StageConfig:
+    """Returns a stage of an algorithm; sections that are not given have their defaults."""
+    classes = {field.name: field.type for field in dataclasses.fields(config.StageConfig)}
+    defaults = {
+        name: getattr(config, str(classes[name]))()
+        for name in ("model", "tokenizer", "data", "mesh", "optimizer", "rollout", "rewards", "checkpoint")
+    }
+    fixed = {"start_from": "", "reward_from": "", "run": config.RunConfig(dir="unused")}
+    return config.StageConfig(name=algorithm, algorithm=algorithm, **(fixed | defaults | sections))
 
 
 class Bench:
@@ -90,23 +105,14 @@ class Bench:
         self.architecture = architecture
         self.mesh: Mesh = make_mesh(config.MeshConfig())
         self.model: Model = make_model(architecture, args.dtype)
-        sections = {
-            f: getattr(config, f"{f.title()}Config")()
-            for f in ("tokenizer", "data", "mesh", "rewards", "checkpoint")
-        }
-        self.stage = config.StageConfig(
-            name="ppo",
-            algorithm="ppo",
-            start_from="",
-            reward_from="",
+        self.stage = make_stage(
+            "ppo",
             settings=config.PPOConfig(
                 batch_size=args.batch, num_epochs=args.epochs, num_minibatches=args.minibatches
             ),
             model=config.ModelConfig(dtype=args.dtype),
             optimizer=config.OptimizerConfig(learning_rate=1e-6),
             rollout=config.RolloutConfig(max_new_tokens=args.new),
-            run=config.RunConfig(dir="unused"),
-            **sections,
         )
         self.programs: Programs = build_programs(
             self.stage, ALGORITHMS["ppo"], self.model, self.mesh, args.new, NEVER
@@ -144,9 +150,11 @@ class Bench:
         return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
 
     def num_parameters(self) -> tuple[int, int]:
-        """Returns (all, without the embedding), the tied embedding counted once."""
+        """Returns (those of the blocks and the LM head, those of the blocks)."""
         everything = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.model.policy_shapes))
-        return everything, everything - self.architecture.vocab_size * self.architecture.hidden_size
+        embedding = self.architecture.vocab_size * self.architecture.hidden_size
+        with_head = everything if self.architecture.tie_embeddings else everything - embedding
+        return with_head, with_head - embedding
 
     def useful_flops(self, task: str) -> float:
         """Returns operations of one step by 2ND forward, 6ND forward and backward; no credit for waste.

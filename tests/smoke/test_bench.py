@@ -58,3 +58,28 @@ def test_loading_keeps_no_more_of_a_checkpoint_than_its_parameters():
     line = json.loads(done.stdout)
     assert line["files"] > 2 and line["files_mib"] == line["parameters_mib"]
     assert line["parameters_mib"] <= line["growth_mib"] < 1.3 * line["parameters_mib"]
+
+
+def run_aot(*flags):
+    """Returns the lines of the programs that are compiled for four chips of a TPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_jax.bench.aot", "--topology", "v5e:2x2", *flags],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_programs_compile_for_a_tpu_that_is_not_there():
+    (line,) = run_aot("--shape", "tiny", "--length", "64", "--programs", "update", "--mesh.fsdp", "4")
+    assert (line["stage"], line["program"], line["mesh"]) == ("sft", "update", {"fsdp": 4})
+    assert 0 < line["alias_bytes"] < line["argument_bytes"]  # the state is donated, the batch is not
+    assert line["temp_bytes"] > 0 and line["collectives"]["all-gather"] > 0
+
+
+def test_stages_of_a_configuration_compile_for_a_tpu():
+    flags = ("--config", "configs/quickstart.yaml", "--programs", "evaluate", "advantages")
+    lines = run_aot(*flags, "--mesh.data", "4")
+    assert [(line["stage"], line["program"]) for line in lines] == [
+        ("sft", "evaluate"), ("reward", "evaluate"), ("ppo", "advantages"),
+    ]  # fmt: skip

@@ -1,0 +1,153 @@
+"""Compiles a stage's programs for TPUs that are not there, and prints what they need of each chip.
+
+    python -m rlhf_jax.bench.aot --topology v5p:4x4x2 --config FILE [--ppo.batch_size 64 ...]
+    python -m rlhf_jax.bench.aot --topology v5e:4x4 --shape 1b --algorithm sft --rows 32 --length 2048
+        --mesh.fsdp 16 --model.dtype bfloat16 --model.remat full
+
+The compiler is that of the libtpu package. Needs no TPU, and leaves one that is there alone. A JSON line for
+each program: bytes of arguments (and of those the ones whose memory the outputs take over), of outputs and of
+temporaries, per chip; collectives and Pallas kernels, each counted once where it stands in a loop.
+
+Without --config a stage is made of a shape of the benchmarks; dotted flags then set options of its sections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array, ShapeDtypeStruct
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from jax.stages import Lowered
+
+from rlhf_jax import config
+from rlhf_jax.algos.registry import ALGORITHMS
+from rlhf_jax.batch import Prompts, Rows
+from rlhf_jax.bench.harness import NEVER, SHAPES, commit, make_architecture, make_stage
+from rlhf_jax.command_line import read_config
+from rlhf_jax.lowering import lower_programs, lower_stage
+from rlhf_jax.models import hub
+from rlhf_jax.models.transformer import make_model
+from rlhf_jax.plan import check_mesh, plan_stages
+from rlhf_jax.programs import build_programs, rows_per_unit
+from rlhf_jax.run_tokenizer import prepare_tokenizer
+from rlhf_jax.sharding import make_mesh
+
+COLLECTIVES = re.compile(
+    r" (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(?:-start)?\("
+)
+KERNELS = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*?([\w.-]+)"')
+MEMORY = ("argument", "alias", "output", "temp", "host_argument", "host_output", "host_temp")
+
+
+def tpu_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
+    """Returns descriptions of the chips of a TPU topology such as v5p:4x4x2, to make a mesh of.
+
+    JAX then computes on the CPU in this process, whatever else there is.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    jax.config.update("jax_platforms", "cpu")
+    options = {"num_slices": num_slices} if num_slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+
+
+def figures(lowered: Lowered) -> dict[str, Any]:
+    """Returns what the compiler says of a program: seconds, bytes per chip, collectives, kernels."""
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    sizes = {f"{part}_bytes": getattr(memory, f"{part}_size_in_bytes") for part in MEMORY}
+    return {
+        "compile_s": round(seconds, 1),
+        **{name: size for name, size in sizes.items() if size or not name.startswith("host")},
+        "collectives": dict(sorted(Counter(COLLECTIVES.findall(text)).items())),
+        "kernels": dict(sorted(Counter(KERNELS.findall(text)).items())),
+    }
+
+
+def stage_of_shape(args: argparse.Namespace, flags: Sequence[str]) -> config.StageConfig:
+    """Returns a stage with the options of the flags, --section.option VALUE."""
+    names = dict(zip(flags[::2], flags[1::2], strict=True))
+    sections: dict[str, dict[str, Any]] = {"model": {}, "mesh": {}, "rollout": {}, "optimizer": {}}
+    sections[args.algorithm] = {"batch_size": args.rows}
+    for name, value in names.items():
+        section, option = name.removeprefix("--").split(".")
+        sections[section][option] = int(value) if re.fullmatch(r"-?\d+", value) else value
+    sections["rollout"].setdefault("max_new_tokens", args.completion)
+    settings = config.ALGORITHM_SECTIONS[args.algorithm](**sections.pop(args.algorithm))
+    made = {name: getattr(config, f"{name.title()}Config")(**fields) for name, fields in sections.items()}
+    return make_stage(args.algorithm, settings=settings, **made)
+
+
+def lower_shape(stage: config.StageConfig, shape: str, length: int, mesh: Mesh) -> dict[str, Lowered]:
+    """Returns the programs of a stage on random weights, for rows of `length` tokens."""
+    algorithm = ALGORITHMS[stage.algorithm]
+    model = make_model(make_architecture(shape, length), stage.model.dtype, stage.model.remat)
+    new = stage.rollout.max_new_tokens
+    num_rows = rows_per_unit(stage, algorithm) * stage.settings.batch_size
+    is_online = algorithm.records == "prompt_only"
+    tokens, lengths = ((num_rows, length - new if is_online else length), (num_rows,))
+    make_batch = Prompts if is_online else Rows
+    batch = make_batch(*(cast(Array, ShapeDtypeStruct(x, jnp.int32)) for x in (tokens, lengths, lengths)))
+    num_completion = new if is_online else length
+    programs = build_programs(stage, algorithm, model, mesh, num_completion, NEVER)
+    return lower_programs(programs, algorithm, model, mesh, batch)
+
+
+def lower_config(argv: list[str], devices: Sequence[Any]) -> Iterator[tuple[str, Mesh, dict[str, Lowered]]]:
+    """Yields name, mesh and programs of the stages of a configuration; nothing is written."""
+    wanted = read_config(argv, runs=False)
+    fetched, _ = hub.fetch_models(wanted, {})
+    plans = plan_stages(fetched, prepare_tokenizer(fetched))
+    mesh = make_mesh(wanted.stages[0].mesh, devices)
+    check_mesh(plans, mesh)
+    for plan in plans:
+        yield plan.stage.name, mesh, lower_stage(plan, mesh)[0]
+
+
+def main() -> None:
+    """Prints a line for each program of each stage."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", required=True, help="such as v5p:4x4x2 (of each slice)")
+    parser.add_argument("--slices", type=int, default=1)
+    parser.add_argument("--config", default="")
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="sft")
+    parser.add_argument("--rows", type=int, default=32, help="batch_size")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row, prompt and completion")
+    parser.add_argument("--completion", type=int, default=512, help="tokens of a completion, of ppo")
+    parser.add_argument("--programs", nargs="*", default=[], help="these alone, such as update")
+    args, flags = parser.parse_known_args()
+    devices = tpu_devices(args.topology, args.slices)
+    if args.config:
+        stages = lower_config(["--config", args.config, *flags], devices)
+        what: dict[str, Any] = {"config": args.config}
+    else:
+        stage = stage_of_shape(args, flags)
+        mesh = make_mesh(stage.mesh, devices)
+        stages = [(stage.name, mesh, lower_shape(stage, args.shape, args.length, mesh))]
+        what = {"shape": args.shape, "rows": args.rows, "length": args.length}
+    what |= {"topology": args.topology, "flags": flags}
+    for name, mesh, programs in stages:
+        sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+        for program, lowered in programs.items():
+            if not args.programs or program in args.programs:
+                line = {"bench": "aot", "commit": commit(), **what, "mesh": sizes, "stage": name}
+                print(json.dumps(line | {"program": program} | figures(lowered)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
