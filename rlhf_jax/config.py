@@ -187,6 +187,18 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How long processes wait for each other, and for a step; seconds."""
+
+    initialization_timeout: PositiveInt = 300
+    """Until every process of the run has come."""
+    heartbeat_timeout: PositiveInt = 60
+    """Until a process that gives no sign of life counts as gone, which ends the run."""
+    shutdown_timeout: PositiveInt = 60
+    """Until a process that is done no longer waits for the others to be done as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with clipping by global norm."""
 
@@ -369,7 +381,12 @@ PATH_OPTIONS = ("run.dir", "tokenizer.path", "model.path", "data.train", "data.e
 """Options, as section.option, that may be paths; `from` and `reward_from` of a stage may be paths too."""
 
 # What a file may hold beside `stages`. The run has one of each of the first; the others a stage may override.
-RUN_SECTIONS = {"run": RunConfig, "tokenizer": TokenizerConfig, "mesh": MeshConfig}
+RUN_SECTIONS = {
+    "run": RunConfig,
+    "tokenizer": TokenizerConfig,
+    "mesh": MeshConfig,
+    "distributed": DistributedConfig,
+}
 STAGE_SECTIONS = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -399,6 +416,7 @@ class StageConfig:
     tokenizer: TokenizerConfig
     data: DataConfig
     mesh: MeshConfig
+    distributed: DistributedConfig
     optimizer: OptimizerConfig
     rollout: RolloutConfig
     rewards: RewardsConfig

@@ -34,8 +34,8 @@ from rlhf_jax.options import OPTIONS, did_you_mean, show
 from rlhf_jax.rewards.functions import load_function
 
 MAY_DIFFER = re.compile(
-    r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates)$|mesh\.|stages\.[^.]+\.checkpoint\.|"
-    r"stages\.[^.]+\.data\.cache_dir$",
+    r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates)$|mesh\.|distributed\.|"
+    r"stages\.[^.]+\.checkpoint\.|stages\.[^.]+\.data\.cache_dir$",
 )
 """Options that may change between a run's start and its resumption."""
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from rlhf_jax import distributed
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import load_info
 from rlhf_jax.command_line import apply, parse
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 Role = Literal["policy", "reward"]
 ALGORITHM_OF: dict[Role, str] = {"policy": "sft", "reward": "reward_model"}
 """The algorithm whose held-out figures are those of a role."""
-SECTIONS = ("data", "model", "tokenizer", "mesh")
+SECTIONS = ("data", "model", "tokenizer", "mesh", "distributed")
 """Sections of the configuration that a measurement reads."""
 UNREAD = ("data.length_buckets", "data.train", "data.eval", "model.remat")
 """Options of these sections that it does not read."""
@@ -202,6 +203,7 @@ def _metrics(
 ) -> dict[str, float]:
     """Returns the means over all records, by their names without `eval/`."""
     algorithm = ALGORITHMS[stage.algorithm]
+    distributed.initialize(stage.distributed)
     mesh, batch_size = make_mesh(stage.mesh), stage.settings.batch_size
     check_batch(mesh, rows_per_unit(stage, algorithm) * batch_size, "--batch_size")
     model = make_model(architecture, stage.model.dtype)

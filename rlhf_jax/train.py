@@ -48,11 +48,13 @@ def _main(argv: list[str]) -> int:
         return _failed(_reason(error, "--config"), 2)
 
     # Only now, so that a wrong configuration is told at once, and before any device is touched.
+    from rlhf_jax import distributed
     from rlhf_jax.rewards.functions import RewardError
     from rlhf_jax.trainer import NotFiniteError
 
     has_begun = False
     try:
+        distributed.initialize(config.stages[0].distributed)
         plans, mesh = prepare(config)
         has_begun = True
         results = run(config, plans, mesh)
