@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_jax import config_checks, strict_yaml
 from rlhf_jax.config import ALGORITHM_SECTIONS, LARGEST_INT, STAGE_SECTIONS, Config
 from rlhf_jax.config_file import EXAMPLE, STAGE_KEYS, dump_config, resolve
-from rlhf_jax.options import OPTIONS, REQUIRED, SECTIONS, STAGE_FIELDS, Option, did_you_mean, show
+from rlhf_jax.options import AXES, OPTIONS, REQUIRED, SECTIONS, STAGE_FIELDS, Option, did_you_mean, show
 
 PLAIN_FLAGS = ("--config", "--help", "--json", "--print_config")
 
@@ -180,7 +180,12 @@ def _set(tree: dict[str, Any], path: str, text: str) -> None:
         if not isinstance(target, dict):
             raise ValueError(f"cannot be set, as {section} is {show(target)} in the file")
     option = OPTIONS.get(keys[0], {}).get(keys[1]) if len(keys) > 1 else None
-    is_text = keys[0] in STAGE_KEYS or len(keys) > 2 or (option is not None and option.is_text(text))
+    is_list = option is not None and option.base == AXES and text.lstrip().startswith("[")
+    is_text = (
+        keys[0] in STAGE_KEYS
+        or (len(keys) > 2 and not is_list)
+        or (option is not None and option.is_text(text))
+    )
     target[last] = text if is_text else strict_yaml.load(text, "the value")
 
 

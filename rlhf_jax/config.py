@@ -170,7 +170,7 @@ PROMPTLESS_FORMATS = ("text", "labelled")
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the device mesh's axes; one may be -1: what is left."""
+    """Sizes of the device mesh's axes, one of which may be -1 (what is left), and what they divide."""
 
     slice: AxisSize = 1
     """Rows of a batch, over slices that a slower network connects; parameters are replicated."""
@@ -184,6 +184,21 @@ class MeshConfig:
     """Tokens of a row, in training and scoring."""
     tensor: AxisSize = 1
     """Heads, feed-forward and vocabulary."""
+    axes: dict[str, str | list[str]] = field(default_factory=dict)
+    """Other axes for dimensions of parameters and activations, such as {embed: [fsdp, sequence]}; with
+    `{vocab: none}` the vocabulary is not divided."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Returns the size of every axis, the outermost first."""
+        return {
+            "slice": self.slice,
+            "data": self.data,
+            "fsdp": self.fsdp,
+            "expert": self.expert,
+            "sequence": self.sequence,
+            "tensor": self.tensor,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

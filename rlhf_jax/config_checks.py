@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import strict_yaml
+from rlhf_jax.axes import axis_problems, axis_table
 from rlhf_jax.config import (
     LARGEST_INT,
     PATH_OPTIONS,
@@ -30,7 +31,7 @@ from rlhf_jax.data.columns import SERVES, Kind
 from rlhf_jax.data.records import PROMPT
 from rlhf_jax.data.sources import local_path
 from rlhf_jax.models.hub import PREFIX, is_hub, split_name
-from rlhf_jax.options import OPTIONS, did_you_mean, show
+from rlhf_jax.options import did_you_mean, show
 from rlhf_jax.rewards.functions import load_function
 
 MAY_DIFFER = re.compile(
@@ -183,16 +184,15 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
             )
         elif micro:
             option, size, text = "microbatch_size", micro, f"{micro}"
-    mesh = stage.mesh
-    if mesh.data > 0 and mesh.fsdp > 0:
-        # A pair is two rows. What divides the smallest of batch, minibatch and microbatch divides the others.
-        devices = mesh.data * mesh.fsdp
-        unit = devices // math.gcd(devices, 2) if stage.algorithm == "reward_model" else devices
-        if size % unit:
-            yield (
-                f"{path(section, option)}: must fill the mesh with a multiple of {unit} "
-                f"(mesh.data {mesh.data} * mesh.fsdp {mesh.fsdp}), got {text}"
-            )
+    # What -1 becomes is not known yet; it divides the rows further.
+    sizes, axes = stage.mesh.sizes, axis_table(stage.mesh.axes)["batch"]
+    over = {axis: sizes[axis] for axis in axes if sizes.get(axis, 1) > 1}
+    # A pair is two rows. What divides the smallest of batch, minibatch and microbatch divides the others.
+    devices = math.prod(over.values())
+    unit = devices // math.gcd(devices, 2) if stage.algorithm == "reward_model" else devices
+    if size % unit:
+        shown = " * ".join(f"mesh.{axis} {parts}" for axis, parts in over.items())
+        yield f"{path(section, option)}: must fill the mesh with a multiple of {unit} ({shown}), got {text}"
     steps = settings.num_optimizer_steps
     if steps > LARGEST_INT:
         yield (
@@ -369,17 +369,19 @@ def check_functions(stage: StageConfig, path: PathOf) -> Iterator[str]:
 
 
 def check_mesh(resolved: Resolved) -> Iterator[str]:
-    """Yields axis sizes that no number of devices can have."""
+    """Yields axis sizes that no number of devices can have, and names in the table of axes that are none."""
     if not resolved.config.stages:
         return
-    mesh = resolved.config.stages[0].mesh
-    for axis in OPTIONS["mesh"]:
-        size = getattr(mesh, axis)
+    sizes = resolved.config.stages[0].mesh.sizes
+    for axis, size in sizes.items():
         if size == 0 or size < -1:
             yield f"{resolved.path('', 'mesh', axis)}: must be >= 1, or -1 for what is left, got {size}"
-    open_axes = [axis for axis in OPTIONS["mesh"] if getattr(mesh, axis) == -1]
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         yield f"mesh.{open_axes[1]}: only one axis may be -1, got -1 for {' and '.join(open_axes)}"
+    for name, problem in axis_problems(resolved.config.stages[0].mesh.axes):
+        path = f"mesh.axes.{name}"
+        yield f"{'--' if {path, 'mesh.axes'} & resolved.flags else ''}{path}: {problem}"
 
 
 def check_ignored(resolved: Resolved, file_alone: Resolved) -> Iterator[str]:

@@ -37,7 +37,7 @@ from rlhf_jax.plan import TEXT_OF_MODEL, check_length
 from rlhf_jax.programs import TokenIds, build_programs, rows_per_unit
 from rlhf_jax.roles import is_stage_dir, load_policy, load_reward, stored_architecture
 from rlhf_jax.run_tokenizer import TOKENIZER, check_vocabulary
-from rlhf_jax.sharding import check_batch, make_mesh
+from rlhf_jax.sharding import axis_rules, check_batch, make_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,8 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
         "cut": examples.num_cut,
         "tokens": int(examples.rows.num_loss_tokens.sum()),
     }
-    metrics = _metrics(subject, stage, architecture, tokenizer, examples)
+    with axis_rules(stage.mesh.axes):
+        metrics = _metrics(subject, stage, architecture, tokenizer, examples)
     return metrics | counts | {"model": str(subject.path), "role": subject.role, "data": data}
 
 

@@ -19,6 +19,8 @@ SECTIONS = RUN_SECTIONS | STAGE_SECTIONS | ALGORITHM_SECTIONS
 REQUIRED = dataclasses.MISSING
 MIXTURE = str | dict[str, PositiveFloat]
 """One source, or several and their weights."""
+AXES = dict[str, str | list[str]]
+"""Axes of the mesh by name: one, several, or `none`."""
 
 _NOUNS = {
     int: "an integer",
@@ -26,6 +28,7 @@ _NOUNS = {
     bool: "true or false",
     str: "a string",
     MIXTURE: "a string, or a mapping of strings to weights",
+    AXES: "a mapping of names to a string or a list of strings",
 }
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 

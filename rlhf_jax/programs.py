@@ -26,7 +26,7 @@ from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
 from rlhf_jax.optim import make_optimizer
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.scoring import score_rollout
-from rlhf_jax.sharding import batch_sharding, decode_shardings, param_shardings, replicated
+from rlhf_jax.sharding import batch_sharding, decode_shardings, param_shardings, replicated, traced_on
 from rlhf_jax.step import Optimizers, init_state, make_update
 
 
@@ -186,12 +186,7 @@ def reward_program(model: Model, mesh: Mesh) -> Callable[[Params, Params, Rows],
 
 def _compiled(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
     """Returns the jitted function; while it is traced, models may name logical axes of activations."""
-
-    def on_mesh(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
-
-    return jax.jit(on_mesh, **options)
+    return jax.jit(traced_on(mesh, function), **options)
 
 
 def _constrain(tree: Any, sharding: NamedSharding) -> Any:

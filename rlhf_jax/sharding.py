@@ -1,33 +1,53 @@
-"""The device mesh, and the one table that maps the models' logical axes to its axes."""
+"""The device mesh, and what lies where on it, by the table of axes.py that is in force."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rlhf_jax.axes import LOGICAL_AXES, MESH_AXES, Table, axis_problems, axis_table, collisions
 from rlhf_jax.config import MeshConfig
+from rlhf_jax.options import did_you_mean
 
-MESH_AXES = ("slice", "data", "fsdp", "expert", "sequence", "tensor")
+_TABLE: ContextVar[Table] = ContextVar("axis_table", default=LOGICAL_AXES)
 
-LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("slice", "data", "fsdp", "expert"),
-    "length": "sequence",
-    "positions": None,
-    "layers": None,
-    "embed": "fsdp",  # the model's width, as a dimension of a matrix
-    "width": None,  # the model's width, of activations and of vectors: these are too small to shard
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "expert": None,  # every device holds its part of every expert
-    "vocab": "tensor",
-}
+
+@contextmanager
+def axis_rules(overrides: Mapping[str, str | Sequence[str]]) -> Iterator[None]:
+    """Within it, logical axes are divided as `mesh.axes` of a configuration says; else as in LOGICAL_AXES.
+
+    Raises:
+        ValueError: names that there are not, or that do not fit each other; all of them.
+    """
+    if problems := [f"mesh.axes.{name}: {problem}" for name, problem in axis_problems(overrides)]:
+        raise ValueError("\n".join(problems))
+    token = _TABLE.set(axis_table(overrides))
+    try:
+        yield
+    finally:
+        _TABLE.reset(token)
+
+
+def traced_on[**P, R](mesh: Mesh, function: Callable[P, R]) -> Callable[P, R]:
+    """Returns the function, within which models may name logical axes: of this mesh, by the rules of now."""
+    table = _TABLE.get()
+
+    def on_mesh(*args: P.args, **kwargs: P.kwargs) -> R:
+        token = _TABLE.set(table)
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args, **kwargs)
+        finally:
+            _TABLE.reset(token)
+
+    return on_mesh
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -40,8 +60,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ValueError: sizes that are not positive, several -1, or a product that is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    text = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    sizes = list(config.sizes.values())
+    text = (
+        ", ".join(f"mesh.{axis}={size}" for axis, size in config.sizes.items() if size != 1) or "mesh.data=1"
+    )
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"{text}: each size must be at least 1, and one alone may be -1 (what is left)")
     known = math.prod(size for size in sizes if size != -1)
@@ -62,18 +84,28 @@ def partition_spec(axes: Sequence[str]) -> PartitionSpec:
     """Returns the mesh axes of an array whose dimensions have these logical names.
 
     Raises:
-        ValueError: an unknown name, or two dimensions on one mesh axis.
+        ValueError: unknown names, or two dimensions on one mesh axis.
     """
-    unknown = [name for name in axes if name not in LOGICAL_AXES]
-    if unknown:
-        raise ValueError(f"unknown logical axes {unknown} in {tuple(axes)}; known: {sorted(LOGICAL_AXES)}")
-    spec = PartitionSpec(*(LOGICAL_AXES[name] for name in axes))
-    used = [axis for part in spec for axis in _mesh_axes(part)]
-    if len(set(used)) < len(used):
-        raise ValueError(
-            f"two dimensions of {tuple(axes)} fall on one mesh axis: {spec}; an array may use it once"
-        )
+    spec, problems = _spec(axes)
+    if problems:
+        raise ValueError(f"axes {_listed(axes)} on {spec}: {'; '.join(problems)}")
     return spec
+
+
+def _spec(axes: Sequence[str]) -> tuple[PartitionSpec, list[str]]:
+    """Returns the mesh axes of an array, and what is wrong with its logical axes."""
+    table = _TABLE.get()
+    problems = [
+        f"{name!r} is no logical axis{did_you_mean(name, table) or f'; known: {_listed(table)}'}"
+        for name in axes
+        if name not in table
+    ]
+    known = [name for name in axes if name in table]
+    problems += [
+        f"{first!r} and {second!r} are both on mesh.{axis}, which an array may use once"
+        for first, second, axis in collisions(table, known)
+    ]
+    return PartitionSpec(*(table.get(name, ()) for name in axes)), problems
 
 
 def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
@@ -84,41 +116,46 @@ def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
         axes: tree with a tuple of logical names for each parameter.
         shapes: the same tree with arrays or shape structs, for instance of `jax.eval_shape`.
     Raises:
-        ValueError: every parameter that the mesh cannot hold, with its axes, its shape and the mesh's sizes.
+        ValueError: every parameter that the mesh cannot hold, with its shape, its logical axes, the mesh axes
+            that they are on, and the mesh's sizes.
     """
     problems = []
 
     def place(path: Any, names: tuple[str, ...], shape: Any) -> NamedSharding:
-        parameter = jax.tree_util.keystr(path, simple=True, separator="/")
+        parameter = f"{jax.tree_util.keystr(path, simple=True, separator='/')} {shape.shape}"
         if len(names) != len(shape.shape):
-            problems.append(f"{parameter}: {len(names)} logical axes {names} for the shape {shape.shape}")
+            problems.append(f"{parameter}: {len(names)} logical axes, {_listed(names)}")
             return replicated(mesh)
-        spec = partition_spec(names)
+        spec, wrong = _spec(names)
         for name, part, size in zip(names, spec, shape.shape, strict=True):
-            parts = math.prod(mesh.shape[axis] for axis in _mesh_axes(part))
+            parts = _num_parts(mesh, part)
             if size % parts:
-                problems.append(
-                    f"{parameter} {shape.shape}, spec {spec}: {name!r} of size {size} is not a multiple of "
-                    f"{parts}, the size of mesh.{part}"
-                )
+                over = _product(mesh, part)
+                wrong.append(f"{name!r} of size {size} is not a multiple of {parts}, the size of {over}")
+        if wrong:
+            problems.append(f"{parameter}, axes {_listed(names)} on {spec}: {'; '.join(wrong)}")
+            return replicated(mesh)
         return NamedSharding(mesh, spec)
 
     shardings = jax.tree.map_with_path(place, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
     if problems:
-        sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
         raise ValueError("the model does not fit the mesh ({}):\n  {}".format(sizes, "\n  ".join(problems)))
     return shardings
 
 
+DECODE_AXES = ("tensor", "expert")
+"""What divides parameters while decoding: devices that divide them otherwise would gather them per token."""
+
+
 def decode_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
-    """Returns param_shardings over `tensor` alone, for decoding: no token then waits for a gather."""
+    """Returns param_shardings over DECODE_AXES alone: no token then waits for a gather."""
 
-    def whole(sharding: NamedSharding) -> NamedSharding:
-        return NamedSharding(
-            mesh, PartitionSpec(*(None if part == "fsdp" else part for part in sharding.spec))
-        )
+    def kept(sharding: NamedSharding) -> NamedSharding:
+        parts = [tuple(axis for axis in _mesh_axes(part) if axis in DECODE_AXES) for part in sharding.spec]
+        return NamedSharding(mesh, PartitionSpec(*parts))
 
-    return jax.tree.map(whole, param_shardings(mesh, axes, shapes))
+    return jax.tree.map(kept, param_shardings(mesh, axes, shapes))
 
 
 def place_rows(mesh: Mesh, batch: Any) -> Any:
@@ -138,12 +175,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def check_batch(mesh: Mesh, size: int, name: str) -> None:
     """Raises ValueError where `size` rows, called `name` by the user, do not divide over the mesh."""
-    axes = _mesh_axes(LOGICAL_AXES["batch"])
-    parts = math.prod(mesh.shape[axis] for axis in axes)
+    (part,) = partition_spec(("batch",))
+    parts = _num_parts(mesh, part)
     if size % parts:
         raise ValueError(
             f"{name} is {size}; it must be a multiple of {parts}, the devices over which rows are divided "
-            f"({' times '.join(f'mesh.{axis}={mesh.shape[axis]}' for axis in axes)})"
+            f"({_product(mesh, part)})"
         )
 
 
@@ -170,7 +207,8 @@ def by_rows(function: Callable[..., Array], rows: Array, *whole: Array) -> Array
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function(rows, *whole)
-    spec, axes = partition_spec(("batch",)), _mesh_axes(LOGICAL_AXES["batch"])
+    spec = partition_spec(("batch",))
+    axes = _mesh_axes(spec[0])
 
     def on_device(rows: Array, *whole: Array) -> Array:
         # Said first of all, so that gradients are summed over devices in the type that `whole` comes in.
@@ -182,3 +220,16 @@ def by_rows(function: Callable[..., Array], rows: Array, *whole: Array) -> Array
 
 def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else part
+
+
+def _num_parts(mesh: Mesh, part: str | tuple[str, ...] | None) -> int:
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(part))
+
+
+def _product(mesh: Mesh, part: str | tuple[str, ...] | None) -> str:
+    """Returns the mesh axes of a dimension with their sizes, without those of size 1."""
+    return " * ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in _mesh_axes(part) if mesh.shape[axis] > 1)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"({', '.join(names)})"

@@ -50,14 +50,16 @@ def _main(argv: list[str]) -> int:
     # Only now, so that a wrong configuration is told at once, and before any device is touched.
     from rlhf_jax import distributed
     from rlhf_jax.rewards.functions import RewardError
+    from rlhf_jax.sharding import axis_rules
     from rlhf_jax.trainer import NotFiniteError
 
     has_begun = False
     try:
         distributed.initialize(config.stages[0].distributed)
-        plans, mesh = prepare(config)
-        has_begun = True
-        results = run(config, plans, mesh)
+        with axis_rules(config.stages[0].mesh.axes):
+            plans, mesh = prepare(config)
+            has_begun = True
+            results = run(config, plans, mesh)
     except RewardError as error:
         return _failed(f"{error}\nWhat was trained before is saved; the same command goes on.", 1)
     except NotFiniteError as error:

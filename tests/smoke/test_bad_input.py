@@ -98,17 +98,17 @@ def test_a_reward_function_that_raises_loses_nothing(run_ppo, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--mesh.data", "3"], "must fill the mesh with a multiple of 3 (mesh.data 3 * mesh.fsdp 1)"),
+        (["--mesh.data", "3"], "must fill the mesh with a multiple of 3 (mesh.data 3)"),
         (
             ["--mesh.data", "16", "--ppo.batch_size", "32"],
-            "mesh.data=16, mesh.fsdp=1, mesh.tensor=1 does not fit the number of devices, 8",
+            "mesh.data=16 does not fit the number of devices, 8",
         ),
         (["--mesh.tensor", "2"], "--mesh.tensor: must divide model.num_kv_heads = 1, got 2"),
         (["--data.max_prompt_length", "4"], "prompts are too long"),
         (["--rollout.max_new_tokens", "90"], "must be at most model.context_length = 96, got 32 + 90 = 122"),
         (
             ["--mesh.data", "8", "--ppo.batch_size", "24", "--ppo.num_minibatches", "2"],
-            "must fill the mesh with a multiple of 8 (mesh.data 8 * mesh.fsdp 1), got 24 / num_minibatches",
+            "must fill the mesh with a multiple of 8 (mesh.data 8), got 24 / num_minibatches",
         ),
         (
             ["--ppo.batch_size", "24"],

@@ -134,6 +134,27 @@ from tests.conftest import ROOT
         ("mesh: {tensor: -2}", [], "mesh.tensor: must be >= 1, or -1 for what is left, got -2"),
         ("mesh: {tensor: -1}", [], "mesh.tensor: only one axis may be -1, got -1 for data and tensor"),
         (
+            "mesh: {axes: {mpl: tensor}}",
+            [],
+            "mesh.axes.mpl: no logical axis of the models; did you mean 'mlp'?",
+        ),
+        (
+            "mesh: {axes: {embed: [fsdp, tensro]}}",
+            [],
+            "mesh.axes.embed: must name axes of the mesh (slice, data, fsdp, expert, sequence, tensor) or "
+            "'none', got 'tensro'; did you mean 'tensor'?",
+        ),
+        (
+            "",
+            ["--mesh.axes.batch", "[data, sequence]"],
+            "--mesh.axes.batch: activations have 'batch' and 'length', which would both be on mesh.sequence",
+        ),
+        (
+            "mesh: {axes: {mlp: null}}",
+            [],
+            "mesh.axes: expected a mapping of names to a string or a list of strings, got {'mlp': None}",
+        ),
+        (
             "mesh: {tensor: 3}",
             [],
             "mesh.tensor: must divide model.num_heads = 4 and model.num_kv_heads = 4, got 3",
@@ -145,10 +166,15 @@ from tests.conftest import ROOT
             "got 64 / num_minibatches = 16",
         ),
         (
+            "mesh: {slice: 2, expert: 16}",
+            [],
+            "ppo.batch_size: must fill the mesh with a multiple of 32 (mesh.slice 2 * mesh.expert 16), "
+            "got 64 / num_minibatches = 16",
+        ),
+        (
             "mesh: {data: 4, fsdp: 1}\nreward_model: {microbatch_size: 1}",
             [],
-            "reward_model.microbatch_size: must fill the mesh with a multiple of 2 "
-            "(mesh.data 4 * mesh.fsdp 1), got 1",
+            "reward_model.microbatch_size: must fill the mesh with a multiple of 2 (mesh.data 4), got 1",
         ),
         # the architecture
         (

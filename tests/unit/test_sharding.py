@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import sharding
+from rlhf_jax.axes import LOGICAL_AXES, MESH_AXES
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.sharding import (
+    axis_rules,
     batch_sharding,
     check_batch,
     constrain,
@@ -20,6 +21,8 @@ from rlhf_jax.sharding import (
     make_mesh,
     param_shardings,
     partition_spec,
+    replicated,
+    traced_on,
 )
 
 SIZES = {
@@ -47,17 +50,25 @@ def struct(*shape):
 
 
 def test_one_size_may_be_what_is_left():
-    assert dict(make_mesh(MeshConfig(data=-1, fsdp=2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    shape = make_mesh(MeshConfig(data=-1, fsdp=2)).shape
+    assert tuple(shape.items()) == (
+        ("slice", 1),
+        ("data", 4),
+        ("fsdp", 2),
+        ("expert", 1),
+        ("sequence", 1),
+        ("tensor", 1),
+    )
     assert make_mesh(MeshConfig(data=1), devices=jax.devices()[:1]).size == 1
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 3, "fsdp": -1}, "data=3, mesh.fsdp=-1, .*number of devices, 8"),
-        ({"data": 2, "fsdp": 2}, "mesh.tensor=1 does not fit the number of devices, 8"),
+        ({"data": 3, "fsdp": -1}, "data=3, mesh.fsdp=-1 .*number of devices, 8"),
+        ({"data": 2, "fsdp": 2}, "mesh.data=2, mesh.fsdp=2 does not fit the number of devices, 8"),
         ({"data": -1, "fsdp": -1}, "one alone may be -1"),
-        ({"data": 0}, "mesh.data=0, .*at least 1"),
+        ({"data": 0}, "mesh.data=0: .*at least 1"),
         ({"data": -1, "tensor": -2}, "mesh.tensor=-2: each size must be at least 1"),
     ],
 )
@@ -70,18 +81,23 @@ def test_logical_axes_become_mesh_axes():
     assert partition_spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(
         None, "fsdp", "tensor", None
     )
-    assert partition_spec(("batch", "length")) == PartitionSpec(("data", "fsdp"), None)
+    assert partition_spec(("batch", "length")) == PartitionSpec(
+        ("slice", "data", "fsdp", "expert"), "sequence"
+    )
 
 
 def test_two_dimensions_on_one_mesh_axis_are_refused():
-    with pytest.raises(ValueError, match=r"two dimensions of \('heads', 'mlp'\) fall on one mesh axis"):
+    with pytest.raises(
+        ValueError,
+        match=r"^axes \(heads, mlp\) on P\('tensor', 'tensor'\): 'heads' and 'mlp' are both on mesh.tensor",
+    ):
         partition_spec(("heads", "mlp"))
-    with pytest.raises(ValueError, match="fall on one mesh axis"):
+    with pytest.raises(ValueError, match="both on mesh.fsdp"):
         partition_spec(("batch", "embed"))
 
 
 def test_an_unknown_logical_axis_is_refused():
-    with pytest.raises(ValueError, match=r"unknown logical axes \['hedas'\].*known: .*'heads'"):
+    with pytest.raises(ValueError, match="'hedas' is no logical axis; did you mean 'heads'?"):
         partition_spec(("embed", "hedas"))
 
 
@@ -108,13 +124,70 @@ def test_all_parameters_that_do_not_fit_are_named(mesh):
     ]
     (q,) = (line.strip() for line in lines if "attention/q" in line)
     assert q == (
-        "trunk/layers/attention/q (2, 16, 3, 4), spec P(None, 'fsdp', 'tensor', None): "
-        "'heads' of size 3 is not a multiple of 2, the size of mesh.tensor"
+        "trunk/layers/attention/q (2, 16, 3, 4), axes (layers, embed, heads, head_dim) "
+        "on P(None, 'fsdp', 'tensor', None): "
+        "'heads' of size 3 is not a multiple of 2, the size of mesh.tensor=2"
     )
 
 
+def test_rules_put_dimensions_elsewhere(mesh):
+    """The parameters, what is traced within a program, and rows follow; nothing is left of the rules."""
+    model = make_model(Architecture(**SIZES))
+    rules = {"mlp": "none", "embed": ["fsdp", "sequence"], "batch": ["data", "tensor"]}
+    rules |= {"heads": "none", "kv_heads": "none"}
+    with axis_rules(rules):
+        shardings = param_shardings(mesh, model.policy_axes, model.policy_shapes)
+        for_decoding = decode_shardings(mesh, model.policy_axes, model.policy_shapes)
+        assert batch_sharding(mesh).spec == PartitionSpec(("data", "tensor"))
+        program = jax.jit(traced_on(mesh, lambda x: constrain(x, ("batch", "width"))))
+    assert shardings["trunk"]["layers"]["mlp"]["up"].spec == PartitionSpec(None, ("fsdp", "sequence"), None)
+    assert for_decoding["trunk"]["layers"]["mlp"]["up"].is_fully_replicated
+    held = program(jax.device_put(jnp.zeros((8, 4)), replicated(mesh))).sharding
+    assert held.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "tensor"))), 2)
+    assert batch_sharding(mesh).spec == PartitionSpec(("slice", "data", "fsdp", "expert"))
+
+
+def test_rules_under_which_two_dimensions_fall_on_one_axis_name_every_parameter(mesh):
+    model = make_model(Architecture(**SIZES))
+    with (
+        axis_rules({"embed": ["fsdp", "tensor"], "heads": "none", "vocab": "none"}),
+        pytest.raises(ValueError) as caught,
+    ):
+        param_shardings(mesh, model.policy_axes, model.policy_shapes)
+    _, *lines = str(caught.value).splitlines()
+    assert [line.split()[0].rpartition("/")[2] for line in lines] == ["k", "v", "down", "gate", "up"]
+    assert lines[-1].strip() == (
+        "trunk/layers/mlp/up (2, 16, 24), axes (layers, embed, mlp) "
+        "on P(None, ('fsdp', 'tensor'), 'tensor'): "
+        "'embed' and 'mlp' are both on mesh.tensor, which an array may use once"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"mpl": "tensor"}, "mesh.axes.mpl: no logical axis of the models; did you mean 'mlp'?"),
+        ({"mlp": "tensro"}, "got 'tensro'; did you mean 'tensor'?"),
+        (
+            {"mlp": ["fsdp", "none"]},
+            "must name axes of the mesh (slice, data, fsdp, expert, sequence, tensor)",
+        ),
+        ({"mlp": ["fsdp", "fsdp"]}, "mesh.axes.mlp: must name each axis of the mesh once"),
+        (
+            {"batch": ["data", "sequence"]},
+            "mesh.axes.batch: activations have 'batch' and 'length', which would both be on mesh.sequence",
+        ),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(rules, message):
+    with pytest.raises(ValueError) as caught, axis_rules(rules):
+        pass
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_axes_of_another_rank_are_refused(mesh):
-    with pytest.raises(ValueError, match=r"a: 1 logical axes \('embed',\) for the shape \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"a \(4, 4\): 1 logical axes, \(embed\)"):
         param_shardings(mesh, {"a": ("embed",)}, {"a": struct(4, 4)})
 
 
@@ -134,8 +207,7 @@ def test_a_constraint_needs_a_mesh(mesh):
 
 
 def test_every_mesh_axis_of_the_table_exists():
-    named = {axis for part in sharding.LOGICAL_AXES.values() for axis in sharding._mesh_axes(part)}
-    assert named == set(sharding.MESH_AXES)
+    assert {axis for part in LOGICAL_AXES.values() for axis in part} == set(MESH_AXES)
 
 
 def test_activations_are_divided_by_rows_not_like_the_parameters(mesh):
