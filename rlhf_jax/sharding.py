@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.axes import LOGICAL_AXES, MESH_AXES, Table, axis_problems, axis_table, collisions
@@ -51,13 +52,14 @@ def traced_on[**P, R](mesh: Mesh, function: Callable[P, R]) -> Callable[P, R]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh of MESH_AXES over all devices.
+    """Returns the mesh of MESH_AXES over all devices; on TPUs the axis `slice` alone leaves a slice.
 
     Args:
         config: sizes; one may be -1, which takes what the others leave.
         devices: JAX devices; all of jax.devices() by default.
     Raises:
-        ValueError: sizes that are not positive, several -1, or a product that is not the number of devices.
+        ValueError: sizes that are not positive, several -1, a product that is not the number of devices, or a
+            size of `slice` that is not the number of slices that the TPUs are in.
     """
     devices = jax.devices() if devices is None else devices
     sizes = list(config.sizes.values())
@@ -77,7 +79,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             hint += f" (JAX_NUM_CPU_DEVICES={math.prod(abs(size) for size in sizes)} makes as many of a CPU)"
         raise ValueError(f"{text} does not fit the number of devices, {len(devices)}; {hint}")
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    types = (AxisType.Auto,) * len(shape)
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    num_slices = len({device.slice_index for device in devices})
+    if shape[0] != num_slices:
+        raise ValueError(
+            f"mesh.slice is {shape[0]}, but the {len(devices)} devices are in {num_slices} "
+            f"slice{'s' if num_slices > 1 else ''}; set mesh.slice to {num_slices}"
+        )
+    if num_slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    within, across = (1, *shape[1:]), (num_slices, *(1 for _ in shape[1:]))
+    return Mesh(create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=types)
 
 
 def partition_spec(axes: Sequence[str]) -> PartitionSpec:

@@ -77,6 +77,44 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
         make_mesh(MeshConfig(**sizes))
 
 
+@pytest.fixture(scope="module")
+def two_slices():
+    """The devices of two slices of four TPUs, as the TPU compiler describes them."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}, {"fsdp": 4}, {"data": -1, "sequence": 4}])
+def test_slices_are_the_outermost_axis_and_nothing_else_leaves_one(two_slices, sizes):
+    mesh = make_mesh(MeshConfig(**{"data": 1, "slice": 2} | sizes), two_slices)
+    assert mesh.axis_names == MESH_AXES
+    assert mesh.devices.shape[0] == 2
+    for place, devices in enumerate(mesh.devices):
+        assert {device.slice_index for device in devices.flat} == {place}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"slice": 4, "data": 2}])
+def test_a_mesh_says_on_how_many_slices_it_is(two_slices, sizes):
+    with pytest.raises(ValueError, match="8 devices are in 2 slices; set mesh.slice to 2"):
+        make_mesh(MeshConfig(**sizes), two_slices)
+
+
+def test_a_slice_is_one(two_slices):
+    one = [device for device in two_slices if device.slice_index == 1]
+    assert make_mesh(MeshConfig(fsdp=4), one).shape["fsdp"] == 4
+    with pytest.raises(ValueError, match="mesh.slice is 2, but the 4 devices are in 1 slice; set"):
+        make_mesh(MeshConfig(slice=2, data=2), one)
+
+
+def test_on_a_cpu_slices_are_an_axis_like_others():
+    assert make_mesh(MeshConfig(slice=2)).shape["data"] == 4
+
+
 def test_logical_axes_become_mesh_axes():
     assert partition_spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(
         None, "fsdp", "tensor", None
