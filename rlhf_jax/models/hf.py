@@ -29,7 +29,7 @@ from rlhf_jax.progress import watched
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-_STORED_AS: dict[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+STORED_AS: dict[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 Slices = tuple[slice, ...]
 
@@ -118,7 +118,7 @@ def write_checkpoint(
     path, writes = Path(directory), jax.process_index() == 0
     if writes:
         path.mkdir(parents=True, exist_ok=True)
-    tensor_files.write_tensors(path, tensors, _STORED_AS[dtype], shard_bytes, writes=writes)
+    tensor_files.write_tensors(path, tensors, STORED_AS[dtype], shard_bytes, writes=writes)
     if writes:
         _write_json(path / _CONFIG, config)
 
@@ -151,7 +151,7 @@ def new_tensors(
         of_tensor.setdefault(piece.tensor, []).append(piece)
 
     def make(parts: list[Piece]) -> np.ndarray:
-        tensor = np.empty(parts[0].shape, FLOAT_TYPES[_STORED_AS[dtype]])
+        tensor = np.empty(parts[0].shape, FLOAT_TYPES[STORED_AS[dtype]])
         for piece in parts:
             piece.write(tensor, gather(leaves[piece.parameter][piece.at]))
         return tensor
@@ -259,15 +259,16 @@ def checked_tensors(
         expected = [p._replace(tensor=stored) if p.tensor in names else p for p in expected]
         needless = set(names) - {stored}
     wanted = {piece.tensor: piece.shape for piece in expected} | dict(others or {})
-    _check_tensors(directory, wanted, needless, files)
+    check_tensors(directory, wanted, needless, files)
     return _by_parameter(expected)
 
 
-def _check_tensors(
+def check_tensors(
     directory: str | os.PathLike[str],
     wanted: Mapping[str, tuple[int, ...]],
     needless: set[str],
     files: Mapping[str, StoredTensor],
+    config: str = _CONFIG,
 ) -> None:
     """Raises ValueError with a table of all tensors that are missing, too many, mis-shaped or not floats."""
     rows: list[tuple[str, Any, Any]] = []
@@ -281,7 +282,7 @@ def _check_tensors(
         elif name not in wanted and name not in needless and not is_buffer(name):
             rows.append((name, None, shape))
     if rows:
-        raise ValueError(_table(f"the tensors in {directory} are not those of its {_CONFIG}", "tensor", rows))
+        raise ValueError(_table(f"the tensors in {directory} are not those of its {config}", "tensor", rows))
 
 
 def _table(title: str, first: str, rows: list[tuple[str, Any, Any]]) -> str:

@@ -63,12 +63,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
             fit its files.
     """
     if (directory / WEIGHTS).is_file():
-        if not _is_inside(directory, WEIGHTS):
-            raise ValueError(
-                f"{directory / WEIGHTS} is a link to a file outside its directory; copy it here, or give "
-                "the directory that it is in"
-            )
-        return _open(directory / WEIGHTS)
+        return open_tensor_file(directory, WEIGHTS)
     if not (directory / INDEX).is_file():
         raise ValueError(_no_safetensors(directory))
     content = read_json(directory / INDEX)
@@ -86,6 +81,16 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
         )
     stored = {tensor: of[tensor] for of in opened.values() for tensor in of}
     return stored | {tensor: opened[name][tensor] for tensor, name in weight_map.items()}
+
+
+def open_tensor_file(directory: Path, name: str) -> dict[str, StoredTensor]:
+    """Returns the tensors of one file that is there; ValueError where it is damaged, or lies elsewhere."""
+    if not _is_inside(directory, name):
+        raise ValueError(
+            f"{directory / name} is a link to a file outside its directory; copy it here, or give "
+            "the directory that it is in"
+        )
+    return _open(directory / name)
 
 
 def empty(shape: Sequence[int]) -> np.ndarray:
@@ -158,11 +163,7 @@ def write_tensors(
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [WEIGHTS]
     for name, shard in zip(names, shards, strict=True):
-        parts = _file_parts(shard, dtype)
-        if writes:
-            write_file(directory / name, parts)
-        else:
-            deque(parts, maxlen=0)
+        write_tensor_file(directory / name, shard, dtype, writes=writes)
     if not writes:
         return
     if len(shards) > 1:
@@ -174,6 +175,15 @@ def write_tensors(
     for path in (*directory.glob("model*.safetensors"), directory / INDEX):
         if path.name not in names:
             path.unlink(missing_ok=True)
+
+
+def write_tensor_file(path: Path, tensors: Sequence[NewTensor], dtype: str, *, writes: bool) -> None:
+    """Writes the tensors to one file; see `write_tensors`."""
+    parts = _file_parts(tensors, dtype)
+    if writes:
+        write_file(path, parts)
+    else:
+        deque(parts, maxlen=0)
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
