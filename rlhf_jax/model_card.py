@@ -30,6 +30,25 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForSequenceClassification.from_pretrained("PATH")
 normalizer = model.config.score_normalizer  # score: (logits[0, 0] - normalizer["mean"]) / normalizer["std"]
 ```""",
+    "policy adapter": """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "PATH")
+```""",
+    "scorer adapter": """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+base = AutoModelForSequenceClassification.from_pretrained(
+    "BASE", num_labels=1, pad_token_id=tokenizer.pad_token_id
+)
+model = PeftModel.from_pretrained(base, "PATH")  # score: (logits[0, 0] - MEAN) / STD
+```""",
 }
 
 
@@ -46,13 +65,22 @@ def lineage(config: Config, name: str) -> list[StageConfig]:
     return [stage for stage in config.stages if stage.name in found]
 
 
-def model_card(stages: Sequence[StageConfig], role: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+def model_card(
+    stages: Sequence[StageConfig],
+    role: str,
+    results: Mapping[str, Mapping[str, Any]],
+    *,
+    base: str = "",
+    normalizer: tuple[float, float] = (0.0, 1.0),
+) -> str:
     """Returns the text of a model card in Markdown, with the front matter that the hub reads.
 
     Args:
         stages: of `lineage`: the exported stage last.
         role: policy, value or reward: what is exported of it.
         results: the figures of each stage by name, as in summary.json.
+        base: of an adapter, the model that it is for.
+        normalizer: of a scorer's adapter, mean and deviation of its scores; merged, config.json has them.
     """
     last, by_name = stages[-1], {stage.name: stage for stage in stages}
     steps = [last]
@@ -60,20 +88,27 @@ def model_card(stages: Sequence[StageConfig], role: str, results: Mapping[str, M
         steps.insert(0, by_name[steps[0].start_from])
     start = _last_part(steps[0].start_from or steps[0].model.path)
     measured = table_rows({stage.name: results[stage.name] for stage in stages if stage.name in results})
+    adapted = _last_part(base).removeprefix("hub:").partition("@")[0]
     front = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'peft' if base else 'transformers'}",
+        *([f"base_model: {adapted}"] if base else []),
         f"pipeline_tag: {'text-generation' if role == 'policy' else 'text-classification'}",
         f"tags: [rlhf_jax, {last.algorithm}]",
         "---",
     ]
     origin = f"from `{start}`" if start else "from scratch"
+    what = "a LoRA adapter, " if base else ""
     methods = ", then ".join(_METHODS[stage.algorithm] for stage in steps)
+    kind = "policy" if role == "policy" else "scorer"
+    use = _USE[f"{kind} adapter" if base else kind]
+    for name, value in {"BASE": adapted, "MEAN": normalizer[0], "STD": normalizer[1]}.items():
+        use = use.replace(name, str(value))
     lines = [
         *front,
         f"# {last.name}: {role}",
         "",
-        f"The {role} of stage `{last.name}`, trained {origin} by {methods}, with rlhf_jax.",
+        f"The {role} of stage `{last.name}`, {what}trained {origin} by {methods}, with rlhf_jax.",
         "",
         "| stage | measure | before | after |",
         "|---|---|---|---|",
@@ -85,7 +120,7 @@ def model_card(stages: Sequence[StageConfig], role: str, results: Mapping[str, M
         "",
         "## Use",
         "",
-        _USE["policy" if role == "policy" else "scorer"],
+        use,
     ]
     return "\n".join(lines) + "\n"
 

@@ -35,3 +35,14 @@ def test_a_chain_is_told_in_its_order():
     text = model_card(lineage(of, "reward"), "reward", {})
     assert "from scratch by supervised fine-tuning, then Bradley-Terry reward modelling, with" in text
     assert "pipeline_tag: text-classification" in text and "`ppo`" not in text
+
+
+def test_an_adapter_tells_its_base_and_how_scores_are_read():
+    of = config({"name": "reward", "algorithm": "reward_model", "from": "hub:org/base@abc"})
+    text = model_card(lineage(of, "reward"), "reward", {}, base="hub:org/base@abc", normalizer=(0.5, 2.0))
+    assert "library_name: peft\nbase_model: org/base\n" in text
+    assert "The reward of stage `reward`, a LoRA adapter, trained from `hub:org/base@abc` by" in text
+    assert '    "org/base", num_labels=1' in text and "score: (logits[0, 0] - 0.5) / 2.0" in text
+    text = model_card(lineage(of, "reward"), "policy", {}, base="/home/me/exports/base/")
+    assert "base_model: base\n" in text and 'CausalLM.from_pretrained("base"), "PATH")' in text
+    assert "/home/me" not in text and "peft" not in model_card(lineage(of, "reward"), "reward", {})
