@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -209,27 +209,69 @@ def constrain(x: Array, axes: Sequence[str]) -> Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
-def by_rows(function: Callable[..., Array], rows: Array, *whole: Array) -> Array:
-    """Returns function(rows, *whole), each device computing its own rows; plain where no mesh is set.
+class Peers(NamedTuple):
+    """The devices among which an axis of parameters is divided, and with it rows; none where it is whole."""
 
-    For what XLA does not divide by itself: it gathers the rows of all devices on each.
+    axes: tuple[str, ...]
+
+    def index(self) -> Array | int:
+        """Returns which part of the parameters this device has."""
+        return jax.lax.axis_index(self.axes) if self.axes else 0
+
+    def gather(self, rows: Array) -> Array:
+        """Returns the rows of all peers."""
+        return jax.lax.all_gather(rows, self.axes, axis=0, tiled=True) if self.axes else rows
+
+    def sum(self, rows: Array) -> Array:
+        """Returns this device's rows of what `gather` gave, each summed over the peers."""
+        if not self.axes:
+            return rows
+        return jax.lax.psum_scatter(rows, self.axes, scatter_dimension=0, tiled=True)
+
+
+def by_tokens(
+    function: Callable[..., Array],
+    x: Array,
+    whole: Sequence[Array],
+    divided: Sequence[Array],
+    axis: str,
+) -> Array:
+    """Returns function(peers, x, *whole, *divided), each device computing its own tokens of x.
+
+    For what XLA does not divide by itself: it gathers the tokens of all devices on each.
 
     Args:
-        function: gives rows of those it gets; what it does with one depends on no other.
-        rows: a leading axis of rows, which is divided as batches are.
-        whole: not divided over the devices that divide rows; other mesh axes divide these as ever.
+        function: gives tokens of those it gets; what it does with one depends on no other. Of `divided` it
+            gets this device's part, and peers that have the others.
+        x: [B, T, ...], divided as activations are; plain on one device where no mesh is set.
+        whole: arrays that are not divided over the devices that divide tokens.
+        divided: arrays whose first dimension has the logical axis `axis`. Other dimensions are whole, but
+            for mesh axes that do not divide tokens: these divide them as ever.
+        axis: on mesh axes that divide rows.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return function(rows, *whole)
-    spec = partition_spec(("batch",))
-    axes = _mesh_axes(spec[0])
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(Peers(()), x, *whole, *divided)
+    rows, length = partition_spec(("batch", "length"))
+    if x.shape[1] % math.prod(mesh.shape[name] for name in _mesh_axes(length)):
+        length = None  # a single token, while decoding
+    parts = partition_spec((axis,))[0]
+    peers = Peers(tuple(name for name in _mesh_axes(parts) if mesh.shape[name] > 1))
+    manual = (*_mesh_axes(rows), *_mesh_axes(length))
 
-    def on_device(rows: Array, *whole: Array) -> Array:
-        # Said first of all, so that gradients are summed over devices in the type that `whole` comes in.
-        return function(rows, *(jax.lax.pcast(x, axes, to="varying") for x in whole))
+    def on_device(x: Array, whole: Sequence[Array], divided: Sequence[Array]) -> Array:
+        # Said first of all, so that gradients are summed over devices in the type that the arrays come in.
+        others = tuple(name for name in manual if name not in _mesh_axes(parts))
+        whole = [jax.lax.pcast(array, manual, to="varying") for array in whole]
+        return function(peers, x, *whole, *(jax.lax.pcast(array, others, to="varying") for array in divided))
 
-    in_specs = (spec, *(PartitionSpec() for _ in whole))
-    return jax.shard_map(on_device, in_specs=in_specs, out_specs=spec, axis_names=set(axes))(rows, *whole)
+    spec = PartitionSpec(rows, length)
+    return jax.shard_map(
+        on_device,
+        in_specs=(spec, PartitionSpec(), PartitionSpec(parts)),
+        out_specs=spec,
+        axis_names=set(manual),
+    )(x, whole, divided)
 
 
 def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:

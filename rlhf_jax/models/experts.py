@@ -34,21 +34,25 @@ def run_experts(
 ) -> Array:
     """Returns sum_k weight_k down_e(activation(gate_e(x)) * up_e(x)), e being a token's k-th expert, [N, D].
 
-    Tokens are sorted by expert, so that each expert multiplies one contiguous block, of whatever length.
+    Tokens are sorted by expert, so that each expert multiplies one contiguous block, of whatever length. What
+    chose experts that are not among these E comes last, is multiplied by none, and adds nothing.
 
     Args:
         x: [N, D].
-        experts: i32[N, k].
+        experts: i32[N, k]; below 0, or E and more: an expert that another device has.
         weights: f32[N, k].
         gate: [E, D, F].
         up: [E, D, F].
         down: [E, F, D].
         activation: elementwise.
     """
-    num_tokens, num_chosen = experts.shape
-    order = jnp.argsort(experts.reshape(-1))
-    sizes = jnp.bincount(experts.reshape(-1), length=gate.shape[0])
+    (num_tokens, num_chosen), num_experts = experts.shape, gate.shape[0]
+    is_here = (experts >= 0) & (experts < num_experts)
+    experts = jnp.where(is_here, experts, num_experts).reshape(-1)
+    order = jnp.argsort(experts)
+    sizes = jnp.bincount(experts, length=num_experts + 1)[:-1]
     sorted_x = x[order // num_chosen]
     fed = activation(jax.lax.ragged_dot(sorted_x, gate, sizes)) * jax.lax.ragged_dot(sorted_x, up, sizes)
     out = jax.lax.ragged_dot(fed, down, sizes)[jnp.argsort(order)].reshape(num_tokens, num_chosen, -1)
+    out = jnp.where(is_here[..., None], out, 0)
     return jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype))

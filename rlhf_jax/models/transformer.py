@@ -17,7 +17,7 @@ from rlhf_jax.models.attention import causal_attention, soft_capped
 from rlhf_jax.models.experts import choose_experts, run_experts
 from rlhf_jax.models.heads import SCORE_HEAD_AXES, zero_score_head
 from rlhf_jax.models.rope import Rotation, rotate, rotation
-from rlhf_jax.sharding import by_rows, constrain
+from rlhf_jax.sharding import Peers, by_tokens, constrain
 
 INIT_STD = 0.02
 _ACTIVATIONS = {
@@ -284,9 +284,11 @@ class Experts(nnx.Module):
         self.down = _weight(rngs, (num_experts, *shape[:0:-1]), ("expert", "mlp", "embed"), std)
 
     def __call__(self, x: Array) -> Array:
-        return by_rows(self._feed, x, *(w[...] for w in (self.router, self.gate, self.up, self.down)))
+        return by_tokens(
+            self._feed, x, [self.router[...]], [w[...] for w in (self.gate, self.up, self.down)], "expert"
+        )
 
-    def _feed(self, x: Array, *params: Array) -> Array:
+    def _feed(self, peers: Peers, x: Array, *params: Array) -> Array:
         router, gate, up, down = (w.astype(x.dtype) for w in params)  # here: gradients are summed in float32
         architecture, flat = self.architecture, x.reshape(-1, x.shape[-1])
         experts, weights = choose_experts(
@@ -296,7 +298,9 @@ class Experts(nnx.Module):
             normalize=architecture.normalize_expert_weights,
         )
         act = _ACTIVATIONS[architecture.activation]
-        return run_experts(flat, experts, weights, gate, up, down, act).reshape(x.shape)
+        flat, experts, weights = (peers.gather(each) for each in (flat, experts, weights))
+        fed = run_experts(flat, experts - peers.index() * gate.shape[0], weights, gate, up, down, act)
+        return peers.sum(fed).reshape(x.shape)
 
 
 class Norm(nnx.Module):
