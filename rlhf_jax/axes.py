@@ -25,6 +25,7 @@ LOGICAL_AXES: Table = {
     "mlp": ("tensor",),
     "expert": ("expert",),
     "vocab": ("tensor",),
+    "rank": (),  # of adapters
 }
 """What is in force where `mesh.axes` says nothing else."""
 

@@ -246,6 +246,13 @@ def load_info(stage_dir: Path | str) -> dict[str, Any]:
     return reader.info(step)
 
 
+def fingerprint(stage_dir: Path | str) -> str:
+    """Returns what changes when a stage's newest checkpoint does: its step and its files' sizes and sums."""
+    reader, step = _newest(stage_dir)
+    files = sorted(reader._manifest(step)["files"].items())
+    return f"step {step}, {zlib.crc32(to_json(files).encode()):08x}"
+
+
 def write_result(stage_dir: Path | str, step: int, figures: dict[str, Any]) -> None:
     """Marks a stage as done: writes its result.json atomically.
 

@@ -23,6 +23,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
@@ -70,11 +71,44 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Use the embedding matrix as LM head (from scratch)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations; parameters and optimiser state stay float32."""
+    """Type of activations; trained parameters and optimiser state stay float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """What a block recomputes in the backward pass: nothing, all but matrix products, everything."""
     logprob_chunk: Count = 0
     """Tokens whose logits exist at once when log-probabilities are computed; 0: all of a microbatch."""
+    sharing: Literal["separate", "trunk", "hydra"] = "separate"
+    """What the roles of ppo have in common: nothing; `trunk`: the values are a head on the policy; `hydra`:
+    all are adapters (section lora) and heads on one frozen model, which alone is the reference."""
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type in which frozen models are stored, heads and adapters excepted; auto: bfloat16 of the base of
+    adapters, float32 of reference and reward models of their own."""
+    frozen_memory: Literal["device", "host"] = "device"
+    """Where reference and reward models of their own lie while they are not needed: on the devices, or in the
+    host's memory, from which they are copied for each pass."""
+
+    @property
+    def base_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Returns the type of the frozen model that adapters belong to."""
+        return "bfloat16" if self.frozen_dtype == "auto" else self.frozen_dtype
+
+    @property
+    def role_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Returns the type of reference and reward models of their own."""
+        return "float32" if self.frozen_dtype == "auto" else self.frozen_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the weights of the model that a stage starts from."""
+
+    rank: Count = 0
+    """Width of the adapters; 0: none, all weights are trained."""
+    alpha: PositiveFloat = 16.0
+    """Adapters are scaled by alpha / rank."""
+    targets: tuple[AdapterTarget, ...] = ()
+    """Weights that have an adapter; empty: all of these that the model has, but experts."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,8 +397,8 @@ class PPOConfig:
     value_clip_eps: PositiveFloat = 0.2
     """Clip of the value around its old estimate."""
     value_coef: NonNegativeFloat = 0.1
-    """Weight of the value loss. The value model has its parameters, clipping and Adam to itself: the weight
-    only decides at which norm its gradients are clipped."""
+    """Weight of the value loss. A value model with parameters of its own has clipping and Adam to itself: the
+    weight then only decides at which norm its gradients are clipped."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     whiten_rewards: bool = False
@@ -404,6 +438,7 @@ RUN_SECTIONS = {
 }
 STAGE_SECTIONS = {
     "model": ModelConfig,
+    "lora": LoraConfig,
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "rollout": RolloutConfig,
@@ -428,6 +463,7 @@ class StageConfig:
     """Stage, directory or `hub:OWNER/NAME` of the reward model; empty: none."""
     settings: AlgorithmConfig
     model: ModelConfig
+    lora: LoraConfig
     tokenizer: TokenizerConfig
     data: DataConfig
     mesh: MeshConfig

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlhf_jax.config import (
     RESERVED_NAMES,
     Config,
     DataConfig,
+    LoraConfig,
     PPOConfig,
     RewardModelConfig,
     StageConfig,
@@ -36,7 +38,7 @@ from rlhf_jax.rewards.functions import load_function
 
 MAY_DIFFER = re.compile(
     r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates)$|mesh\.|distributed\.|"
-    r"stages\.[^.]+\.checkpoint\.|stages\.[^.]+\.data\.cache_dir$",
+    r"stages\.[^.]+\.checkpoint\.|stages\.[^.]+\.data\.cache_dir$|stages\.[^.]+\.model\.frozen_memory$",
 )
 """Options that may change between a run's start and its resumption."""
 
@@ -74,6 +76,7 @@ def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> 
         found += check_batches(stage, path)
         found += check_architecture(stage, earlier, path)
         found += check_ppo(stage, path)
+        found += check_lora(stage, earlier, path)
         found += check_formats(stage, path)
         found += check_paths(stage, path)
         found += check_functions(stage, path)
@@ -283,6 +286,47 @@ def check_ppo(stage: StageConfig, path: PathOf) -> Iterator[str]:
             f"{path('ppo', 'kl_horizon')}: must be more than 0.2 * batch_size = "
             f"{0.2 * settings.batch_size:g}, got {settings.kl_horizon}"
         )
+
+
+def check_lora(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf) -> Iterator[str]:
+    """Yields adapters without the sharing that trains them, or without a model that they would adapt."""
+    rank, sharing = stage.lora.rank, stage.model.sharing
+    if stage.algorithm == "ppo" and sharing == "hydra" and rank == 0:
+        yield f"{path('lora', 'rank')}: must be >= 1 where model.sharing is 'hydra', got 0"
+    if stage.algorithm == "ppo" and sharing != "hydra" and rank:
+        yield (
+            f"{path('lora', 'rank')}: would be ignored, got {rank}: adapters of ppo need model.sharing: "
+            f"hydra; set that, or lora: {{rank: 0}} in the stage {stage.name}"
+        )
+    elif rank and not stage.start_from and not stage.model.path:
+        yield (
+            f"{path('lora', 'rank')}: must be 0 where a model is trained from scratch, got {rank} for the "
+            f"stage {stage.name}; give it from or model.path, or lora: {{rank: 0}}"
+        )
+    judge = earlier.get(stage.reward_from)
+    if sharing != "hydra" or judge is None or not judge.lora.rank or judge.algorithm != "reward_model":
+        return
+    base, of_judge = (s.start_from or s.model.path for s in (stage, judge))
+    if base != of_judge:
+        yield (
+            f"stages.{stage.name}.reward_from: {judge.name!r} holds adapters of {of_judge!r}, but this "
+            f"stage's base is {base!r}; let both start from the same, or train {judge.name} with lora: "
+            "{rank: 0}: it then is a model of its own"
+        )
+    if judge.model.base_dtype != stage.model.base_dtype:
+        yield (
+            f"{path('model', 'frozen_dtype')}: the adapters of {judge.name!r} belong to a base in "
+            f"{judge.model.base_dtype}, this stage's is in {stage.model.base_dtype}; give both the same"
+        )
+    if judge.lora != stage.lora:
+        yield (
+            f"stages.{stage.name}.reward_from: {judge.name!r} has other adapters, {_told(judge.lora)} where "
+            f"this stage has {_told(stage.lora)}; give both the same lora"
+        )
+
+
+def _told(lora: LoraConfig) -> str:
+    return f"lora {{{', '.join(f'{key}: {value}' for key, value in asdict(lora).items())}}}"
 
 
 def check_formats(stage: StageConfig, path: PathOf) -> Iterator[str]:

@@ -369,4 +369,6 @@ def _escaped(value: Any) -> Any:
     """Returns a value that `_expanded` makes the given one of."""
     if isinstance(value, dict):
         return {_escaped(key): _escaped(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_escaped(item) for item in value]
     return _VARIABLE.sub(lambda match: f"${match.group()}", value) if isinstance(value, str) else value

@@ -87,7 +87,7 @@ class Collector:
             RewardError: where a reward function fails.
         """
         start = time.perf_counter()
-        rollout = self._programs.rollout(params["policy"], place_rows(self._mesh, prompts), key)
+        rollout = self._programs.rollout(params, frozen, place_rows(self._mesh, prompts), key)
         rows, ended = jax.device_get((rollout.rows, rollout.ended))
         sampled = time.perf_counter()
 

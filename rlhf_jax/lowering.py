@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -10,12 +11,13 @@ from jax import ShapeDtypeStruct
 from jax.sharding import Mesh, NamedSharding
 from jax.stages import Lowered
 
-from rlhf_jax.algos.algorithm import Algorithm
+from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params, Prompts, Rows
+from rlhf_jax.config import StageConfig
 from rlhf_jax.data.loader import Loader
-from rlhf_jax.models.transformer import Model
+from rlhf_jax.models.transformer import POLICY, Model
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import Programs, role_shardings
+from rlhf_jax.programs import Parts, Programs, part_shardings
 from rlhf_jax.sharding import batch_sharding, replicated
 from rlhf_jax.stage import stage_programs
 
@@ -25,19 +27,12 @@ def lower_stage(plan: Plan, mesh: Mesh) -> tuple[dict[str, Lowered], tuple[int, 
     model, programs = stage_programs(plan, mesh)
     settings = plan.stage.settings
     batch, _ = Loader[Any, Any](plan.train, settings.batch_size, plan.stage.run.seed).batch(0)
-    has_reward_model = plan.origins.reward is not None
-    lowered = lower_programs(programs, plan.algorithm, model, mesh, batch, has_reward_model=has_reward_model)
+    lowered = lower_programs(programs, plan.stage, plan.parts(), model, mesh, batch)
     return lowered, np.shape(batch.tokens)
 
 
 def lower_programs(
-    built: Programs,
-    algorithm: Algorithm,
-    model: Model,
-    mesh: Mesh,
-    batch: Rows | Prompts,
-    *,
-    has_reward_model: bool = True,
+    built: Programs, stage: StageConfig, parts: Parts, model: Model, mesh: Mesh, batch: Rows | Prompts
 ) -> dict[str, Lowered]:
     """Returns what a step of a stage runs, by name, lowered; nothing is compiled, computed or held.
 
@@ -45,31 +40,37 @@ def lower_programs(
 
     Args:
         built: the stage's programs.
-        algorithm: of the stage.
+        stage: reads the algorithm, and the types of frozen models.
+        parts: of each role's parameters.
         model: that the programs were built of.
         mesh: that they were built for; its devices need not be there, see jax.experimental.topologies.
         batch: what the stage takes of its records, arrays or shape structs.
-        has_reward_model: whether one of this architecture is among the frozen roles, where one is read.
     """
     programs = cast(Any, built)  # what jax.jit returns
+    algorithm = ALGORITHMS[stage.algorithm]
 
     def weights(role: str) -> Params:
-        shapes = model.score_shapes if role in ("value", "reward") else model.policy_shapes
-        return jax.tree.map(_placed, shapes, role_shardings(model, mesh, role))
+        dtype = stage.model.base_dtype if role == "base" else stage.model.role_dtype
+        dtypes = dict.fromkeys(() if role in algorithm.trains else POLICY, jax.numpy.dtype(dtype))
+        shapes, shardings = model.shapes_of(parts[role]), part_shardings(model, mesh, parts[role])
+        return {
+            part: jax.tree.map(partial(_placed, dtype=dtypes.get(part)), shapes[part], shardings[part])
+            for part in shapes
+        }
 
     def rows(tree: Any) -> Any:
         return jax.tree.map(lambda x: _placed(x, batch_sharding(mesh)), tree)
 
-    trained = {role: weights(role) for role in algorithm.trains}
-    reads = [role for role in algorithm.reads if role != "reward" or has_reward_model]
-    frozen = {role: weights(role) for role in reads}
+    of_roles = {role: weights(role) for role in parts}
+    trained = {role: of_roles.pop(role) for role in algorithm.trains}
+    frozen = of_roles
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     state = programs.init_state.eval_shape(trained)
     learned, lowered = rows(batch), {}
     if algorithm.records == "prompt_only":
         prompts = learned
-        lowered["rollout"] = programs.rollout.lower(trained["policy"], prompts, key)
-        rollout = rows(programs.rollout.eval_shape(trained["policy"], prompts, key))
+        lowered["rollout"] = programs.rollout.lower(trained, frozen, prompts, key)
+        rollout = rows(programs.rollout.eval_shape(trained, frozen, prompts, key))
         lowered["score"] = programs.score.lower(trained, frozen, rollout)
         scored = rows(programs.score.eval_shape(trained, frozen, rollout)[0])
         scores = ShapeDtypeStruct(rollout.ended.shape, np.float32, sharding=batch_sharding(mesh))
@@ -82,5 +83,5 @@ def lower_programs(
     return lowered
 
 
-def _placed(x: Any, sharding: NamedSharding) -> ShapeDtypeStruct:
-    return ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)
+def _placed(x: Any, sharding: NamedSharding, dtype: np.dtype | None = None) -> ShapeDtypeStruct:
+    return ShapeDtypeStruct(np.shape(x), dtype or x.dtype, sharding=sharding)

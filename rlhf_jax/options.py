@@ -50,20 +50,26 @@ class Option:
         )
 
     @property
+    def is_list(self) -> bool:
+        """Returns whether the value is a list of choices."""
+        return typing.get_origin(self.base) is tuple
+
+    @property
     def choices(self) -> tuple[str, ...]:
-        """Returns the values of a Literal; empty for every other type."""
-        return typing.get_args(self.base) if typing.get_origin(self.base) is typing.Literal else ()
+        """Returns the values of a Literal, or of a list's Literal; empty for every other type."""
+        of = typing.get_args(self.base)[0] if self.is_list else self.base
+        return typing.get_args(of) if typing.get_origin(of) is typing.Literal else ()
 
     def is_text(self, given: str) -> bool:
         """Returns whether what is given on the command line is the value itself, not YAML that tells it."""
         is_source = self.base == MIXTURE and not given.lstrip().startswith("{")
-        return self.base is str or bool(self.choices) or is_source
+        return self.base is str or (bool(self.choices) and not self.is_list) or is_source
 
     @property
     def kind(self) -> str:
         """Returns what a value is, such as 'a number'."""
         if self.choices:
-            return "one of " + ", ".join(map(repr, self.choices))
+            return ("a list of " if self.is_list else "one of ") + ", ".join(map(repr, self.choices))
         return _NOUNS.get(self.base, "a mapping of names to strings")
 
     @property
@@ -87,6 +93,8 @@ class Option:
         """
         if self.base == MIXTURE and isinstance(value, dict):
             return _weights(value)
+        if self.is_list:
+            return self._read_list(value)
         try:
             return TypeAdapter(self.hint).validate_python(value, strict=True)
         except ValidationError as error:
@@ -104,6 +112,16 @@ class Option:
         if reason == "string_pattern_mismatch":
             raise ValueError(f"must be made of letters, digits, '_' and '-', got {show(value)}")
         raise ValueError(f"expected {self.kind}, got {show(value)}")
+
+    def _read_list(self, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"expected {self.kind}, got {show(value)}")
+        for item in value:
+            if item not in self.choices or list(value).count(item) > 1:
+                twice = " twice" if item in self.choices else ""
+                hint = "" if twice else did_you_mean(str(item).removesuffix("_proj"), self.choices)
+                raise ValueError(f"must be {self.kind}, got {show(item)}{twice}{hint}")
+        return tuple(value)
 
 
 def _weights(value: dict[str, Any]) -> dict[str, float]:
@@ -152,6 +170,7 @@ STAGE_FIELDS = _options_of(config.StageConfig, _TEXTS["StageConfig"])
 
 def show(value: Any) -> str:
     """Returns a value as it would be written in YAML, cut at 60 characters."""
+    value = list(value) if isinstance(value, tuple) else value
     text = (
         {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else repr(value)
     )

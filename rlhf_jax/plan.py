@@ -27,10 +27,18 @@ from rlhf_jax.data.tokenize import prompt_limit, text_difference, text_settings
 from rlhf_jax.data.tokenizer import Tokenizer, template_date
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.programs import role_shardings, rows_per_unit
+from rlhf_jax.programs import Parts, part_shardings, role_parts, role_shardings, rows_per_unit
 from rlhf_jax.reward_origin import External, external_reward
 from rlhf_jax.rewards.functions import RewardFunction, load_function
-from rlhf_jax.roles import Origins, is_stage_dir, origins, stored_architecture
+from rlhf_jax.roles import (
+    Origins,
+    adapters_of,
+    check_base,
+    is_stage_dir,
+    origins,
+    reward_adapter_info,
+    stored_architecture,
+)
 from rlhf_jax.run_tokenizer import check_vocabulary
 from rlhf_jax.sharding import check_batch
 from rlhf_jax.unread import unread
@@ -56,11 +64,19 @@ class Plan(NamedTuple):
     gold: RewardFunction | None
     external: External | None = None
     """The reward model, where it has another architecture or tokenizer than the policy."""
+    reward_is_whole: bool = True
+    """The reward model that is read is one of its own, not an adapter of the stage's base."""
 
     @property
     def directory(self) -> Path:
         """Returns RUN/STAGE."""
         return Path(self.stage.run.dir) / self.stage.name
+
+    def parts(self) -> Parts:
+        """Returns the parts of each role's parameters; no reward model where it is no role of the stage."""
+        parts = role_parts(self.stage, self.algorithm, reward_is_whole=self.reward_is_whole)
+        has_reward = "reward" in self.algorithm.trains or self.origins.reward is not None
+        return {role: of for role, of in parts.items() if role != "reward" or has_reward}
 
     def row_counts(self) -> dict[str, int]:
         """Returns the numbers of rows that the mesh has to divide, by the option that decides them."""
@@ -230,6 +246,9 @@ def _plan(
     architecture = attempt(_architecture, stage, where, tokenizer, earlier)
     if architecture is not None:
         attempt(check_length, stage, algorithm, architecture)
+        lora = attempt(adapters_of, stage, architecture)
+        if lora is not None and stage.reward_from not in earlier:
+            attempt(check_base, stage, where, lora)
     train, held_out = examples("train"), examples("eval")
     external = None
     if architecture is not None and train is not None:
@@ -276,9 +295,16 @@ def _plan(
         function=function,
         gold=gold,
         external=external,
+        reward_is_whole=_reward_is_whole(stage, where, earlier),
     )
     attempt(_check_text, plan, earlier)
     return None if problems else plan
+
+
+def _reward_is_whole(stage: StageConfig, where: Origins, earlier: dict[str, Plan]) -> bool:
+    if stage.reward_from in earlier:
+        return earlier[stage.reward_from].stage.lora.rank == 0
+    return reward_adapter_info(where.reward) is None
 
 
 def _text(stage: StageConfig, algorithm: Algorithm, tokenizer: Tokenizer, train: Examples) -> dict[str, Any]:
@@ -361,13 +387,13 @@ def check_mesh(plans: Sequence[Plan], mesh: Mesh) -> None:
     """Raises ValueError with all rows of batches and all parameters that do not divide over the mesh."""
     problems: list[str] = []
     for plan in plans:
-        model, algorithm = make_model(plan.architecture), plan.algorithm
+        model = make_model(plan.architecture, lora=adapters_of(plan.stage, plan.architecture))
         rows: list[str] = []
         for name, size in plan.row_counts().items():
             _attempt(rows, check_batch, mesh, size, f"{plan.stage.algorithm}.{name}")
         problems += rows[:1]  # what does not divide the first does not divide its parts
-        for role in (*algorithm.trains, *algorithm.reads):
-            _attempt(problems, role_shardings, model, mesh, role)
+        for parts in plan.parts().values():
+            _attempt(problems, part_shardings, model, mesh, parts)
         if plan.external is not None:
             _attempt(problems, role_shardings, make_model(plan.external.architecture), mesh, "reward")
     if problems:

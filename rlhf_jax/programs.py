@@ -6,7 +6,7 @@ for a whole stage, so that each is compiled once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Max, Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
 from rlhf_jax.config import StageConfig
-from rlhf_jax.models.forward import make_forward
-from rlhf_jax.models.transformer import Model
+from rlhf_jax.models.forward import make_forward, whole_policy
+from rlhf_jax.models.transformer import POLICY, SCORER, Model
 from rlhf_jax.ops.kl import log_ratio, sequence_kl
 from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
 from rlhf_jax.optim import make_optimizer
@@ -42,8 +42,8 @@ class Programs(NamedTuple):
 
     init_state: Callable[[Params], TrainState]
     """Parameters by role -> the state before the first step, on the mesh."""
-    rollout: Callable[[Params, Prompts, Array], Rollout]
-    """Policy parameters, prompts, key -> completions."""
+    rollout: Callable[[Params, Params, Prompts, Array], Rollout]
+    """Trained and frozen parameters, prompts, key -> completions by the policy."""
     score: Callable[[Params, Params, Rollout], tuple[Scored, Metrics]]
     """Trained and frozen parameters, rollout -> what every role says, and metrics of the rollout."""
     advantages: Callable[[Scored, dict[str, Array]], tuple[PolicyBatch, Metrics]]
@@ -61,13 +61,44 @@ def rows_per_unit(stage: StageConfig, algorithm: Algorithm) -> int:
     return 1 if stage.data.packing else algorithm.rows_per_record
 
 
+Parts = dict[str, tuple[str, ...]]
+"""By role: which of trunk, lm_head, score_head and adapter its tree holds."""
+
+
+def role_parts(stage: StageConfig, algorithm: Algorithm, *, reward_is_whole: bool = False) -> Parts:
+    """Returns the parts of each role, and of the frozen `base` where roles are adapters on one.
+
+    A trunk that a role lacks is the base's; a value model's without a base is the policy's. The reference of
+    a base is the base alone, and has no tree.
+
+    Args:
+        stage: lora.rank and model.sharing decide.
+        algorithm: of the stage.
+        reward_is_whole: the frozen reward model was trained without adapters.
+    """
+    has_base = stage.lora.rank >= 1
+    parts: Parts = {}
+    for role in (*algorithm.trains, *algorithm.reads):
+        own_trunk = not has_base or (role == "reward" and role in algorithm.reads and reward_is_whole)
+        if role in ("value", "reward"):
+            shares = role == "value" and stage.model.sharing == "trunk"
+            parts[role] = ("score_head",) if shares else SCORER if own_trunk else ("adapter", "score_head")
+        elif own_trunk or role == "policy":
+            parts[role] = POLICY if own_trunk else ("adapter",)
+    if has_base:
+        parts["base"] = POLICY if "policy" in algorithm.trains else ("trunk",)
+    return parts
+
+
+def part_shardings(model: Model, mesh: Mesh, parts: Iterable[str]) -> Params:
+    """Returns the sharding of every parameter of these parts, of those that the model has."""
+    parts = tuple(parts)
+    return param_shardings(mesh, model.axes_of(parts), model.shapes_of(parts))
+
+
 def role_shardings(model: Model, mesh: Mesh, role: str) -> Params:
-    """Returns the sharding of every parameter of a role."""
-    is_scorer = role in ("value", "reward")
-    axes, shapes = (
-        (model.score_axes, model.score_shapes) if is_scorer else (model.policy_axes, model.policy_shapes)
-    )
-    return param_shardings(mesh, axes, shapes)
+    """Returns the sharding of every parameter of a role that is a model of its own."""
+    return part_shardings(model, mesh, SCORER if role in ("value", "reward") else POLICY)
 
 
 def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
@@ -81,10 +112,12 @@ def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
     }
 
 
-def state_shardings(model: Model, mesh: Mesh, optimizers: Optimizers, aux: dict[str, float]) -> TrainState:
+def state_shardings(
+    model: Model, mesh: Mesh, parts: Parts, optimizers: Optimizers, aux: dict[str, float]
+) -> TrainState:
     """Returns the sharding of every leaf of the train state; moments lie as their parameters do."""
-    shapes = {r: model.score_shapes if r in ("value", "reward") else model.policy_shapes for r in optimizers}
-    params = {role: role_shardings(model, mesh, role) for role in optimizers}
+    shapes = {role: model.shapes_of(parts[role]) for role in optimizers}
+    params = {role: part_shardings(model, mesh, parts[role]) for role in optimizers}
     state = jax.eval_shape(partial(init_state, optimizers=optimizers, aux=aux), shapes)
     opt_state = {
         role: optax.tree.map_params(
@@ -118,15 +151,15 @@ def build_programs(
     forward = make_forward(model, num_completion, temperature, stage.model.logprob_chunk)
     optimizers = optimizers_of(stage, algorithm)
     aux = algorithm.init_aux(settings)
-    shardings = state_shardings(model, mesh, optimizers, aux)
+    shardings = state_shardings(model, mesh, role_parts(stage, algorithm), optimizers, aux)
     rows_on = batch_sharding(mesh)
     constrain = partial(_constrain, sharding=rows_on)
     for_decoding = decode_shardings(mesh, model.policy_axes, model.policy_shapes)
 
-    def rollout(policy: Params, prompts: Prompts, key: Array) -> Rollout:
+    def rollout(params: Params, frozen: Params, prompts: Prompts, key: Array) -> Rollout:
         completed = generate(
             model,
-            jax.lax.with_sharding_constraint(policy, for_decoding),
+            jax.lax.with_sharding_constraint(whole_policy(model, params, frozen), for_decoding),
             prompts,
             key,
             max_new_tokens=stage.rollout.max_new_tokens,
@@ -141,6 +174,8 @@ def build_programs(
         return rollout.rows.sequence_mask & (rollout.ended if algorithm.leaves_out(settings) else True)
 
     def score(params: Params, frozen: Params, rollout: Rollout) -> tuple[Scored, Metrics]:
+        if stage.model.frozen_memory == "host":  # copied for this pass alone
+            frozen = jax.device_put(frozen, jax.memory.Space.Device)
         scored = constrain(score_rollout(forward, params, frozen, rollout))
         return scored, rollout_metrics(scored, counted(rollout))
 

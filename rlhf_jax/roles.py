@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,15 @@ from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params
 from rlhf_jax.checkpoint import RESULT, load_aux, load_info, load_params, read_result
+from rlhf_jax.checkpoint import fingerprint as stage_fingerprint
 from rlhf_jax.config import StageConfig
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import fold_normalizer, init_score_head, zero_score_head
+from rlhf_jax.models.lora import Lora, choose_targets, merge
 from rlhf_jax.models.scorers import RAW, Normalizer, Role, check_scorer, load_scorer, read_scorer
-from rlhf_jax.models.transformer import Model
-from rlhf_jax.programs import role_shardings
+from rlhf_jax.models.transformer import POLICY, Model, make_model
+from rlhf_jax.programs import part_shardings, role_parts, role_shardings
 
 logger = logging.getLogger(__name__)
 
@@ -105,82 +108,263 @@ def checkpoint_architecture(path: Path, role: str) -> Architecture:
     return scorer.architecture
 
 
+def adapters_of(stage: StageConfig, architecture: Architecture) -> Lora | None:
+    """Returns what the adapters of a stage are like; None where it has none.
+
+    Raises:
+        ValueError: targets that the model does not have.
+    """
+    cfg = stage.lora
+    if cfg.rank == 0:
+        return None
+    return Lora(cfg.rank, cfg.alpha, choose_targets(architecture, cfg.targets), cfg.rslora)
+
+
+def adapter_info(stage: StageConfig, where: Origins, lora: Lora | None) -> dict[str, Any]:
+    """Returns what a checkpoint of adapters tells: what they are like, and of which model.
+
+    A stage of the same run is told by its name, so that the run may be moved.
+    """
+    if lora is None:
+        return {}
+    assert where.policy is not None
+    is_of_run = where.policy == Path(stage.run.dir) / stage.start_from
+    place = {"stage": stage.start_from} if is_of_run else {"path": str(where.policy.resolve())}
+    base = place | {"fingerprint": fingerprint(where.policy), "dtype": stage.model.base_dtype}
+    return {"lora": lora._asdict(), "base": base}
+
+
+def fingerprint(path: Path) -> str:
+    """Returns what changes when a model does: of a stage its files' sums, else their sizes."""
+    if is_stage_dir(path):
+        return stage_fingerprint(path)
+    sizes = {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
+    config = (path / "config.json").read_bytes()
+    return f"{sum(sizes.values())} bytes, {zlib.crc32(config + repr(sizes).encode()):08x}"
+
+
+def base_dir(path: Path, info: dict[str, Any]) -> Path | None:
+    """Returns the directory of the model that a stage's adapters belong to; None where it has no adapters."""
+    base = info.get("base")
+    if base is None:
+        return None
+    return path.parent / base["stage"] if "stage" in base else Path(base["path"])
+
+
+def reward_adapter_info(path: Path | None) -> dict[str, Any] | None:
+    """Returns the info of a reward stage's checkpoint; None where it is no stage, or a model of its own."""
+    if path is None or not is_stage_dir(path):
+        return None
+    info = load_info(path)
+    return info if "lora" in info else None
+
+
+def check_base(stage: StageConfig, where: Origins, lora: Lora) -> None:
+    """Raises ValueError where a reward model's adapters are of another base or kind than a stage's."""
+    info = reward_adapter_info(where.reward)
+    if info is None:
+        return
+    assert where.policy is not None and where.reward is not None
+    of_reward = base_dir(where.reward, info)
+    assert of_reward is not None
+    if of_reward.resolve() != where.policy.resolve():
+        raise ValueError(
+            f"{where.reward} holds adapters of {of_reward}, but the base of this stage is {where.policy}; "
+            "train the reward model from the same, or with lora.rank 0: it then is a model of its own"
+        )
+    ours = {"lora": lora._asdict(), "dtype": stage.model.base_dtype}
+    theirs = {"lora": _stored_adapters(info)._asdict(), "dtype": info["base"]["dtype"]}
+    if ours != theirs:
+        raise ValueError(
+            f"{where.reward} holds adapters of another kind, {theirs}; here they are {ours}: give the stage "
+            "the same options of lora and the same model.frozen_dtype"
+        )
+
+
 def load_roles(
     stage: StageConfig, algorithm: Algorithm, where: Origins, model: Model, mesh: Mesh, root: Array
 ) -> tuple[Params, Params]:
-    """Returns (trained, frozen): parameters by role, on the mesh.
+    """Returns (trained, frozen): parameters by role, on the mesh; `role_parts` says what each holds.
 
-    policy     the stage or checkpoint that this stage starts from, or fresh
-    reference  a copy of that policy
+    policy     the stage or checkpoint that this stage starts from, or fresh; or a fresh adapter to it
+    base       with adapters: that policy, or of a reward model its trunk
+    reference  a copy of that policy; of a base there is none
     reward     to be read: the reward stage's or checkpoint's, its normaliser folded into the head;
-               to be trained: the policy's trunk with a fresh head
-    value      a copy of that reward model, or without one the policy's trunk with a zero head
+               to be trained: the policy's trunk, or a fresh adapter to it, with a fresh head
+    value      a copy of that reward model where it has the parts that the value model has, or without one the
+               policy's trunk, or a fresh adapter to it, with a zero head
+
+    Raises:
+        ValueError: adapters of a model that has changed, or of another than this stage's base.
     """
-    key = keys.named(root, "init")
-    policy = load_policy(where.policy, model, mesh) if where.policy else _fresh(model, mesh, key)
-    reward = None if where.reward is None else load_reward(where.reward, model, mesh)
+    policy = load_policy(where.policy, model, mesh) if where.policy else _fresh(model, mesh, root)
+    width = model.architecture.hidden_size
+    reward, is_whole = None, True
+    if where.reward is not None:
+        if model.lora is not None and reward_adapter_info(where.reward):
+            check_base(stage, where, model.lora)
+            reward, is_whole = _fold(*load_adapter(where.reward, "reward", model, mesh)), False
+        else:
+            reward = load_reward(where.reward, model, mesh)
+    parts = role_parts(stage, algorithm, reward_is_whole=is_whole)
 
-    def scorer(role: str, head: Params) -> Params:
-        shardings = role_shardings(model, mesh, role)
-        return _copy({"trunk": policy["trunk"], "score_head": head}, shardings)
-
-    def make(role: str) -> Params | None:
-        width = model.architecture.hidden_size
+    def made(role: str) -> Params | None:
         match role:
-            case "policy":
-                return policy
-            case "reference":
-                return _copy(policy, role_shardings(model, mesh, role))
-            case "reward" if role in algorithm.trains:
-                return scorer(role, init_score_head(keys.named(root, "head"), width))
-            case "reward":
+            case "reward" if role in algorithm.reads:
                 return reward
-            case "value" if reward is not None:
-                return _copy(reward, role_shardings(model, mesh, role))
-            case "value":
-                return scorer(role, zero_score_head(width))
-        raise KeyError(role)
+            case "value" if reward is not None and reward.keys() == set(parts[role]):
+                return reward
+        heads = {
+            "reward": lambda: init_score_head(keys.named(root, "head"), width),
+            "value": lambda: zero_score_head(width),
+        }
+        number = (*algorithm.trains, *algorithm.reads, "base").index(role)
+        adapter_key = jax.random.fold_in(keys.named(root, "adapter"), number)
+        fresh = {
+            "score_head": heads.get(role, dict),
+            "adapter": lambda: jax.jit(model.init_adapter)(adapter_key),
+        }
+        return {
+            part: fresh[part]() if part in fresh else policy[part]
+            for part in parts[role]
+            if part in model.shapes
+        }
 
-    trained = {role: make(role) for role in algorithm.trains}
-    frozen = {role: weights for role in algorithm.reads if (weights := make(role)) is not None}
-    return trained, frozen
+    def placed(role: str, dtype: str, memory: str = "device") -> Params | None:
+        weights = made(role)
+        if weights is None:
+            return None
+        shardings = part_shardings(model, mesh, weights)
+        # These are what was loaded, the other roles copies, so that the trained ones can be donated.
+        is_loaded = "trunk" in weights and (
+            role == "policy" or (role == "reward" and role in algorithm.reads)
+        )
+        own = weights if is_loaded and dtype == "float32" else _copy(weights, shardings, dtype)
+        if memory == "host" and "trunk" in weights:
+            own = jax.device_put(own, jax.tree.map(lambda at: at.with_memory_kind("pinned_host"), shardings))
+        return own
+
+    cfg = stage.model
+    trained = {role: placed(role, "float32") for role in algorithm.trains}
+    frozen = {
+        role: placed(role, cfg.role_dtype, cfg.frozen_memory) for role in algorithm.reads if role in parts
+    }
+    if "base" in parts:
+        frozen["base"] = placed("base", cfg.base_dtype)
+    return trained, {role: weights for role, weights in frozen.items() if weights is not None}
 
 
 def load_policy(path: Path, model: Model, mesh: Mesh) -> Params:
-    """Returns the policy of a stage's newest checkpoint or of a Hugging Face directory, on the mesh."""
-    shardings = role_shardings(model, mesh, "policy")
+    """Returns the policy of a stage's newest checkpoint or of a Hugging Face directory, on the mesh.
+
+    An adapter is merged with the model that it belongs to.
+    """
     if is_stage_dir(path):
-        return load_params(path, "policy", _abstract(model.policy_shapes, shardings))
-    return hf.load_policy(path, model.architecture, shardings)
+        return _load_whole(path, "policy", model, mesh)
+    return hf.load_policy(path, model.architecture, role_shardings(model, mesh, "policy"))
 
 
-def _fresh(model: Model, mesh: Mesh, key: Array) -> Params:
-    return jax.jit(model.init_policy, out_shardings=role_shardings(model, mesh, "policy"))(key)
+def _fresh(model: Model, mesh: Mesh, root: Array) -> Params:
+    init = jax.jit(model.init_policy, out_shardings=role_shardings(model, mesh, "policy"))
+    return init(keys.named(root, "init"))
 
 
 def load_reward(path: Path, model: Model, mesh: Mesh) -> Params:
     """Returns the reward model of a stage or Hugging Face directory, its normaliser folded into the head."""
-    shardings = role_shardings(model, mesh, "reward")
     if not is_stage_dir(path):
-        return load_scorer(path, read_scorer(path), shardings)
-    weights, normalizer = load_trained_scorer(path, "reward", model, mesh)
-    fold = jax.jit(partial(fold_normalizer, mean=normalizer.mean, std=normalizer.std))
-    return weights | {"score_head": jax.device_put(fold(weights["score_head"]), shardings["score_head"])}
+        return load_scorer(path, read_scorer(path), role_shardings(model, mesh, "reward"))
+    return _fold(*load_trained_scorer(path, "reward", model, mesh))
 
 
 def load_trained_scorer(path: Path, role: Role, model: Model, mesh: Mesh) -> tuple[Params, Normalizer]:
     """Returns a stage's reward or value model as it was trained, on the mesh, and its scores' normaliser."""
-    weights = load_params(path, role, _abstract(model.score_shapes, role_shardings(model, mesh, role)))
+    return _load_whole(path, role, model, mesh), _normalizer(path, role)
+
+
+def load_adapter(path: Path, role: Role, model: Model, mesh: Mesh) -> tuple[Params, Normalizer]:
+    """Returns adapter and head of a stage's reward or value model, and its scores' normaliser.
+
+    Raises:
+        ValueError: the model that they belong to has changed.
+    """
+    _checked_base(path, load_info(path))
+    parts = ("adapter", "score_head")
+    abstract = _abstract(model.shapes_of(parts), part_shardings(model, mesh, parts))
+    return load_params(path, role, abstract), _normalizer(path, role)
+
+
+def _normalizer(path: Path, role: Role) -> Normalizer:
     if role == "value":
-        return weights, RAW
+        return RAW
     aux = load_aux(path)
-    return weights, Normalizer(float(aux["normalizer_mean"]), float(aux["normalizer_std"]))
+    return Normalizer(float(aux["normalizer_mean"]), float(aux["normalizer_std"]))
+
+
+def _fold(weights: Params, normalizer: Normalizer) -> Params:
+    fold = jax.jit(partial(fold_normalizer, mean=normalizer.mean, std=normalizer.std))
+    head = weights["score_head"]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, head)
+    return weights | {"score_head": jax.device_put(fold(head), shardings)}
+
+
+def _load_whole(path: Path, role: str, model: Model, mesh: Mesh) -> Params:
+    """Returns a role of a stage as a model of its own: what its tree lacks comes from its base."""
+    info, shardings = load_info(path), role_shardings(model, mesh, role)
+    lora = _stored_adapters(info) if "lora" in info else None
+    model = make_model(model.architecture, lora=lora)
+    parts = info["parts"][role] if "parts" in info else tuple(shardings)
+    own = load_params(path, role, _abstract(model.shapes_of(parts), part_shardings(model, mesh, parts)))
+    if "trunk" in own:
+        return own
+    if lora is None:  # a head on the policy
+        return {"trunk": load_policy(path, model, mesh)["trunk"]} | own
+    base = load_policy(_checked_base(path, info), model, mesh)
+    base = _copy(base, part_shardings(model, mesh, base), info["base"]["dtype"])
+
+    def merged(base: Params, own: Params) -> Params:
+        whole = base | own | {"trunk": merge(base["trunk"], own["adapter"], lora)}
+        return {part: jax.tree.map(jnp.float32, whole[part]) for part in shardings}
+
+    return jax.jit(merged, out_shardings=shardings)(base, own)
+
+
+def _stored_adapters(info: dict[str, Any]) -> Lora:
+    stored = Lora(**info["lora"])
+    return stored._replace(targets=tuple(stored.targets))
+
+
+def _checked_base(path: Path, info: dict[str, Any]) -> Path:
+    """Returns the directory of the model that adapters belong to. Raises ValueError where it has changed."""
+    base = base_dir(path, info)
+    assert base is not None
+    if not base.is_dir():
+        raise ValueError(f"{path} holds adapters of {base}, which is not there; put that model back")
+    if fingerprint(base) != info["base"]["fingerprint"]:
+        raise ValueError(
+            f"{path} holds adapters of {base}, which is not the model any more that it was; put that back, "
+            "or train the adapters again"
+        )
+    return base
 
 
 def _abstract(shapes: Params, shardings: Params) -> Params:
     return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
 
 
-def _copy(params: Params, shardings: Params) -> Params:
-    """Returns the parameters in buffers of their own, so that the trained role can be donated."""
-    return jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings)(params)
+def _copy(params: Params, shardings: Params, dtype: str = "float32") -> Params:
+    """Returns the parameters in buffers of their own, so that the trained role can be donated.
+
+    Args:
+        params: of a role.
+        shardings: of the parameters.
+        dtype: of trunk and LM head; heads of scores and adapters are float32.
+    """
+
+    def copied(params: Params) -> Params:
+        types = {part: dtype if part in POLICY else "float32" for part in params}
+        return {
+            part: jax.tree.map(lambda leaf, to=types[part]: jnp.array(leaf, to, copy=True), weights)
+            for part, weights in params.items()
+        }
+
+    return jax.jit(copied, out_shardings=shardings)(params)

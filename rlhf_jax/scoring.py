@@ -13,12 +13,6 @@ def score_rollout(forward: Forward, params: Params, frozen: Params, rollout: Rol
 
     `old_logprobs` are the training forward's own, so that the first ratio of an on-policy update is 1.
     """
-    rows = rollout.rows
-    has_reward = "reward" in frozen or "reward" in params
-    return Scored(
-        rollout=rollout,
-        old_logprobs=forward.logprobs(params, frozen, rows)[0],
-        ref_logprobs=forward.ref_logprobs(params, frozen, rows),
-        values=forward.values(params, frozen, rows),
-        scores=forward.scores(params, frozen, rows) if has_reward else jnp.zeros(rows.lengths.shape),
-    )
+    said = forward.score_all(params, frozen, rollout.rows)
+    scores = jnp.zeros(rollout.rows.lengths.shape) if said.scores is None else said.scores
+    return Scored(rollout, said.logprobs, said.ref_logprobs, said.values, scores)

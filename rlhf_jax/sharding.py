@@ -82,7 +82,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     types = (AxisType.Auto,) * len(shape)
     if devices[0].platform != "tpu":
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-    num_slices = len({device.slice_index for device in devices})
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})  # not told where there is one
     if shape[0] != num_slices:
         raise ValueError(
             f"mesh.slice is {shape[0]}, but the {len(devices)} devices are in {num_slices} "

@@ -25,7 +25,7 @@ from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.rewards.external import ExternalReward
-from rlhf_jax.roles import load_reward, load_roles
+from rlhf_jax.roles import adapter_info, adapters_of, load_reward, load_roles
 from rlhf_jax.sharding import place_rows
 from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
@@ -34,7 +34,8 @@ from rlhf_jax.trainer import NextBatch, Source, Trainer
 def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
     """Returns the model of a stage, as pure functions, and its programs; nothing is compiled yet."""
     stage, algorithm = plan.stage, plan.algorithm
-    model = make_model(plan.architecture, stage.model.dtype, stage.model.remat)
+    lora = adapters_of(stage, plan.architecture)
+    model = make_model(plan.architecture, stage.model.dtype, stage.model.remat, lora)
     num_completion = (
         stage.rollout.max_new_tokens
         if algorithm.records == "prompt_only"
@@ -78,7 +79,10 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
             "algorithm": stage.algorithm,
             "data": data,
             "text": plan.text,
+            "parts": {role: sorted(weights) for role, weights in trained.items()},
+            **adapter_info(stage, plan.origins, model.lora),
         }
+        base = info.get("base")
         newest = checkpointer.latest()
         if newest is not None:
             state = checkpointer.restore(newest, state)
@@ -93,12 +97,17 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
                     f"stage {stage.name}: the records of data.train are not those that it was trained on "
                     f"until step {newest}; restore them, or choose another run.dir"
                 )
+            if info.get("base") != base:
+                raise ValueError(
+                    f"stage {stage.name}: {plan.origins.policy} is not the model any more to which its "
+                    f"adapters belonged until step {newest}; put that back, or choose another run.dir"
+                )
             print(f"[{stage.name}] goes on after step {newest}", file=sys.stderr)
         writer.resume(0 if newest is None else newest + 1)
         trainer = Trainer(stage, programs, source, evaluate, writer, checkpointer, info, signals)
         state = trainer.train(state, frozen, root)
         if plan.demonstrations is not None and newest != int(state.step):
-            state = _normalized(plan, programs, state, mesh)
+            state = _normalized(plan, programs, state, frozen, mesh)
         if checkpointer.latest() != int(state.step):
             trainer.save(state)
     result = _result(plan, trainer.info)
@@ -156,7 +165,7 @@ def _external_reward(plan: Plan, mesh: Mesh) -> ExternalReward | None:
     return ExternalReward(reader, reward_program(model, mesh), load_reward(path, model, mesh), mesh)
 
 
-def _normalized(plan: Plan, programs: Programs, state: TrainState, mesh: Mesh) -> TrainState:
+def _normalized(plan: Plan, programs: Programs, state: TrainState, frozen: Params, mesh: Mesh) -> TrainState:
     """Returns the state with mean and deviation of the scores on demonstrations in aux."""
     settings = plan.stage.settings
     assert plan.demonstrations is not None and isinstance(settings, RewardModelConfig)
@@ -167,7 +176,7 @@ def _normalized(plan: Plan, programs: Programs, state: TrainState, mesh: Mesh) -
     loader = Loader(of, max(rows // per_unit, 1), plan.stage.run.seed)
     scores = []
     for batch, _ in loader.eval_batches():
-        found = np.asarray(programs.scores(state.params, {}, place_rows(mesh, batch)))
+        found = np.asarray(programs.scores(state.params, frozen, place_rows(mesh, batch)))
         scores.append(found[np.asarray(batch.sequence_mask)][:: of.rows_per_record])
     every = np.concatenate(scores)
     std = every.std() if settings.normalizer == "mean_std" else 1.0

@@ -50,6 +50,18 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         for key in ("eos_token", "pad_token"):
             reasons[f"tokenizer.{key}"] = "a tokenizer that is trained on the spot brings its own"
 
+    has_base = stage.lora.rank >= 1
+    if not has_base:
+        for key in ("alpha", "targets", "rslora"):
+            reasons[f"lora.{key}"] = "lora.rank is 0"
+    if stage.algorithm != "ppo":
+        reasons["model.sharing"] = "only a ppo stage has roles that could share"
+        reasons["model.frozen_memory"] = "only a ppo stage has models that are not needed all the time"
+        if not has_base:
+            reasons["model.frozen_dtype"] = "the stage has no frozen model, for lora.rank is 0"
+    elif stage.model.sharing == "hydra" and not stage.reward_from:
+        reasons["model.frozen_memory"] = "the base of model.sharing 'hydra' is needed all the time"
+
     data = stage.data
     for key in ("prompts", "detokenize"):
         if stage.algorithm != "reward_model" or data.format not in ("auto", "labelled"):

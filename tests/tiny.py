@@ -45,7 +45,17 @@ def stage(algorithm: str, **sections: dict[str, Any]) -> config.StageConfig:
     fixed = {"rollout": {"max_new_tokens": 8}, "optimizer": {"learning_rate": 1e-3}, "mesh": {"data": 1}}
     classes = {field.name: field.type for field in dataclasses.fields(config.StageConfig)}
     made = {}
-    for name in ("model", "tokenizer", "data", "mesh", "optimizer", "rollout", "rewards", "checkpoint"):
+    for name in (
+        "model",
+        "lora",
+        "tokenizer",
+        "data",
+        "mesh",
+        "optimizer",
+        "rollout",
+        "rewards",
+        "checkpoint",
+    ):
         cls = getattr(config, classes[name])
         made[name] = cls(**(fixed.get(name, {}) | sections.pop(name, {})))
     assert not sections, sections

@@ -65,9 +65,8 @@ def loss(
     forward: Forward, params: Params, frozen: Params, batch: PolicyBatch, settings: PPOConfig
 ) -> tuple[Terms, Metrics]:
     """Returns policy, value and (when its weight is not 0) entropy terms, and the metrics of an update."""
-    logprobs, entropy = forward.logprobs(params, frozen, batch.rows)
+    logprobs, entropy, values = forward.policy_and_value(params, frozen, batch.rows)
     policy, policy_metrics = clipped_policy_loss(logprobs, batch, settings.clip_eps)
-    values = forward.values(params, frozen, batch.rows)
     value, value_metrics = clipped_value_loss(values, batch, settings.value_clip_eps)
     terms = {"policy": Term(policy), "value": Term(value, settings.value_coef)}
     if settings.entropy_coef:

@@ -38,7 +38,8 @@ from rlhf_jax.lowering import lower_programs, lower_stage
 from rlhf_jax.models import hub
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import check_mesh, plan_stages
-from rlhf_jax.programs import build_programs, rows_per_unit
+from rlhf_jax.programs import build_programs, role_parts, rows_per_unit
+from rlhf_jax.roles import adapters_of
 from rlhf_jax.run_tokenizer import prepare_tokenizer
 from rlhf_jax.sharding import make_mesh
 
@@ -79,7 +80,9 @@ def figures(lowered: Lowered) -> dict[str, Any]:
 def stage_of_shape(args: argparse.Namespace, flags: Sequence[str]) -> config.StageConfig:
     """Returns a stage with the options of the flags, --section.option VALUE."""
     names = dict(zip(flags[::2], flags[1::2], strict=True))
-    sections: dict[str, dict[str, Any]] = {"model": {}, "mesh": {}, "rollout": {}, "optimizer": {}}
+    sections: dict[str, dict[str, Any]] = {
+        section: {} for section in ("model", "lora", "mesh", "rollout", "optimizer")
+    }
     sections[args.algorithm] = {"batch_size": args.rows}
     for name, value in names.items():
         section, option = name.removeprefix("--").split(".")
@@ -93,7 +96,9 @@ def stage_of_shape(args: argparse.Namespace, flags: Sequence[str]) -> config.Sta
 def lower_shape(stage: config.StageConfig, shape: str, length: int, mesh: Mesh) -> dict[str, Lowered]:
     """Returns the programs of a stage on random weights, for rows of `length` tokens."""
     algorithm = ALGORITHMS[stage.algorithm]
-    model = make_model(make_architecture(shape, length), stage.model.dtype, stage.model.remat)
+    architecture = make_architecture(shape, length)
+    lora = adapters_of(stage, architecture)
+    model = make_model(architecture, stage.model.dtype, stage.model.remat, lora)
     new = stage.rollout.max_new_tokens
     num_rows = rows_per_unit(stage, algorithm) * stage.settings.batch_size
     is_online = algorithm.records == "prompt_only"
@@ -102,7 +107,7 @@ def lower_shape(stage: config.StageConfig, shape: str, length: int, mesh: Mesh) 
     batch = make_batch(*(cast(Array, ShapeDtypeStruct(x, jnp.int32)) for x in (tokens, lengths, lengths)))
     num_completion = new if is_online else length
     programs = build_programs(stage, algorithm, model, mesh, num_completion, NEVER)
-    return lower_programs(programs, algorithm, model, mesh, batch)
+    return lower_programs(programs, stage, role_parts(stage, algorithm), model, mesh, batch)
 
 
 def lower_config(argv: list[str], devices: Sequence[Any]) -> Iterator[tuple[str, Mesh, dict[str, Lowered]]]:

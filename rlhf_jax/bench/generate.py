@@ -11,11 +11,11 @@ from rlhf_jax.sharding import place_rows
 def main() -> None:
     """Prefill and decode of a batch of prompts, sampled at temperature 1."""
     bench = Bench(arguments(__doc__ or ""))
-    policy = bench.weights("policy", 0)
+    params = {"policy": bench.weights("policy", 0)}
     prompts = place_rows(bench.mesh, bench.prompts())
     bench.report(
         "generate",
-        lambda i: bench.programs.rollout(policy, prompts, jax.random.key(i)),
+        lambda i: bench.programs.rollout(params, {}, prompts, jax.random.key(i)),
         tokens=bench.args.batch * bench.args.new,
     )
 

@@ -8,7 +8,6 @@ comparisons: 16 prompts of 32 random tokens, 64 new tokens, no early end.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import resource
@@ -85,11 +84,8 @@ def make_architecture(shape: str, context_length: int) -> Architecture:
 
 def make_stage(algorithm: Any, **sections: Any) -> config.StageConfig:
     """Returns a stage of an algorithm; sections that are not given have their defaults."""
-    classes = {field.name: field.type for field in dataclasses.fields(config.StageConfig)}
-    defaults = {
-        name: getattr(config, str(classes[name]))()
-        for name in ("model", "tokenizer", "data", "mesh", "optimizer", "rollout", "rewards", "checkpoint")
-    }
+    sections_of_stage = config.RUN_SECTIONS | config.STAGE_SECTIONS
+    defaults = {name: made() for name, made in sections_of_stage.items() if name != "run"}
     fixed = {"start_from": "", "reward_from": "", "run": config.RunConfig(dir="unused")}
     return config.StageConfig(name=algorithm, algorithm=algorithm, **(fixed | defaults | sections))
 

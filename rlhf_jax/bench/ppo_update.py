@@ -16,7 +16,7 @@ def main() -> None:
     trained, frozen = bench.roles()
     state = programs.init_state(trained)
     rollout = programs.rollout(
-        state.params["policy"], place_rows(bench.mesh, bench.prompts()), jax.random.key(0)
+        state.params, frozen, place_rows(bench.mesh, bench.prompts()), jax.random.key(0)
     )
     scored, _ = programs.score(state.params, frozen, rollout)
     batch, _ = programs.advantages(scored, state.aux)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from rlhf_jax.batch import Params, Rows
 from rlhf_jax.models import heads
+from rlhf_jax.models.lora import merge
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.logprobs import (
     Columns,
@@ -25,10 +26,20 @@ from rlhf_jax.ops.logprobs import (
 RoleFunction = Callable[[Params, Params, Rows], Array]
 
 
+class Said(NamedTuple):
+    """What each role says of rows."""
+
+    logprobs: Array  # f32[B, T], of the policy
+    ref_logprobs: Array  # f32[B, T]
+    values: Array  # f32[B, T]
+    scores: Array | None  # f32[B]; None where there is no reward model
+
+
 class Forward(NamedTuple):
     """Forward passes by role; each takes the trained parameters, the frozen ones, and the rows.
 
-    A role is looked up among the trained parameters first. Per-token results are [B, T], zero outside the
+    A role is looked up among the trained parameters first. What its tree lacks of a model is the frozen
+    base's, or, of a value head alone, the policy's. Per-token results are [B, T], zero outside the
     completion.
     """
 
@@ -40,6 +51,10 @@ class Forward(NamedTuple):
     """Of the value model, f32[B, T]; column t is the state before token t."""
     scores: RoleFunction
     """Of the reward model, at the last real token of each sequence: f32[B], packed f32[B * S]."""
+    policy_and_value: Callable[[Params, Params, Rows], tuple[Array, Array, Array]]
+    """Log-probabilities, entropies, values: in one pass where policy and values are on one trunk."""
+    score_all: Callable[[Params, Params, Rows], Said]
+    """Of all roles, in one pass of those that are on one trunk."""
 
 
 def make_forward(
@@ -54,10 +69,21 @@ def make_forward(
         logprob_chunk: tokens whose logits exist at once; 0: all.
     """
 
-    def hidden(trunk: Params, rows: Rows) -> Array:
-        if rows.is_packed:
-            return model.hidden(trunk, rows.tokens, rows.positions, rows.segments)
-        return model.hidden(trunk, rows.tokens)
+    def states(roles: Sequence[str], params: Params, frozen: Params, rows: Rows) -> dict[str, Array]:
+        """Returns the hidden states [B, T, D] of each role; those on one trunk go through it together."""
+        trees = frozen | params
+        where = (rows.tokens, rows.positions, rows.segments) if rows.is_packed else (rows.tokens,)
+        passes: dict[str, dict[str, Params | None]] = {}  # whose trunk -> whose adapter
+        place: dict[str, tuple[str, str]] = {}
+        for role in roles:
+            holder, adapter = _trunk_of(role, trees), trees.get(role, {}).get("adapter")
+            place[role] = (holder, role if adapter else "none")  # one pass for all roles that have none
+            passes.setdefault(holder, {})[place[role][1]] = adapter
+        made: dict[tuple[str, str], Array] = {}
+        for holder, adapters in passes.items():
+            hidden = model.hidden_of_roles(trees[holder]["trunk"], tuple(adapters.values()), *where)
+            made |= {(holder, name): of_role for name, of_role in zip(adapters, hidden, strict=True)}
+        return {role: made[place[role]] for role in roles}
 
     def columns(rows: Rows) -> Columns:
         num_tokens = rows.tokens.shape[1]
@@ -69,10 +95,10 @@ def make_forward(
     def put(x_BC: Array, rows: Rows) -> Array:
         return jnp.where(rows.completion_mask, put_columns(x_BC, columns(rows)), 0.0)
 
-    def role_logprobs(weights: Params, rows: Rows, *, with_entropy: bool) -> tuple[Array, Array | None]:
+    def logprobs_of(role: str, hidden: Array, trees: Params, rows: Rows, *, with_entropy: bool) -> Any:
         logprobs_BC, entropy_BC = token_logprobs(
-            partial(model.logits, weights),
-            gather_predictors(hidden(weights["trunk"], rows), columns(rows)),
+            partial(model.logits, trees[_trunk_of(role, trees)]),
+            gather_predictors(hidden, columns(rows)),
             gather_targets(rows.tokens, columns(rows)),
             temperature=temperature,
             chunk=logprob_chunk,
@@ -80,24 +106,63 @@ def make_forward(
         )
         return put(logprobs_BC, rows), None if entropy_BC is None else put(entropy_BC, rows)
 
+    def values_of(hidden: Array, trees: Params, rows: Rows) -> Array:
+        before = gather_predictors(hidden, columns(rows))
+        return put(heads.values(trees["value"]["score_head"], before), rows)
+
+    def scores_of(hidden: Array, trees: Params, rows: Rows) -> Array:
+        return heads.scores(trees["reward"]["score_head"], hidden, rows.lengths)
+
     def logprobs(params: Params, frozen: Params, rows: Rows) -> tuple[Array, Array]:
-        logprobs, entropy = role_logprobs((frozen | params)["policy"], rows, with_entropy=True)
-        assert entropy is not None
-        return logprobs, entropy
+        hidden = states(["policy"], params, frozen, rows)["policy"]
+        return logprobs_of("policy", hidden, frozen | params, rows, with_entropy=True)
 
     def ref_logprobs(params: Params, frozen: Params, rows: Rows) -> Array:
-        return role_logprobs((frozen | params)["reference"], rows, with_entropy=False)[0]
+        hidden = states(["reference"], params, frozen, rows)["reference"]
+        return logprobs_of("reference", hidden, frozen | params, rows, with_entropy=False)[0]
 
     def values(params: Params, frozen: Params, rows: Rows) -> Array:
-        weights = (frozen | params)["value"]
-        before = gather_predictors(hidden(weights["trunk"], rows), columns(rows))
-        return put(heads.values(weights["score_head"], before), rows)
+        return values_of(states(["value"], params, frozen, rows)["value"], frozen | params, rows)
 
     def scores(params: Params, frozen: Params, rows: Rows) -> Array:
-        weights = (frozen | params)["reward"]
-        return heads.scores(weights["score_head"], hidden(weights["trunk"], rows), rows.lengths)
+        return scores_of(states(["reward"], params, frozen, rows)["reward"], frozen | params, rows)
 
-    return Forward(logprobs, ref_logprobs, values, scores)
+    def policy_and_value(params: Params, frozen: Params, rows: Rows) -> tuple[Array, Array, Array]:
+        trees, hidden = frozen | params, states(["policy", "value"], params, frozen, rows)
+        logprobs, entropy = logprobs_of("policy", hidden["policy"], trees, rows, with_entropy=True)
+        return logprobs, entropy, values_of(hidden["value"], trees, rows)
+
+    def score_all(params: Params, frozen: Params, rows: Rows) -> Said:
+        trees = frozen | params
+        roles = ["policy", "reference", "value", *(["reward"] if "reward" in trees else [])]
+        hidden = states(roles, params, frozen, rows)
+        return Said(
+            logprobs=logprobs_of("policy", hidden["policy"], trees, rows, with_entropy=False)[0],
+            ref_logprobs=logprobs_of("reference", hidden["reference"], trees, rows, with_entropy=False)[0],
+            values=values_of(hidden["value"], trees, rows),
+            scores=scores_of(hidden["reward"], trees, rows) if "reward" in trees else None,
+        )
+
+    return Forward(logprobs, ref_logprobs, values, scores, policy_and_value, score_all)
+
+
+def whole_policy(model: Model, params: Params, frozen: Params) -> Params:
+    """Returns the policy as a model of its own, float32: the base with the adapter merged where it is one."""
+    policy = params["policy"]
+    if "trunk" in policy:
+        return policy
+    assert model.lora is not None
+    return frozen["base"] | {"trunk": merge(frozen["base"]["trunk"], policy["adapter"], model.lora)}
+
+
+def _trunk_of(role: str, trees: Params) -> str:
+    """Returns whose tree holds the trunk of a role: its own, the base's, of a value head the policy's."""
+    if "trunk" in trees.get(role, {}):
+        return role
+    if "base" in trees:
+        return "base"
+    assert role == "value", f"{role} has no trunk"
+    return "policy"
 
 
 def blank_forward() -> Forward:
@@ -109,4 +174,11 @@ def blank_forward() -> Forward:
     def per_sequence(params: Params, frozen: Params, rows: Rows) -> Array:
         return jnp.zeros(rows.lengths.size, jnp.float32)
 
-    return Forward(lambda *args: (per_token(*args), per_token(*args)), per_token, per_token, per_sequence)
+    def times(count: int) -> Callable[..., Any]:
+        return lambda *args: (per_token(*args),) * count
+
+    def said(*args: Any) -> Said:
+        zeros = per_token(*args)
+        return Said(zeros, zeros, zeros, per_sequence(*args))
+
+    return Forward(times(2), per_token, per_token, per_sequence, times(3), said)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.attention import causal_attention, soft_capped
 from rlhf_jax.models.experts import choose_experts, run_experts
 from rlhf_jax.models.heads import SCORE_HEAD_AXES, zero_score_head
+from rlhf_jax.models.lora import SUFFIX, Lora, adapter_of, with_adapter
 from rlhf_jax.models.rope import Rotation, rotate, rotation
 from rlhf_jax.sharding import Peers, by_tokens, constrain
 
@@ -25,6 +27,11 @@ _ACTIVATIONS = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": jax.nn.gelu,
 }
+
+POLICY = ("trunk", "lm_head")
+"""The parts of a whole policy; with tied embeddings there is no LM head."""
+SCORER = ("trunk", "score_head")
+"""The parts of a whole reward or value model."""
 
 # Of q, k, v: the attended values, shaped like q, and what the caller wants to keep.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -45,16 +52,49 @@ class Model(NamedTuple):
 
     tokens i32[B, T], right-padded; positions i32[B, T] or [T], by default 0, 1, 2, ...; segments i32[B, T],
     where a row holds several sequences: a token sees only those of its own."""
+    hidden_of_roles: Callable[..., tuple[Array, ...]]
+    """hidden_of_roles(trunk, adapters, tokens, positions=None, segments=None): those of several roles on one
+    trunk, in one scan over its layers: a layer's weights, gathered once, serve all roles in turn. An adapter
+    is None where a role is the trunk alone."""
     logits: Callable[[Params, Array], Array]
     """Of policy parameters and hidden states [..., D]: f32[..., V]."""
-    policy_axes: Params
-    """Logical axis names of each policy parameter, a tuple of strings in the parameters' tree."""
-    score_axes: Params
-    """The same for a trunk with a score head."""
-    policy_shapes: Params
-    """The policy's parameters as shape structs."""
-    score_shapes: Params
-    """The same for a trunk with a score head."""
+    lora: Lora | None
+    """What its adapters are like; None where it has none."""
+    init_adapter: Callable[[Array], Params]
+    """Of a key: an adapter that changes nothing yet: a uniform in +-1/sqrt(inputs), b zero, float32."""
+    axes: Params
+    """Logical axis names of the parameters of each part: trunk, lm_head where embeddings are not tied,
+    score_head, adapter where there is a `lora`. Tuples of strings in the parameters' tree."""
+    shapes: Params
+    """The same parameters as shape structs."""
+
+    def axes_of(self, parts: Iterable[str]) -> Params:
+        """Returns the axes of those parts that the model has."""
+        return {part: self.axes[part] for part in parts if part in self.axes}
+
+    def shapes_of(self, parts: Iterable[str]) -> Params:
+        """Returns the shapes of those parts that the model has."""
+        return {part: self.shapes[part] for part in parts if part in self.shapes}
+
+    @property
+    def policy_axes(self) -> Params:
+        """Returns the axes of a whole policy."""
+        return self.axes_of(POLICY)
+
+    @property
+    def policy_shapes(self) -> Params:
+        """Returns the shapes of a whole policy."""
+        return self.shapes_of(POLICY)
+
+    @property
+    def score_axes(self) -> Params:
+        """Returns the axes of a trunk with a score head."""
+        return self.axes_of(SCORER)
+
+    @property
+    def score_shapes(self) -> Params:
+        """Returns the shapes of a trunk with a score head."""
+        return self.shapes_of(SCORER)
 
 
 @cache
@@ -62,6 +102,7 @@ def make_model(
     architecture: Architecture,
     dtype: Literal["float32", "bfloat16"] = "float32",
     remat: Literal["none", "dots", "full"] = "none",
+    lora: Lora | None = None,
 ) -> Model:
     """Returns the pure functions of one architecture; for the same arguments the same functions.
 
@@ -69,11 +110,13 @@ def make_model(
         architecture: sizes.
         dtype: of activations; parameters are float32 and are cast where they are used.
         remat: what the backward pass recomputes of a block: nothing, all but products with weights, all.
+        lora: the adapters that roles may have.
     """
-    trunk_axes = _axes(_abstract(Trunk, architecture)[1])
-    policy_axes = {"trunk": trunk_axes}
+    axes = {"trunk": _axes(_abstract(Trunk, architecture)[1]), "score_head": SCORE_HEAD_AXES}
     if not architecture.tie_embeddings:
-        policy_axes["lm_head"] = {"kernel": ("embed", "vocab")}
+        axes["lm_head"] = {"kernel": ("embed", "vocab")}
+    if lora is not None:
+        axes["adapter"] = adapter_of(_axes(_abstract(Trunk, architecture, lora)[1]))
 
     def init_trunk(key: Array) -> Params:
         return nnx.to_pure_dict(nnx.state(Trunk(architecture, nnx.Rngs(params=key))))
@@ -86,19 +129,33 @@ def make_model(
             params["lm_head"] = {"kernel": INIT_STD * jax.random.normal(head_key, shape, jnp.float32)}
         return params
 
-    def hidden(
-        trunk: Params, tokens: Array, positions: Array | None = None, segments: Array | None = None
-    ) -> Array:
+    def init_adapter(key: Array) -> Params:
+        assert lora is not None
+        return adapter_of(nnx.to_pure_dict(nnx.state(Trunk(architecture, nnx.Rngs(params=key), lora))))
+
+    def hidden_of_roles(
+        trunk: Params,
+        adapters: Sequence[Params | None],
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+    ) -> tuple[Array, ...]:
         if positions is None and tokens.shape[1] > architecture.context_length:
             raise ValueError(
                 f"rows of {tokens.shape[1]} tokens do not fit the model's context length of "
                 f"{architecture.context_length}; shorten prompts or completions"
             )
         positions = jnp.arange(tokens.shape[1]) if positions is None else positions
-        return bind(Trunk, architecture, trunk)(tokens, positions, segments, jnp.dtype(dtype), remat)
+        module = bind(Trunk, architecture, trunk)
+        return module(tokens, positions, segments, jnp.dtype(dtype), remat, tuple(adapters), lora)
 
-    def init_scorer(key: Array) -> Params:
-        return {"trunk": init_trunk(key), "score_head": zero_score_head(architecture.hidden_size)}
+    def hidden(trunk: Params, tokens: Array, *rows: Array | None, **options: Array | None) -> Array:
+        return hidden_of_roles(trunk, (None,), tokens, *rows, **options)[0]
+
+    def init_parts(key: Array) -> Params:
+        head = zero_score_head(architecture.hidden_size)
+        adapter = {} if lora is None else {"adapter": init_adapter(key)}
+        return init_policy(key) | {"score_head": head} | adapter
 
     return Model(
         architecture=architecture,
@@ -106,11 +163,12 @@ def make_model(
         init_trunk=init_trunk,
         init_policy=init_policy,
         hidden=hidden,
+        hidden_of_roles=hidden_of_roles,
         logits=partial(logits, architecture),
-        policy_axes=policy_axes,
-        score_axes={"trunk": trunk_axes, "score_head": SCORE_HEAD_AXES},
-        policy_shapes=jax.eval_shape(init_policy, jax.random.key(0)),
-        score_shapes=jax.eval_shape(init_scorer, jax.random.key(0)),
+        lora=lora,
+        init_adapter=init_adapter,
+        axes=axes,
+        shapes=jax.eval_shape(init_parts, jax.random.key(0)),
     )
 
 
@@ -124,32 +182,55 @@ def logits(architecture: Architecture, policy_params: Params, hidden: Array) -> 
     return soft_capped(products, architecture.final_softcap)
 
 
-def bind[M: nnx.Module](module: type[M], architecture: Architecture, params: Params) -> M:
-    """Returns a module of this architecture that computes with the given parameters."""
-    return nnx.merge(_abstract(module, architecture)[0], params)
+def bind[M: nnx.Module](
+    module: type[M],
+    architecture: Architecture,
+    params: Params,
+    adapter: Params | None = None,
+    lora: Lora | None = None,
+) -> M:
+    """Returns a module of this architecture that computes with the given parameters, and an adapter."""
+    if not adapter:
+        return nnx.merge(_abstract(module, architecture)[0], params)
+    return nnx.merge(_abstract(module, architecture, lora)[0], with_adapter(params, adapter))
 
 
 @cache
-def _abstract(
-    module: Callable[[Architecture, nnx.Rngs], nnx.Module], architecture: Architecture
-) -> tuple[Any, Any]:
-    """Returns the graph of a module, and its state without the arrays."""
-    return nnx.split(nnx.eval_shape(lambda: module(architecture, nnx.Rngs(params=jax.random.key(0)))))
+def _abstract(module: Callable[..., nnx.Module], *sizes: Architecture | Lora | None) -> tuple[Any, Any]:
+    """Returns the graph of a module, and its state without the arrays.
+
+    Args:
+        module: its class.
+        sizes: the architecture, and the adapters where it has some.
+    """
+
+    def make() -> nnx.Module:
+        architecture, *lora = sizes
+        return module(architecture, nnx.Rngs(params=jax.random.key(0)), *lora)
+
+    return nnx.split(nnx.eval_shape(make))
 
 
 class Trunk(nnx.Module):
     """Embedding, blocks stacked along a leading axis, final norm."""
 
-    def __init__(self, architecture: Architecture, rngs: nnx.Rngs) -> None:
-        make_blocks = nnx.vmap(lambda rngs: Block(architecture, rngs), in_axes=0, out_axes=0)
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs, lora: Lora | None = None) -> None:
+        make_blocks = nnx.vmap(lambda rngs: Block(architecture, rngs, lora), in_axes=0, out_axes=0)
         self.architecture = architecture
         self.embed = Embed(architecture, rngs)
         self.layers = make_blocks(rngs.split(architecture.num_layers))
         self.final_norm = Norm(architecture, rngs)
 
     def __call__(
-        self, tokens: Array, positions: Array, segments: Array | None, dtype: jnp.dtype, remat: str
-    ) -> Array:
+        self,
+        tokens: Array,
+        positions: Array,
+        segments: Array | None,
+        dtype: jnp.dtype,
+        remat: str,
+        adapters: tuple[Params | None, ...] = (None,),
+        lora: Lora | None = None,
+    ) -> tuple[Array, ...]:
         # What is the same in all layers is static; the rest goes through the scan beside the weights.
         windows, ropes = zip(*self.architecture.layer_kinds, strict=True)
         distinct = list(dict.fromkeys(ropes))
@@ -161,32 +242,36 @@ class Trunk(nnx.Module):
             varying["window"] = jnp.asarray(windows)
         if len(distinct) > 1:
             varying["turn"] = jnp.asarray([distinct.index(rope) for rope in ropes])
-        graph, stacked = nnx.split(self.layers)
+        stacked = nnx.to_pure_dict(nnx.state(self.layers))
+        stacked_adapters = tuple(adapter and adapter["layers"] for adapter in adapters)
 
-        def layer(x_BTD: Array, inputs: tuple[Any, dict[str, Array]]) -> tuple[Array, None]:
-            weights, own = inputs
-            block: Block = nnx.merge(graph, weights)
+        def layer(states: tuple[Array, ...], inputs: Any) -> tuple[tuple[Array, ...], None]:
+            weights, of_roles, own = inputs
             turn = jax.tree.map(lambda part: part[own["turn"]], stacked_turns) if "turn" in own else turns[0]
             window = own["window"] if "window" in own else windows[0]
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 return causal_attention(q, k, v, segments, scale=scale, window=window, softcap=softcap), None
 
-            x_BTD, _ = block(x_BTD, turn, attend)
-            return constrain(x_BTD, ("batch", "length", "width")), None
+            def through(x_BTD: Array, adapter: Params | None) -> Array:
+                block = bind(Block, self.architecture, weights, adapter, lora)
+                x_BTD, _ = block(x_BTD, turn, attend)
+                return constrain(x_BTD, ("batch", "length", "width"))
+
+            return tuple(map(through, states, of_roles)), None
 
         if remat != "none":
             keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
         x_BTD = constrain(self.embed(tokens, positions, dtype), ("batch", "length", "width"))
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, (stacked, varying))
-        return self.final_norm(x_BTD)
+        states, _ = jax.lax.scan(layer, (x_BTD,) * len(adapters), (stacked, stacked_adapters, varying))
+        return tuple(map(self.final_norm, states))
 
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): the norms may also stand behind, or on both sides."""
 
-    def __init__(self, architecture: Architecture, rngs: nnx.Rngs) -> None:
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs, lora: Lora | None = None) -> None:
         self.is_parallel = architecture.parallel_residual
         if architecture.norm_placement != "post":
             self.attention_norm = Norm(architecture, rngs)
@@ -194,8 +279,8 @@ class Block(nnx.Module):
         if architecture.norm_placement != "pre":
             self.attention_post_norm = Norm(architecture, rngs)
             self.mlp_post_norm = Norm(architecture, rngs)
-        self.attention = Attention(architecture, rngs)
-        self.mlp = Experts(architecture, rngs) if architecture.num_experts else MLP(architecture, rngs)
+        self.attention = Attention(architecture, rngs, lora)
+        self.mlp = Experts(architecture, rngs) if architecture.num_experts else MLP(architecture, rngs, lora)
 
     def __call__(self, x: Array, turn: Rotation, attend: Attend) -> tuple[Array, Any]:
         attended, kept = self.attention(self._norm("attention_norm", x), turn, attend)
@@ -211,7 +296,7 @@ class Block(nnx.Module):
 class Attention(nnx.Module):
     """Projections around `attend`, which alone knows where keys and values come from."""
 
-    def __init__(self, architecture: Architecture, rngs: nnx.Rngs) -> None:
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs, lora: Lora | None = None) -> None:
         width, head_dim = architecture.hidden_size, architecture.head_dim
         heads = {"q": architecture.num_heads, "k": architecture.num_kv_heads, "v": architecture.num_kv_heads}
         self.is_rotary = architecture.positions == "rotary"
@@ -230,6 +315,7 @@ class Attention(nnx.Module):
         self.o = _weight(rngs, (heads["q"], head_dim, width), ("heads", "head_dim", "embed"), std)
         if architecture.o_bias:
             self.o_bias = _bias((width,), ("width",))
+        _add_adapters(self, rngs, lora, dict.fromkeys("qkv", 1) | {"o": 2})
 
     def __call__(self, x: Array, turn: Rotation, attend: Attend) -> tuple[Array, Any]:
         q, k, v = (self._project(name, x) for name in "qkv")
@@ -237,18 +323,18 @@ class Attention(nnx.Module):
             q, k = rotate(q, turn), rotate(k, turn)
         attended, kept = attend(q, k, v)
         out = jnp.einsum("btnh,nhd->btd", attended, self.o[...].astype(x.dtype))
-        return _plus(out, self, "o_bias"), kept
+        return _plus(_adapted(out, self, "o", attended), self, "o_bias"), kept
 
     def _project(self, name: str, x: Array) -> Array:
         heads = jnp.einsum("btd,dnh->btnh", x, getattr(self, name)[...].astype(x.dtype))
-        heads = _plus(heads, self, f"{name}_bias")
+        heads = _plus(_adapted(heads, self, name, x), self, f"{name}_bias")
         return getattr(self, f"{name}_norm")(heads) if hasattr(self, f"{name}_norm") else heads
 
 
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x)), or down(activation(up(x))). Source: arXiv:2002.05202."""
 
-    def __init__(self, architecture: Architecture, rngs: nnx.Rngs) -> None:
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs, lora: Lora | None = None) -> None:
         shape = (architecture.hidden_size, architecture.mlp_size)
         self.activation = architecture.activation
         self.is_gated = architecture.gated
@@ -261,13 +347,35 @@ class MLP(nnx.Module):
                 self.gate_bias = _bias(shape[1:], ("mlp",))
             self.up_bias = _bias(shape[1:], ("mlp",))
             self.down_bias = _bias(shape[:1], ("width",))
+        _add_adapters(self, rngs, lora, {name: 1 for name in ("gate", "up", "down") if hasattr(self, name)})
 
     def __call__(self, x: Array) -> Array:
         def times(name: str, y: Array) -> Array:
-            return _plus(y @ getattr(self, name)[...].astype(x.dtype), self, f"{name}_bias")
+            out = y @ getattr(self, name)[...].astype(x.dtype)
+            return _plus(_adapted(out, self, name, y), self, f"{name}_bias")
 
         act, up = _ACTIVATIONS[self.activation], times("up", x)
         return times("down", act(times("gate", x)) * up if self.is_gated else act(up))
+
+
+class Adapter(nnx.Module):
+    """s (x A) B, zero to start with: what is learned beside a weight. Source: arXiv:2106.09685.
+
+    A starts as PEFT starts it, Kaiming-uniform with slope sqrt(5).
+    """
+
+    def __init__(self, weight: nnx.Param, num_inputs: int, lora: Lora, rngs: nnx.Rngs) -> None:
+        axes, split = weight.get_metadata()["axes"], num_inputs
+        inputs, outputs = weight.shape[:split], weight.shape[split:]
+        bound = math.prod(inputs) ** -0.5
+        a = jax.random.uniform(rngs.params(), (*inputs, lora.rank), jnp.float32, -bound, bound)
+        self.scale = lora.scale
+        self.a = nnx.Param(a, axes=(*axes[:split], "rank"))
+        self.b = nnx.Param(jnp.zeros((lora.rank, *outputs), jnp.float32), axes=("rank", *axes[split:]))
+
+    def __call__(self, x: Array) -> Array:
+        a, b = (part[...].astype(x.dtype) for part in (self.a, self.b))
+        return self.scale * jnp.tensordot(jnp.tensordot(x, a, axes=a.ndim - 1), b, axes=1)
 
 
 class Experts(nnx.Module):
@@ -359,6 +467,19 @@ def _weight(
 
 def _bias(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
+
+
+def _add_adapters(module: nnx.Module, rngs: nnx.Rngs, lora: Lora | None, num_inputs: dict[str, int]) -> None:
+    """Puts adapters beside those of the module's weights that are targets; how many dimensions are inputs."""
+    for name, count in num_inputs.items():
+        if lora is not None and name in lora.targets:
+            setattr(module, f"{name}{SUFFIX}", Adapter(getattr(module, name), count, lora, rngs))
+
+
+def _adapted(out: Array, module: nnx.Module, name: str, x: Array) -> Array:
+    """Returns a weight's products with x plus its adapter's, where it has one."""
+    adapter = getattr(module, f"{name}{SUFFIX}", None)
+    return out if adapter is None else out + adapter(x)
 
 
 def _plus(x: Array, module: nnx.Module, name: str) -> Array:

@@ -160,7 +160,7 @@ def test_the_first_ratio_is_one(name, temperature):
     )
     trained, frozen = tiny.roles(name, mesh)
     state = programs.init_state(trained)
-    rollout = programs.rollout(state.params["policy"], tiny.prompts(), jax.random.key(1))
+    rollout = programs.rollout(state.params, frozen, tiny.prompts(), jax.random.key(1))
     scored, rollout_metrics = programs.score(state.params, frozen, rollout)
     batch, _ = programs.advantages(scored, state.aux)
     _, metrics = programs.update(state, frozen, batch, jax.random.key(2))

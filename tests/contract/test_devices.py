@@ -76,7 +76,7 @@ def test_ppo_from_the_same_models(saved_models, tmp_path, monkeypatch, mesh):
 
     def record(plan, programs):
         def rollout(policy, prompts, key):
-            made = programs.rollout(policy, prompts, key)
+            made = programs.rollout({"policy": policy}, {}, prompts, key)
             rollouts.append(jax.device_get((prompts, made)))
             return made
 
@@ -87,7 +87,7 @@ def test_ppo_from_the_same_models(saved_models, tmp_path, monkeypatch, mesh):
         model = make_model(plan.architecture)
 
         def rollout(policy, prompts, key):
-            made, (asked, recorded) = programs.rollout(policy, prompts, key), next(expected)
+            made, (asked, recorded) = programs.rollout({"policy": policy}, {}, prompts, key), next(expected)
             assert all(map(np.array_equal, jax.device_get(prompts), asked))
             whole = jax.device_put(jax.device_get(policy), jax.devices()[0])
             logits = next_token_logits(model, whole, plan.stage.rollout.temperature)

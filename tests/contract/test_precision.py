@@ -47,7 +47,7 @@ def test_what_a_rollout_is_judged_by_is_float32(name):
     programs = programs_of(name, "bfloat16")
     trained, frozen = tiny.roles(name, tiny.mesh())
     state = programs.init_state(trained)
-    rollout = programs.rollout(state.params["policy"], tiny.prompts(), jax.random.key(1))
+    rollout = programs.rollout(state.params, frozen, tiny.prompts(), jax.random.key(1))
     scored, rollout_metrics = programs.score(state.params, frozen, rollout)
     batch, prepared = programs.advantages(scored, state.aux)
     for tree in (rollout, scored, batch, rollout_metrics, prepared):

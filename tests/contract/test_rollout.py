@@ -27,7 +27,7 @@ def programs_of(mesh):
 def rollout(prompts, mesh=None, key=KEY):
     mesh = mesh or tiny.mesh()
     policy = tiny.weights("policy", mesh)
-    return jax.device_get(programs_of(mesh).rollout(policy, place_rows(mesh, prompts), key))
+    return jax.device_get(programs_of(mesh).rollout({"policy": policy}, {}, place_rows(mesh, prompts), key))
 
 
 def assert_same(found, expected, prompts, order=None):

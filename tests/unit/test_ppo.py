@@ -82,10 +82,12 @@ def test_the_entropy_bonus_raises_the_entropy(entropy_coef):
         found = -jnp.sum(jnp.exp(every) * every)
         at_completion = jnp.array([[1e6, 1.0]])  # the prompt's column is garbage
         forward = Forward(
-            logprobs=lambda *_: (jnp.zeros((1, 2)), found * at_completion),
+            logprobs=None,
             ref_logprobs=None,
-            values=lambda *_: jnp.zeros((1, 2)),
+            values=None,
             scores=None,
+            policy_and_value=lambda *_: (jnp.zeros((1, 2)), found * at_completion, jnp.zeros((1, 2))),
+            score_all=None,
         )
         return ppo.loss(forward, {}, {}, one_token_batch(), PPOConfig(entropy_coef=entropy_coef))
 

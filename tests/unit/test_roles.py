@@ -127,7 +127,7 @@ def test_without_a_reward_model_values_are_zero_on_the_policy_s_trunk(mesh):
     assert_equal(trained["value"]["trunk"], trained["policy"]["trunk"])
     assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(trained["value"]["score_head"]))
     ppo = tiny.programs(tiny.stage("ppo"), mesh)
-    rollout = ppo.rollout(trained["policy"], tiny.prompts(), jax.random.key(0))
+    rollout = ppo.rollout(trained, frozen, tiny.prompts(), jax.random.key(0))
     scored, _ = ppo.score(trained, frozen, rollout)
     np.testing.assert_array_equal(scored.values, np.zeros_like(scored.values))
     np.testing.assert_array_equal(scored.scores, np.zeros_like(scored.scores))
@@ -209,7 +209,7 @@ def test_the_normaliser_is_mean_and_deviation_of_the_scores(programs, mesh, demo
     )
     state = programs.init_state({"reward": tiny.weights("reward", mesh, seed=3)})
     scores = np.asarray(programs.scores(state.params, {}, rows))[:: 2 if kind == "preference" else 1]
-    aux = _normalized(plan, programs, state, mesh).aux
+    aux = _normalized(plan, programs, state, {}, mesh).aux
     assert float(aux["normalizer_mean"]) == pytest.approx(scores.mean(), abs=1e-5)
     expected = scores.std() if normalizer == "mean_std" else 1.0
     assert float(aux["normalizer_std"]) == pytest.approx(expected, abs=1e-5)

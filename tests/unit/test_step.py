@@ -33,6 +33,8 @@ FORWARD = Forward(
     ref_logprobs=None,
     values=None,
     scores=lambda p, f, b: p["policy"]["w"] * jnp.ones(b.x.shape),
+    policy_and_value=None,
+    score_all=None,
 )
 ALGORITHM = Algorithm(
     records="prompt_only", trains=("policy",), reads=(), reports=(), figures=(), loss=square_loss
