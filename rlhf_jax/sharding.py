@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.axes import LOGICAL_AXES, MESH_AXES, Table, axis_problems, axis_table, collisions
 from rlhf_jax.config import MeshConfig
@@ -202,11 +202,23 @@ def constrain(x: Array, axes: Sequence[str]) -> Array:
     """Returns x, laid out as its logical axes say; x as it is where no mesh is set (`use_abstract_mesh`).
 
     Without it XLA may divide activations like the parameters they meet, each device then holding the whole
-    batch: six times the temporary memory of a gradient with fsdp=8.
+    batch: six times the temporary memory of a gradient with fsdp=8. A dimension that the mesh does not divide
+    stays whole.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    spec = partition_spec(axes)
+    parts = [
+        part if size % _num_parts(mesh, part) == 0 else None for part, size in zip(spec, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+
+
+def num_parts(axis: str) -> int:
+    """Returns into how many parts the mesh divides a logical axis; 1 where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _num_parts(mesh, partition_spec((axis,))[0])
 
 
 class Peers(NamedTuple):
@@ -253,7 +265,7 @@ def by_tokens(
     if mesh.empty:
         return function(Peers(()), x, *whole, *divided)
     rows, length = partition_spec(("batch", "length"))
-    if x.shape[1] % math.prod(mesh.shape[name] for name in _mesh_axes(length)):
+    if x.shape[1] % _num_parts(mesh, length):
         length = None  # a single token, while decoding
     parts = partition_spec((axis,))[0]
     peers = Peers(tuple(name for name in _mesh_axes(parts) if mesh.shape[name] > 1))
@@ -278,7 +290,7 @@ def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else part
 
 
-def _num_parts(mesh: Mesh, part: str | tuple[str, ...] | None) -> int:
+def _num_parts(mesh: Mesh | AbstractMesh, part: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(part))
 
 

@@ -179,6 +179,8 @@ def logits(architecture: Architecture, policy_params: Params, hidden: Array) -> 
     else:
         equation, weights = "...d,vd->...v", policy_params["trunk"]["embed"]["embedding"]
     products = jnp.einsum(equation, hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    # Said of the products, and so of their gradient: else XLA gathers this over the devices that divide rows.
+    products = constrain(products, ("batch", *("length",) * (products.ndim - 2), "vocab"))
     return soft_capped(products, architecture.final_softcap)
 
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.sharding import constrain, num_parts
+
 
 class Columns(NamedTuple):
     """Which C tokens of each row are spoken about: entry j is of token tokens[j], token t has entries[t]."""
@@ -102,9 +104,9 @@ def token_logprobs(
         hidden: [B, C, D], the columns that predict the targets.
         targets: i32[B, C].
         temperature: divides the logits, as it does when the tokens are sampled.
-        chunk: tokens whose logits exist at once, rounded to whole columns of B tokens (at least one); their
-            logits are computed again in the backward pass. 0: all at once. Chunks run along C, so that a
-            batch that is sharded over devices stays so in each.
+        chunk: tokens whose logits exist at once, rounded to whole columns of B tokens (at least one for each
+            device that divides columns); their logits are computed again in the backward pass. 0: all at
+            once. A chunk has all rows and equidistant columns, so that each device computes its part of it.
         with_entropy: entropy costs another pass over the logits.
 
     Returns:
@@ -112,10 +114,12 @@ def token_logprobs(
     """
 
     def statistics(hidden: Array, targets: Array) -> tuple[Array, Array | None]:
+        hidden = constrain(hidden, ("batch", "length", "width"))
         return _logprobs_of_logits(logits_fn(hidden) / temperature, targets, with_entropy)
 
     num_rows, num_columns = targets.shape
-    width = max(chunk // num_rows, 1)
+    devices = num_parts("length")
+    width = max(chunk // (num_rows * devices), 1) * devices
     if chunk == 0 or width >= num_columns:
         return statistics(hidden, targets)
 
@@ -124,10 +128,11 @@ def token_logprobs(
 
     def split(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(num_rows, num_chunks, width, *x.shape[2:]), 1, 0)
+        x = constrain(x, ("batch", "length", "width")[: x.ndim])
+        return jnp.moveaxis(x.reshape(num_rows, width, num_chunks, *x.shape[2:]), 2, 0)
 
     def join(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(num_rows, -1)[:, :num_columns]
+        return jnp.moveaxis(x, 0, 2).reshape(num_rows, -1)[:, :num_columns]
 
     recomputed = jax.checkpoint(statistics, prevent_cse=False)
     return jax.tree.map(join, jax.lax.map(lambda xs: recomputed(*xs), (split(hidden), split(targets))))
