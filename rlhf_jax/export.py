@@ -1,7 +1,8 @@
 """A stage of a run becomes a Hugging Face directory: `python -m rlhf_jax.export --run DIR --out DIR`.
 
-Weights, tokenizer with its chat template, generation config, and a model card with the run's figures. Exit
-codes: 0 written; 2 there is no such run, stage or role, or the directory is taken.
+Weights, tokenizer with its chat template, generation config, and a model card with the run's figures. An
+adapter is merged with the model that it is for, or with --adapter written alone, for PEFT. Exit codes: 0
+written; 2 there is no such run, stage, role or adapter, or the directory is taken.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 from jax.sharding import Mesh
@@ -23,11 +24,21 @@ from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.files import new_directory, replace_file, to_json
 from rlhf_jax.model_card import lineage, model_card
 from rlhf_jax.models import hf
+from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.hf import Dtype
+from rlhf_jax.models.hub import is_hub, read_commits, split_name
+from rlhf_jax.models.peft import write_adapter
 from rlhf_jax.models.scorers import Role, save_scorer
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.options import did_you_mean
-from rlhf_jax.roles import load_policy, load_trained_scorer, stored_architecture
+from rlhf_jax.roles import (
+    is_stage_dir,
+    load_adapter,
+    load_policy,
+    load_trained_scorer,
+    stored_adapters,
+    stored_architecture,
+)
 from rlhf_jax.sharding import make_mesh
 
 
@@ -46,6 +57,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, help="directory to write; must not exist", metavar="DIR")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float32", help="of the weights")
+    parser.add_argument("--adapter", action="store_true", help="write the adapter alone, for PEFT")
+    parser.add_argument(
+        "--base",
+        default="",
+        help="of the adapter: name or path of the model that it is for; by default what the stage began with",
+        metavar="MODEL",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON on stdout")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is training goes on undisturbed
@@ -55,8 +73,15 @@ def main(argv: list[str] | None = None) -> int:
         stage = args.stage or last_policy(config) or config.stages[-1].name
         if out.exists():
             raise ValueError(f"--out {out}: exists already; choose another directory")
+        if args.base and not args.adapter:
+            raise ValueError(
+                f"--base {args.base}: would be ignored without --adapter; leave it out, or add that"
+            )
         mesh = make_mesh(MeshConfig(data=1), devices=jax.local_devices()[:1])
-        export_stage(run_dir, config, stage, out, mesh, role=args.role, dtype=args.dtype)
+        if args.adapter:
+            export_adapter(run_dir, config, stage, out, mesh, args.base, role=args.role, dtype=args.dtype)
+        else:
+            export_stage(run_dir, config, stage, out, mesh, role=args.role, dtype=args.dtype)
     except (ValueError, OSError) as error:
         print(f"rlhf_jax: {error}", file=sys.stderr)
         return 2
@@ -113,35 +138,123 @@ def export_stage(
     Raises:
         ValueError: no such stage or role, or it has no usable checkpoint.
     """
-    stages = {stage.name: stage for stage in config.stages}
-    if name not in stages:
-        hint = did_you_mean(name, stages) or f"; it has {', '.join(stages)}"
-        raise ValueError(f"{run_dir} has no stage {name!r}{hint}")
-    stage, directory = stages[name], run_dir / name
-    role = role or ALGORITHMS[stage.algorithm].trains[0]
-    architecture = stored_architecture(directory, role)
+    found = _find(run_dir, config, name, role)
+    architecture, tokenizer = found.architecture, found.tokenizer
     model = make_model(architecture)
-    tokenizer = load_tokenizer(TokenizerConfig(path=str(run_dir / "tokenizer")))
-    chain = lineage(config, name)
-    results = {s.name: done[1] for s in chain if (done := read_result(run_dir / s.name)) is not None}
-    card = model_card(chain, role, results)
+    card = model_card(found.chain, found.role, found.results)
     ids = token_ids(tokenizer)
-    stop = load_info(directory)["text"]["stop"]
+    stop = found.info["text"]["stop"]
     with new_directory(out) as unfinished:
-        if role == "policy":
-            policy = load_policy(directory, model, mesh)
+        if found.role == "policy":
+            policy = load_policy(found.directory, model, mesh)
             hf.save_policy(unfinished, architecture, policy, dtype=dtype, token_ids=ids)
-            generation = ids | generation_config(stage)
+            generation = ids | generation_config(found.chain[-1])
             if stop != ids["eos_token_id"]:  # conversations end with a token of the chat template
                 generation["eos_token_id"] = [stop, ids["eos_token_id"]]
             replace_file(unfinished / "generation_config.json", to_json(generation, indent=2) + "\n")
         else:
-            kind: Role = "value" if role == "value" else "reward"
-            scorer, normalizer = load_trained_scorer(directory, kind, model, mesh)
+            kind: Role = "value" if found.role == "value" else "reward"
+            scorer, normalizer = load_trained_scorer(found.directory, kind, model, mesh)
             ids = own_pad(tokenizer, stop)
             save_scorer(unfinished, architecture, scorer, kind, normalizer, dtype=dtype, token_ids=ids)
         tokenizer.save_pretrained(str(unfinished))
         replace_file(unfinished / "README.md", card)
+
+
+def export_adapter(
+    run_dir: Path,
+    config: Config,
+    name: str,
+    out: Path,
+    mesh: Mesh,
+    base: str = "",
+    *,
+    role: str = "",
+    dtype: Dtype = "float32",
+) -> None:
+    """Writes a stage's adapter as a directory of PEFT's, which appears when it is whole.
+
+    Args:
+        run_dir: of the run.
+        config: of the run.
+        name: of the stage.
+        out: to be made.
+        mesh: where the parameters are put on their way.
+        base: name or path of the model that it is for; by default the one that the stage started from.
+        role: see `export_stage`; an adapter of a reward or value model has a score head with it.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: no such stage or role, it has no adapters, or they are for a stage and not for a model
+            that PEFT could load.
+    """
+    found = _find(run_dir, config, name, role)
+    lora = stored_adapters(found.info)
+    if lora is None:
+        raise ValueError(
+            f"--adapter: the stage {name} has none, for all its weights were trained (lora.rank 0); leave "
+            "--adapter out"
+        )
+    start = found.chain[-1].start_from or found.chain[-1].model.path
+    if not base and (start in {stage.name for stage in config.stages} or is_stage_dir(Path(start))):
+        raise ValueError(
+            f"--adapter: it is for the model of the stage {start}, which PEFT cannot load; export that as "
+            "well, and name the directory, or where it will be found, with --base"
+        )
+    base = base or start
+    adapted, revision = split_name(base) if is_hub(base) else (base, "")
+    revision = read_commits(run_dir).get(base, revision)
+    model = make_model(found.architecture, lora=lora)
+    weights, (mean, std) = load_adapter(found.directory, found.role, model, mesh)
+    head = weights.get("score_head")
+    if head is not None:
+        own_pad(found.tokenizer, found.info["text"]["stop"])
+        mean -= float(head["bias"])
+    card = model_card(found.chain, found.role, found.results, base=base, normalizer=(mean, std))
+    with new_directory(out) as unfinished:
+        write_adapter(
+            unfinished,
+            found.architecture,
+            lora,
+            weights["adapter"],
+            adapted,
+            revision=revision,
+            score_head=head,
+            dtype=dtype,
+        )
+        found.tokenizer.save_pretrained(str(unfinished))
+        replace_file(unfinished / "README.md", card)
+
+
+class _Found(NamedTuple):
+    """A role of a stage, and what is told of it."""
+
+    directory: Path
+    role: str
+    architecture: Architecture
+    info: dict[str, Any]
+    tokenizer: Tokenizer
+    chain: list[StageConfig]
+    results: dict[str, dict[str, Any]]
+
+
+def _find(run_dir: Path, config: Config, name: str, role: str) -> _Found:
+    stages = {stage.name: stage for stage in config.stages}
+    if name not in stages:
+        hint = did_you_mean(name, stages) or f"; it has {', '.join(stages)}"
+        raise ValueError(f"{run_dir} has no stage {name!r}{hint}")
+    directory = run_dir / name
+    role = role or ALGORITHMS[stages[name].algorithm].trains[0]
+    chain = lineage(config, name)
+    return _Found(
+        directory,
+        role,
+        stored_architecture(directory, role),
+        load_info(directory),
+        load_tokenizer(TokenizerConfig(path=str(run_dir / "tokenizer"))),
+        chain,
+        {s.name: done[1] for s in chain if (done := read_result(run_dir / s.name)) is not None},
+    )
 
 
 def own_pad(tokenizer: Tokenizer, stop: int) -> dict[str, int]:

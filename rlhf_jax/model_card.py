@@ -128,10 +128,12 @@ def model_card(
 def _settings(stage: StageConfig) -> str:
     """Returns what decides a stage's outcome: its data, its algorithm's options and its optimiser's."""
     optimizer = dataclasses.asdict(stage.optimizer)
+    adapters = {f"lora.{key}": value for key, value in dataclasses.asdict(stage.lora).items()}
     read = (
         {"data": " + ".join(map(_last_part, stage.data.sources))}
         | dataclasses.asdict(stage.settings)
         | optimizer
+        | (adapters | {"base": stage.model.base_dtype} if stage.lora.rank else {})
     )
     return ", ".join(f"{name} {value}" for name, value in read.items()) + f"; seed {stage.run.seed}"
 

@@ -134,6 +134,12 @@ def adapter_info(stage: StageConfig, where: Origins, lora: Lora | None) -> dict[
     return {"lora": lora._asdict(), "base": base}
 
 
+def stored_adapters(info: dict[str, Any]) -> Lora | None:
+    """Returns what a checkpoint's info says that its adapters are like; None where it has none."""
+    stored = info.get("lora")
+    return None if stored is None else Lora(**stored | {"targets": tuple(stored["targets"])})
+
+
 def fingerprint(path: Path) -> str:
     """Returns what changes when a model does: of a stage its files' sums, else their sizes."""
     if is_stage_dir(path):
@@ -173,7 +179,9 @@ def check_base(stage: StageConfig, where: Origins, lora: Lora) -> None:
             "train the reward model from the same, or with lora.rank 0: it then is a model of its own"
         )
     ours = {"lora": lora._asdict(), "dtype": stage.model.base_dtype}
-    theirs = {"lora": _stored_adapters(info)._asdict(), "dtype": info["base"]["dtype"]}
+    stored = stored_adapters(info)
+    assert stored is not None
+    theirs = {"lora": stored._asdict(), "dtype": info["base"]["dtype"]}
     if ours != theirs:
         raise ValueError(
             f"{where.reward} holds adapters of another kind, {theirs}; here they are {ours}: give the stage "
@@ -281,20 +289,20 @@ def load_trained_scorer(path: Path, role: Role, model: Model, mesh: Mesh) -> tup
     return _load_whole(path, role, model, mesh), _normalizer(path, role)
 
 
-def load_adapter(path: Path, role: Role, model: Model, mesh: Mesh) -> tuple[Params, Normalizer]:
-    """Returns adapter and head of a stage's reward or value model, and its scores' normaliser.
+def load_adapter(path: Path, role: str, model: Model, mesh: Mesh) -> tuple[Params, Normalizer]:
+    """Returns the adapter of a stage's role, with a scorer's head, and its scores' normaliser.
 
     Raises:
         ValueError: the model that they belong to has changed.
     """
     _checked_base(path, load_info(path))
-    parts = ("adapter", "score_head")
+    parts = ("adapter",) if role == "policy" else ("adapter", "score_head")
     abstract = _abstract(model.shapes_of(parts), part_shardings(model, mesh, parts))
     return load_params(path, role, abstract), _normalizer(path, role)
 
 
-def _normalizer(path: Path, role: Role) -> Normalizer:
-    if role == "value":
+def _normalizer(path: Path, role: str) -> Normalizer:
+    if role != "reward":
         return RAW
     aux = load_aux(path)
     return Normalizer(float(aux["normalizer_mean"]), float(aux["normalizer_std"]))
@@ -310,7 +318,7 @@ def _fold(weights: Params, normalizer: Normalizer) -> Params:
 def _load_whole(path: Path, role: str, model: Model, mesh: Mesh) -> Params:
     """Returns a role of a stage as a model of its own: what its tree lacks comes from its base."""
     info, shardings = load_info(path), role_shardings(model, mesh, role)
-    lora = _stored_adapters(info) if "lora" in info else None
+    lora = stored_adapters(info)
     model = make_model(model.architecture, lora=lora)
     parts = info["parts"][role] if "parts" in info else tuple(shardings)
     own = load_params(path, role, _abstract(model.shapes_of(parts), part_shardings(model, mesh, parts)))
@@ -326,11 +334,6 @@ def _load_whole(path: Path, role: str, model: Model, mesh: Mesh) -> Params:
         return {part: jax.tree.map(jnp.float32, whole[part]) for part in shardings}
 
     return jax.jit(merged, out_shardings=shardings)(base, own)
-
-
-def _stored_adapters(info: dict[str, Any]) -> Lora:
-    stored = Lora(**info["lora"])
-    return stored._replace(targets=tuple(stored.targets))
 
 
 def _checked_base(path: Path, info: dict[str, Any]) -> Path:

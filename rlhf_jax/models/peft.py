@@ -141,6 +141,7 @@ def write_adapter(
     adapter: Params,
     base: str,
     *,
+    revision: str = "",
     score_head: Params | None = None,
     dtype: hf.Dtype = "float32",
 ) -> None:
@@ -154,6 +155,7 @@ def write_adapter(
         lora: of the adapter.
         adapter: its parameters, sharded in any way; see `Adapter`.
         base: the name or path of the model that is adapted, from which PEFT would load it.
+        revision: of that model, on the hub.
         score_head: makes it an adapter of sequence classification. The bias is left out, as in transformers.
         dtype: of the tensors written.
     Raises:
@@ -194,6 +196,7 @@ def write_adapter(
         config |= {
             "task_type": "CAUSAL_LM" if score_head is None else "SEQ_CLS",
             "base_model_name_or_path": base,
+            "revision": revision or None,
             "modules_to_save": None if score_head is None else [SCORE.removesuffix(".weight")],
             "fan_in_fan_out": any(p.layout.inputs_first for parts in adapted.values() for p in parts),
         }
