@@ -15,6 +15,8 @@ MESH_AXES = tuple(MeshConfig().sizes)
 LOGICAL_AXES: Table = {
     "batch": ("slice", "data", "fsdp", "expert"),
     "length": ("sequence",),
+    "whole_length": (),  # the tokens of a row, within attention
+    "attention_heads": ("tensor", "sequence"),  # heads there
     "positions": (),
     "layers": (),
     "embed": ("fsdp",),  # the model's width, as a dimension of a matrix

@@ -221,6 +221,15 @@ def num_parts(axis: str) -> int:
     return 1 if mesh.empty else _num_parts(mesh, partition_spec((axis,))[0])
 
 
+def device_platform() -> str:
+    """Returns cpu, gpu or tpu: of the mesh that is set, else of JAX's first device.
+
+    A program for a mesh of described devices is traced where other devices are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 class Peers(NamedTuple):
     """The devices among which an axis of parameters is divided, and with it rows; none where it is whole."""
 

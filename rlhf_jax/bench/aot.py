@@ -98,7 +98,7 @@ def lower_shape(stage: config.StageConfig, shape: str, length: int, mesh: Mesh) 
     algorithm = ALGORITHMS[stage.algorithm]
     architecture = make_architecture(shape, length)
     lora = adapters_of(stage, architecture)
-    model = make_model(architecture, stage.model.dtype, stage.model.remat, lora)
+    model = make_model(architecture, stage.model.dtype, stage.model.remat, lora=lora)
     new = stage.rollout.max_new_tokens
     num_rows = rows_per_unit(stage, algorithm) * stage.settings.batch_size
     is_online = algorithm.records == "prompt_only"

@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.batch import Params
 from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.models.attention import causal_attention, soft_capped
+from rlhf_jax.models.attention import soft_capped
 from rlhf_jax.models.experts import choose_experts, run_experts
 from rlhf_jax.models.heads import SCORE_HEAD_AXES, zero_score_head
 from rlhf_jax.models.lora import SUFFIX, Lora, adapter_of, with_adapter
 from rlhf_jax.models.rope import Rotation, rotate, rotation
-from rlhf_jax.sharding import Peers, by_tokens, constrain
+from rlhf_jax.models.row_attention import Implementation, row_attention
+from rlhf_jax.sharding import Peers, by_tokens, constrain, num_parts
 
 INIT_STD = 0.02
 _ACTIVATIONS = {
@@ -32,6 +34,19 @@ POLICY = ("trunk", "lm_head")
 """The parts of a whole policy; with tied embeddings there is no LM head."""
 SCORER = ("trunk", "score_head")
 """The parts of a whole reward or value model."""
+
+Remat = Literal["none", "dots", "full", "offload"]
+RESIDUAL = "residual"  # what goes into a block
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[RESIDUAL],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 # Of q, k, v: the attended values, shaped like q, and what the caller wants to keep.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -101,7 +116,8 @@ class Model(NamedTuple):
 def make_model(
     architecture: Architecture,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    remat: Literal["none", "dots", "full"] = "none",
+    remat: Remat = "none",
+    attention: Implementation = "auto",
     lora: Lora | None = None,
 ) -> Model:
     """Returns the pure functions of one architecture; for the same arguments the same functions.
@@ -109,7 +125,9 @@ def make_model(
     Args:
         architecture: sizes.
         dtype: of activations; parameters are float32 and are cast where they are used.
-        remat: what the backward pass recomputes of a block: nothing, all but products with weights, all.
+        remat: what the backward pass recomputes of a block: nothing, all but products with weights, all, or
+            all with what goes into the block kept in the host's memory.
+        attention: see `row_attention`.
         lora: the adapters that roles may have.
     """
     axes = {"trunk": _axes(_abstract(Trunk, architecture)[1]), "score_head": SCORE_HEAD_AXES}
@@ -147,7 +165,7 @@ def make_model(
             )
         positions = jnp.arange(tokens.shape[1]) if positions is None else positions
         module = bind(Trunk, architecture, trunk)
-        return module(tokens, positions, segments, jnp.dtype(dtype), remat, tuple(adapters), lora)
+        return module(tokens, positions, segments, jnp.dtype(dtype), remat, attention, tuple(adapters), lora)
 
     def hidden(trunk: Params, tokens: Array, *rows: Array | None, **options: Array | None) -> Array:
         return hidden_of_roles(trunk, (None,), tokens, *rows, **options)[0]
@@ -229,19 +247,21 @@ class Trunk(nnx.Module):
         positions: Array,
         segments: Array | None,
         dtype: jnp.dtype,
-        remat: str,
+        remat: Remat,
+        attention: Implementation,
         adapters: tuple[Params | None, ...] = (None,),
         lora: Lora | None = None,
     ) -> tuple[Array, ...]:
+        length = tokens.shape[1]
+        tokens, positions, segments = _filled(tokens, positions, segments)
         # What is the same in all layers is static; the rest goes through the scan beside the weights.
         windows, ropes = zip(*self.architecture.layer_kinds, strict=True)
-        distinct = list(dict.fromkeys(ropes))
+        distinct, distinct_windows = list(dict.fromkeys(ropes)), list(dict.fromkeys(windows))
         turns = [rotation(self.architecture, positions, rope) for rope in distinct]
         stacked_turns = jax.tree.map(lambda *parts: jnp.stack(parts), *turns)
-        scale, softcap = self.architecture.score_scale, self.architecture.attention_softcap
         varying: dict[str, Array] = {}
-        if len(set(windows)) > 1:
-            varying["window"] = jnp.asarray(windows)
+        if len(distinct_windows) > 1:
+            varying["window"] = jnp.asarray([distinct_windows.index(window) for window in windows])
         if len(distinct) > 1:
             varying["turn"] = jnp.asarray([distinct.index(rope) for rope in ropes])
         stacked = nnx.to_pure_dict(nnx.state(self.layers))
@@ -250,24 +270,29 @@ class Trunk(nnx.Module):
         def layer(states: tuple[Array, ...], inputs: Any) -> tuple[tuple[Array, ...], None]:
             weights, of_roles, own = inputs
             turn = jax.tree.map(lambda part: part[own["turn"]], stacked_turns) if "turn" in own else turns[0]
-            window = own["window"] if "window" in own else windows[0]
-
-            def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-                return causal_attention(q, k, v, segments, scale=scale, window=window, softcap=softcap), None
+            attend_row = partial(
+                row_attention,
+                segments=segments,
+                scale=self.architecture.score_scale,
+                windows=distinct_windows,
+                which=own.get("window"),
+                softcap=self.architecture.attention_softcap,
+                implementation=attention,
+            )
 
             def through(x_BTD: Array, adapter: Params | None) -> Array:
                 block = bind(Block, self.architecture, weights, adapter, lora)
-                x_BTD, _ = block(x_BTD, turn, attend)
+                x_BTD = checkpoint_name(x_BTD, RESIDUAL)
+                x_BTD, _ = block(x_BTD, turn, lambda q, k, v: (attend_row(q, k, v), None))
                 return constrain(x_BTD, ("batch", "length", "width"))
 
             return tuple(map(through, states, of_roles)), None
 
         if remat != "none":
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-            layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
         x_BTD = constrain(self.embed(tokens, positions, dtype), ("batch", "length", "width"))
         states, _ = jax.lax.scan(layer, (x_BTD,) * len(adapters), (stacked, stacked_adapters, varying))
-        return tuple(map(self.final_norm, states))
+        return tuple(self.final_norm(x_BTD)[:, :length] for x_BTD in states)
 
 
 class Block(nnx.Module):
@@ -459,6 +484,18 @@ class Embed(nnx.Module):
         if self.scale != 1.0:
             x = x * jnp.asarray(self.scale, dtype)
         return x + self.position[...][positions].astype(dtype) if hasattr(self, "position") else x
+
+
+def _filled(tokens: Array, positions: Array, segments: Array | None) -> tuple[Array, Array, Array | None]:
+    """Returns rows whose tokens divide over the devices; what is added stands behind, where none sees it."""
+    missing = -tokens.shape[1] % num_parts("length")
+
+    def fill(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),), mode="edge")
+
+    if not missing:
+        return tokens, positions, segments
+    return fill(tokens), fill(positions), None if segments is None else fill(segments)
 
 
 def _weight(
