@@ -7,6 +7,10 @@ every file, so that a checkpoint which is unfinished, truncated or has flipped b
 loaded. (Orbax keeps no checksum of array data, and a read of a truncated file is not a clean error.)
 
 A stage that is done writes `STAGE/result.json`: its figures, and the step of its last checkpoint.
+
+In a run of several processes the directory is on a disk that they share. All of them call a Checkpointer and
+load parameters at the same time: each writes and reads its part of the arrays, the first does the rest and
+decides which checkpoint is good, which takes reading all of it.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import logging
 import shutil
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +29,9 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from rlhf_jax.agreement import on_first, together
 from rlhf_jax.batch import Params
+from rlhf_jax.distributed import process_id
 from rlhf_jax.files import replace_file, to_json
 
 logger = logging.getLogger(__name__)
@@ -131,7 +138,8 @@ class Checkpointer(CheckpointReader):
     """The checkpoints of a stage, to read and write; the stage that trains owns one.
 
     `save` returns as soon as the arrays are copied to the host, and the rest happens in the background; an
-    error there is raised by the next `save`, `latest`, `wait` or `close`. Use it as a context manager.
+    error there is raised by the next `save`, `latest`, `wait` or `close`, on all processes if on one. Use it
+    as a context manager.
     """
 
     def __init__(self, directory: Path | str, keep: int) -> None:
@@ -156,10 +164,7 @@ class Checkpointer(CheckpointReader):
         """
         self.wait()
         path = self._path(step)
-        if path.exists():
-            if _problem(path) is None:
-                raise ValueError(f"step {step} is already saved in {path}; resume from it or remove it")
-            shutil.rmtree(path)
+        on_first(partial(self._clear, path))
         leaves = _named_leaves(state)
         manifest = {
             "format": FORMAT,
@@ -167,9 +172,6 @@ class Checkpointer(CheckpointReader):
             "info": json.loads(json.dumps(info)),  # a copy, and an error here rather than in the background
             "leaves": {name: _kind(leaf) for name, leaf in leaves.items()},
         }
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob("*.orbax-checkpoint-tmp"):  # of a save that was killed
-            shutil.rmtree(leftover)
         written = ocp.save_async(str(path), leaves)
         self._pending = self._thread.submit(self._finish, written, path, manifest)
 
@@ -177,34 +179,47 @@ class Checkpointer(CheckpointReader):
         """Returns the newest usable step, the save in progress included; only the first call reads a file."""
         self.wait()
         if self._newest is None:
-            self._newest = super().latest()
+            self._newest = on_first(super().latest)
         return self._newest
 
     def wait(self) -> None:
         """Returns when the save in progress is finished; raises its error if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            together(pending.result)
 
     def close(self) -> None:
         """Waits for the save in progress and gives up the background thread."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
+        self.__exit__(None, None, None)
+
+    def _clear(self, path: Path) -> None:
+        """Makes room for a checkpoint: what killed runs left goes, what is good is never overwritten."""
+        if path.exists():
+            if _problem(path) is None:
+                raise ValueError(f"step {path.name} is already saved in {path}; resume from it or remove it")
+            shutil.rmtree(path)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob("*.orbax-checkpoint-tmp"):  # of a save that was killed
+            shutil.rmtree(leftover)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *unused: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        try:
+            if error is None:
+                self.wait()
+            elif self._pending is not None:  # other processes may not have met the error, and not come here
+                self._pending.result()
+        finally:
+            self._thread.shutdown()
 
     def _finish(self, written: Any, path: Path, manifest: dict[str, Any]) -> None:
         try:
             written.result()
         except ValueError as error:  # TensorStore raises nothing else where a file cannot be written
             raise OSError(errno.EIO, f"cannot be saved: {error}", str(path)) from error
-        if jax.process_index() == 0:
+        if process_id() == 0:  # Orbax is done when all processes have written
             replace_file(path / MANIFEST, to_json(manifest | {"files": _files(path)}, indent=1))
             older = [step for step in self._steps() if step < manifest["step"]]
             for step in older[: max(0, len(older) - (self.keep - 1))]:  # only now that the new one counts
@@ -223,7 +238,7 @@ def load_params(stage_dir: Path | str, role: str, abstract: Params) -> Params:
     Raises:
         ValueError: the stage has no usable checkpoint, or no such role, or other shapes.
     """
-    reader, step = _newest(stage_dir)
+    reader, step = _agreed(stage_dir)
     roles = sorted(
         {name.split("/")[1] for name in reader._manifest(step)["leaves"] if name.startswith("params/")}
     )
@@ -236,7 +251,7 @@ def load_params(stage_dir: Path | str, role: str, abstract: Params) -> Params:
 
 def load_aux(stage_dir: Path | str) -> dict[str, np.ndarray]:
     """Returns the algorithm's named arrays of a stage's newest checkpoint, such as the reward normaliser."""
-    reader, step = _newest(stage_dir)
+    reader, step = _agreed(stage_dir)
     return reader.leaves(step, "aux")
 
 
@@ -261,7 +276,8 @@ def write_result(stage_dir: Path | str, step: int, figures: dict[str, Any]) -> N
         step: of its last checkpoint, which is the stage's result.
         figures: what summary.json says of the stage.
     """
-    replace_file(Path(stage_dir) / RESULT, to_json({"step": step, "figures": figures}, indent=1) + "\n")
+    text = to_json({"step": step, "figures": figures}, indent=1) + "\n"
+    on_first(lambda: replace_file(Path(stage_dir) / RESULT, text))
 
 
 def read_result(stage_dir: Path | str) -> tuple[int, dict[str, Any]] | None:
@@ -276,6 +292,11 @@ def read_result(stage_dir: Path | str) -> tuple[int, dict[str, Any]] | None:
         raise ValueError(
             f"{path} is no stage's result ({error!r}); remove it to finish the stage again"
         ) from error
+
+
+def _agreed(stage_dir: Path | str) -> tuple[CheckpointReader, int]:
+    """Returns _newest, on all processes what the first one finds."""
+    return on_first(partial(_newest, stage_dir))
 
 
 def _newest(stage_dir: Path | str) -> tuple[CheckpointReader, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -21,6 +22,7 @@ from rlhf_jax.checkpoint import load_info, read_result
 from rlhf_jax.config import Config, MeshConfig, StageConfig, TokenizerConfig
 from rlhf_jax.config_file import resolve
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhf_jax.distributed import process_id
 from rlhf_jax.files import new_directory, replace_file, to_json
 from rlhf_jax.model_card import lineage, model_card
 from rlhf_jax.models import hf
@@ -125,6 +127,8 @@ def export_stage(
 ) -> None:
     """Writes a stage's model as a Hugging Face directory, which appears when it is whole.
 
+    All processes call it; the first one writes.
+
     Args:
         run_dir: of the run.
         config: of the run.
@@ -144,21 +148,24 @@ def export_stage(
     card = model_card(found.chain, found.role, found.results)
     ids = token_ids(tokenizer)
     stop = found.info["text"]["stop"]
-    with new_directory(out) as unfinished:
+    writes = process_id() == 0
+    with new_directory(out) if writes else nullcontext(out) as unfinished:
         if found.role == "policy":
             policy = load_policy(found.directory, model, mesh)
             hf.save_policy(unfinished, architecture, policy, dtype=dtype, token_ids=ids)
             generation = ids | generation_config(found.chain[-1])
             if stop != ids["eos_token_id"]:  # conversations end with a token of the chat template
                 generation["eos_token_id"] = [stop, ids["eos_token_id"]]
-            replace_file(unfinished / "generation_config.json", to_json(generation, indent=2) + "\n")
+            if writes:
+                replace_file(unfinished / "generation_config.json", to_json(generation, indent=2) + "\n")
         else:
             kind: Role = "value" if found.role == "value" else "reward"
             scorer, normalizer = load_trained_scorer(found.directory, kind, model, mesh)
             ids = own_pad(tokenizer, stop)
             save_scorer(unfinished, architecture, scorer, kind, normalizer, dtype=dtype, token_ids=ids)
-        tokenizer.save_pretrained(str(unfinished))
-        replace_file(unfinished / "README.md", card)
+        if writes:
+            tokenizer.save_pretrained(str(unfinished))
+            replace_file(unfinished / "README.md", card)
 
 
 def export_adapter(

@@ -1,0 +1,72 @@
+"""What the processes of a run tell each other on their hosts; in a run of one, nothing is told.
+
+All processes call these functions, and in the same order: none may decide by itself whether to.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rlhf_jax.distributed import num_processes, process_id
+
+TOLD = (ValueError, OSError)
+"""Errors that one process meets and all raise; any other ends its process, and that the run."""
+
+
+def exchanged(value: Any) -> list[Any]:
+    """Returns the values that the processes give, by process; they may be anything that pickles."""
+    if num_processes() == 1:
+        return [value]
+    told = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(told.size)).tolist()
+    padded = np.zeros(max(sizes), np.uint8)
+    padded[: told.size] = told
+    every = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
+
+
+def on_first[T](make: Callable[[], T]) -> T:
+    """Returns, on every process, what a function returns on the first one, which alone calls it.
+
+    For what lies on a disk that processes share: one of them looks or writes, and all are told. What was
+    written there before this returns is there for all.
+
+    Raises:
+        ValueError, OSError: the function raised it there.
+    """
+    if num_processes() == 1:
+        return make()
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if process_id() == 0:
+        try:
+            outcome = make(), None
+        except TOLD as error:
+            outcome = None, error
+    value, error = exchanged(outcome)[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def together[T](make: Callable[[], T]) -> T:
+    """Returns what a function returns on this process; where it fails on one, all raise that error.
+
+    Raises:
+        ValueError, OSError: the function raised it, on the lowest process that it failed on.
+    """
+    if num_processes() == 1:
+        return make()
+    value, failure = None, None
+    try:
+        value = make()
+    except TOLD as error:
+        failure = error
+    for error in exchanged(failure):
+        if error is not None:
+            raise error
+    return value  # pyright: ignore[reportReturnType]
