@@ -212,7 +212,7 @@ def _metrics(
     longest = examples.most_loss_tokens
     ids = TokenIds(eos=cast(int, tokenizer.eos_token_id), pad=cast(int, tokenizer.pad_token_id))
     programs = build_programs(stage, algorithm, model, mesh, longest, ids)
-    loader = Loader(examples, batch_size, stage.run.seed)
+    loader = Loader(examples, batch_size, stage.run.seed, mesh)
     evaluated = evaluate_records(programs, loader, mesh)({subject.role: load(subject.path, model, mesh)}, {})
     return {name.removeprefix("eval/"): x for name, x in evaluated.metrics.items()}
 

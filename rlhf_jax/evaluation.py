@@ -18,7 +18,7 @@ from rlhf_jax.data.records import AnyRecord, PromptOnly
 from rlhf_jax.experience import Collector, text_metrics
 from rlhf_jax.metrics import to_host
 from rlhf_jax.programs import Programs
-from rlhf_jax.rewards.functions import RewardFunction
+from rlhf_jax.rewards.once import Scores
 from rlhf_jax.sharding import place_rows
 
 
@@ -51,7 +51,7 @@ def evaluate_prompts(
     loader: Loader[Prompts, PromptOnly],
     key: Array,
     num_samples: int,
-    gold: RewardFunction | None,
+    gold: Scores | None,
 ) -> Evaluate:
     """Returns the evaluation of an online stage: held-out prompts, completed with the same key each time.
 
@@ -67,10 +67,11 @@ def evaluate_prompts(
             metrics.append(experience.metrics)
             ids += experience.ids
             counted += experience.rows_counted.tolist()
-            scores = np.asarray(experience.scored.scores)[: len(records)]
             samples += [
                 {"prompt": record.prompt, "completion": completion, "score": float(score)}
-                for record, completion, score in zip(records, experience.completions, scores, strict=True)
+                for record, completion, score in zip(
+                    records, experience.completions, experience.scores, strict=True
+                )
             ]
             if gold is not None:
                 gold_scores = gold(records, experience.completions)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -18,7 +17,7 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.programs import Programs
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.rewards.external import ExternalReward
-from rlhf_jax.sharding import place_rows
+from rlhf_jax.sharding import gathered, place_rows
 
 
 class Experience(NamedTuple):
@@ -26,6 +25,8 @@ class Experience(NamedTuple):
 
     scored: Scored
     """On the device; `scores` are the judges' combined verdict."""
+    scores: np.ndarray
+    """f32, one for each completion: the same on the host."""
     metrics: Metrics
     """Of the rollout, the judges, and the seconds that each phase took."""
     completions: list[str]
@@ -88,7 +89,7 @@ class Collector:
         """
         start = time.perf_counter()
         rollout = self._programs.rollout(params, frozen, place_rows(self._mesh, prompts), key)
-        rows, ended = jax.device_get((rollout.rows, rollout.ended))
+        rows, ended = gathered((rollout.rows, rollout.ended))
         sampled = time.perf_counter()
 
         scored, metrics = self._programs.score(
@@ -112,7 +113,7 @@ class Collector:
         judged = time.perf_counter()
         metrics = metrics | verdict.metrics | text_metrics(ids, rows_counted)
         metrics |= {"perf/rollout_seconds": sampled - start, "perf/score_seconds": judged - sampled}
-        return Experience(scored, metrics, completions, ids, rows_counted)
+        return Experience(scored, verdict.scores, metrics, completions, ids, rows_counted)
 
 
 def completion_ids(rows: Rows, row: int) -> np.ndarray:

@@ -9,12 +9,15 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.axes import LOGICAL_AXES, MESH_AXES, Table, axis_problems, axis_table, collisions
 from rlhf_jax.config import MeshConfig
+from rlhf_jax.distributed import num_processes
 from rlhf_jax.options import did_you_mean
 
 _TABLE: ContextVar[Table] = ContextVar("axis_table", default=LOGICAL_AXES)
@@ -172,9 +175,46 @@ def decode_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     return jax.tree.map(kept, param_shardings(mesh, axes, shapes))
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """Returns host arrays on devices; each process reads of its own arrays what its devices hold.
+
+    Unlike jax.device_put it asks no other process whether it has the same arrays.
+
+    Args:
+        tree: host arrays or numbers of the global shape.
+        shardings: of each, or one for all.
+    """
+
+    def on_devices(sharding: NamedSharding, array: Any) -> Array:
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, host.__getitem__, dtype=host.dtype)
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda array: on_devices(shardings, array), tree)
+    return jax.tree.map(on_devices, shardings, tree)
+
+
 def place_rows(mesh: Mesh, batch: Any) -> Any:
     """Returns host arrays whose leading axis is rows, on the devices of the mesh that they belong to."""
-    return jax.device_put(batch, batch_sharding(mesh))
+    return place(batch, batch_sharding(mesh))
+
+
+def row_holders(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """Returns bool[processes, num_rows]: which rows of a batch lie on devices of which process.
+
+    Where an axis that does not divide rows crosses processes, several of them hold a row.
+    """
+    holders = np.zeros((num_processes(), num_rows), bool)
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((num_rows,)).items():
+        holders[device.process_index, rows] = True
+    return holders
+
+
+def gathered(tree: Any) -> Any:
+    """Returns arrays over all devices of the run whole on the host, on every process; all processes call it."""
+    if num_processes() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

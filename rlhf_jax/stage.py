@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import keys
+from rlhf_jax.agreement import on_first
 from rlhf_jax.batch import Params, Prompts, Rows, TrainState
 from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
 from rlhf_jax.config import RewardModelConfig
@@ -25,8 +26,9 @@ from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.rewards.external import ExternalReward
+from rlhf_jax.rewards.once import scored_once
 from rlhf_jax.roles import adapter_info, adapters_of, load_reward, load_roles
-from rlhf_jax.sharding import place_rows
+from rlhf_jax.sharding import gathered, place, place_rows, row_holders
 from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
 
@@ -57,7 +59,7 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
         ValueError: a checkpoint does not fit.
         RewardError, NotFiniteError: see experience.py and trainer.py.
     """
-    done = read_result(plan.directory)
+    done = on_first(lambda: read_result(plan.directory))
     if done is not None:
         return done[1]
     stage, algorithm = plan.stage, plan.algorithm
@@ -118,13 +120,13 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
 def _offline(plan: Plan, programs: Programs, mesh: Mesh) -> tuple[Source, Evaluate]:
     """Returns where batches of records come from, and the evaluation on held-out records."""
     settings, seed = plan.stage.settings, plan.stage.run.seed
-    loader = Prefetched(Loader[Rows, AnyRecord](plan.train, settings.batch_size, seed))
+    loader = Prefetched(Loader[Rows, AnyRecord](plan.train, settings.batch_size, seed, mesh))
 
     def source(state: TrainState, position: int, key: Array) -> NextBatch:
         batch, position = loader.batch(position)
         return NextBatch(place_rows(mesh, batch), position, {"perf/tokens": float(np.sum(batch.lengths))})
 
-    return source, evaluate_records(programs, Loader(plan.held_out, settings.batch_size, seed), mesh)
+    return source, evaluate_records(programs, Loader(plan.held_out, settings.batch_size, seed, mesh), mesh)
 
 
 def _online(
@@ -135,9 +137,11 @@ def _online(
     loader = Loader[Prompts, PromptOnly](plan.train, stage.settings.batch_size, stage.run.seed)
     external = _external_reward(plan, mesh)
     has_model = "reward" in frozen or external is not None
+    holders = row_holders(mesh, stage.settings.batch_size)
+    function, gold = (None if of is None else scored_once(of, holders) for of in (plan.function, plan.gold))
     collector = Collector(
         programs,
-        Judge(stage.rewards, plan.function, has_model=has_model),
+        Judge(stage.rewards, function, has_model=has_model),
         plan.tokenizer,
         mesh,
         leaves_out=plan.algorithm.leaves_out(stage.settings),
@@ -153,7 +157,7 @@ def _online(
 
     held_out = Loader(plan.held_out, stage.settings.batch_size, stage.run.seed)
     key = keys.named(root, "evaluate")
-    return source, evaluate_prompts(collector, held_out, key, stage.run.num_samples, plan.gold)
+    return source, evaluate_prompts(collector, held_out, key, stage.run.num_samples, gold)
 
 
 def _external_reward(plan: Plan, mesh: Mesh) -> ExternalReward | None:
@@ -172,16 +176,15 @@ def _normalized(plan: Plan, programs: Programs, state: TrainState, frozen: Param
     of = plan.demonstrations
     # As many rows as the mesh is known to divide.
     rows = rows_per_unit(plan.stage, plan.algorithm) * settings.batch_size
-    per_unit = of.rows_per_record if not of.packings else 1
-    loader = Loader(of, max(rows // per_unit, 1), plan.stage.run.seed)
+    loader = Loader(of, max(rows // of.rows_per_unit, 1), plan.stage.run.seed, mesh)
     scores = []
     for batch, _ in loader.eval_batches():
-        found = np.asarray(programs.scores(state.params, frozen, place_rows(mesh, batch)))
+        found = gathered(programs.scores(state.params, frozen, place_rows(mesh, batch)))
         scores.append(found[np.asarray(batch.sequence_mask)][:: of.rows_per_record])
     every = np.concatenate(scores)
     std = every.std() if settings.normalizer == "mean_std" else 1.0
     aux = {"normalizer_mean": np.float32(every.mean()), "normalizer_std": np.float32(max(std, 1e-6))}
-    return state._replace(aux=jax.device_put(aux, jax.tree.map(lambda x: x.sharding, state.aux)))
+    return state._replace(aux=place(aux, jax.tree.map(lambda x: x.sharding, state.aux)))
 
 
 def _result(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:

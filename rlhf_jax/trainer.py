@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rlhf_jax import keys
@@ -22,6 +22,7 @@ from rlhf_jax.evaluation import Evaluate
 from rlhf_jax.metrics import MetricWriter, Progress, to_host, write_samples
 from rlhf_jax.programs import Programs
 from rlhf_jax.rewards.functions import RewardError
+from rlhf_jax.sharding import place
 from rlhf_jax.stop_signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
@@ -217,4 +218,4 @@ class Trainer:
 
 def at_position(state: TrainState, position: int) -> TrainState:
     """Returns the state with its place in the data order."""
-    return state._replace(position=jax.device_put(jnp.int32(position), state.position.sharding))
+    return state._replace(position=place(np.int32(position), state.position.sharding))

@@ -45,17 +45,7 @@ def stage(algorithm: str, **sections: dict[str, Any]) -> config.StageConfig:
     fixed = {"rollout": {"max_new_tokens": 8}, "optimizer": {"learning_rate": 1e-3}, "mesh": {"data": 1}}
     classes = {field.name: field.type for field in dataclasses.fields(config.StageConfig)}
     made = {}
-    for name in (
-        "model",
-        "lora",
-        "tokenizer",
-        "data",
-        "mesh",
-        "optimizer",
-        "rollout",
-        "rewards",
-        "checkpoint",
-    ):
+    for name in classes.keys() - {"name", "algorithm", "start_from", "reward_from", "settings", "run"}:
         cls = getattr(config, classes[name])
         made[name] = cls(**(fixed.get(name, {}) | sections.pop(name, {})))
     assert not sections, sections

@@ -14,7 +14,7 @@ import numpy as np
 from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.config import PROMPTLESS_FORMATS, DataConfig
 from rlhf_jax.data.arrow import Record
-from rlhf_jax.data.collate import collate_packed, collate_prompts, collate_rows, static_length
+from rlhf_jax.data.collate import Row, collate_packed, collate_prompts, collate_rows, static_length
 from rlhf_jax.data.columns import Format, Kind, record_format
 from rlhf_jax.data.formats import read_records
 from rlhf_jax.data.packing import Packing, pack
@@ -65,6 +65,11 @@ class Examples:
     def rows_per_record(self) -> int:
         """Returns 2 for preferences, 1 otherwise."""
         return 2 if self.kind == "preference" else 1
+
+    @property
+    def rows_per_unit(self) -> int:
+        """Returns the rows of a batch that one of the units has by which its size is given."""
+        return 1 if self.packings else self.rows_per_record
 
     @functools.cached_property
     def fingerprint(self) -> int:
@@ -118,13 +123,34 @@ class Examples:
             self, length=capacity, packings=(pack(self.lengths.sum(axis=1), capacity),)
         )
 
-    def collate(self, units: Sequence[Sequence[int]], index: Sequence[int], num_units: int) -> Rows | Prompts:
+    def collate(
+        self,
+        units: Sequence[Sequence[int]],
+        index: Sequence[int],
+        num_units: int,
+        is_held: np.ndarray | None = None,
+    ) -> Rows | Prompts:
         """Returns the records of each unit, by number, as a batch of num_units; what is missing has length 0.
 
         Preferences alternate: sequence 2i is chosen, sequence 2i + 1 rejected. `index` becomes Prompts.index.
+
+        Args:
+            units: numbers of records.
+            index: of each unit.
+            num_units: of a full batch.
+            is_held: bool[rows of the batch], the rows whose tokens are wanted; others have their lengths, but
+                no tokens. All by default.
         """
         per = self.rows_per_record
-        groups = [[self.rows[per * number + k] for number in unit for k in range(per)] for unit in units]
+        per_unit = self.rows_per_unit
+
+        def row(place: int, number: int, k: int) -> Row:
+            is_wanted = is_held is None or is_held[per_unit * place + k % per_unit]
+            return (self.rows.__getitem__ if is_wanted else self.rows.blank)(per * number + k)
+
+        groups = [
+            [row(place, number, k) for number in unit for k in range(per)] for place, unit in enumerate(units)
+        ]
         if self.packings:
             most = per * max(packing.most_records for packing in self.packings)
             return collate_packed(

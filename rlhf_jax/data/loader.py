@@ -18,11 +18,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import cast
 
 import numpy as np
+from jax.sharding import Mesh
 
 from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.mixture import mixture_pick
 from rlhf_jax.data.records import AnyRecord
+from rlhf_jax.distributed import process_id
+from rlhf_jax.sharding import row_holders
 
 WINDOW = 32  # batches within which records of like length are put together
 
@@ -34,11 +37,20 @@ class Loader[Batch: Rows | Prompts, Taken: AnyRecord]:
     prompts to sample from.
     """
 
-    def __init__(self, examples: Examples, batch_size: int, seed: int):
-        """batch_size counts units: a batch of preferences that are not packed has twice as many rows."""
+    def __init__(self, examples: Examples, batch_size: int, seed: int, mesh: Mesh | None = None):
+        """Makes a loader.
+
+        Args:
+            examples: of a split.
+            batch_size: counts units: a batch of preferences that are not packed has twice as many rows.
+            seed: of the run.
+            mesh: batches have the tokens of those rows that this process holds; without one, of all.
+        """
         self.examples = examples
         self.batch_size = batch_size
         self._seed = seed
+        num_rows = examples.rows_per_unit * batch_size
+        self._is_held = None if mesh is None else row_holders(mesh, num_rows)[process_id()]
         self._window = functools.lru_cache(maxsize=2)(self._deal)
         # Of each source the epoch that batches are taken from, and the next one, into which they reach.
         self._filled = functools.lru_cache(maxsize=2 * len(examples.num_units))(self._fill)
@@ -69,7 +81,7 @@ class Loader[Batch: Rows | Prompts, Taken: AnyRecord]:
             yield self._collated(units, range(start, start + len(units))), self._taken(units)
 
     def _collated(self, units: Sequence[Sequence[int]], index: Sequence[int]) -> Batch:
-        return cast(Batch, self.examples.collate(units, index, self.batch_size))
+        return cast(Batch, self.examples.collate(units, index, self.batch_size, self._is_held))
 
     def _taken(self, units: Sequence[Sequence[int]]) -> list[Taken]:
         return [cast(Taken, self.examples.records[number]) for unit in units for number in unit]

@@ -36,10 +36,17 @@ class TokenRows(Sequence[Row]):
             return [self[number] for number in range(len(self))[index]]
         number = range(len(self))[index]
         start = int(self.ends[number - 1]) if number else 0
-        first, behind = np.searchsorted(self.excluded[:, 0], [number, number + 1])
-        excluded = tuple((int(a), int(b)) for _, a, b in self.excluded[first:behind])
         ids = self.tokens[start : self.ends[number]].tolist()
-        return Row(ids, int(self.prompt_lengths[number]), bool(self.was_cut[number]), excluded)
+        return Row(ids, int(self.prompt_lengths[number]), bool(self.was_cut[number]), self._excluded(number))
+
+    def blank(self, number: int) -> Row:
+        """Returns a row whose tokens are all 0 and none of which is read; the rest of it is the row's."""
+        ids = [0] * int(self.lengths[number])
+        return Row(ids, int(self.prompt_lengths[number]), bool(self.was_cut[number]), self._excluded(number))
+
+    def _excluded(self, number: int) -> tuple[tuple[int, int], ...]:
+        first, behind = np.searchsorted(self.excluded[:, 0], [number, number + 1])
+        return tuple((int(a), int(b)) for _, a, b in self.excluded[first:behind])
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:

@@ -17,7 +17,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,6 +27,7 @@ from rlhf_jax.models.families import to_hf
 from rlhf_jax.models.heads import fold_normalizer
 from rlhf_jax.models.tensor_files import NewTensor, open_tensors
 from rlhf_jax.models.transformer import make_model
+from rlhf_jax.sharding import place
 
 SCORE = "score.weight"
 _SUFFIX = "ForSequenceClassification"
@@ -116,7 +116,7 @@ def load_scorer(directory: str | os.PathLike[str], scorer: Scorer, shardings: Pa
     trunk = hf.read_parameters(directory, expected, files, {"trunk": shardings["trunk"]})
     kernel = jnp.asarray(files[SCORE][0], jnp.float32)
     head = fold_normalizer({"kernel": kernel, "bias": jnp.zeros((), jnp.float32)}, *scorer.normalizer)
-    return trunk | {"score_head": jax.device_put(head, shardings["score_head"])}
+    return trunk | {"score_head": place(head, shardings["score_head"])}
 
 
 def save_scorer(

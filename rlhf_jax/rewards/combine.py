@@ -12,7 +12,8 @@ from jax import Array
 from rlhf_jax.batch import Mean, Metrics
 from rlhf_jax.config import RewardsConfig
 from rlhf_jax.data.records import PromptOnly
-from rlhf_jax.rewards.functions import RewardFunction
+from rlhf_jax.rewards.once import Scores
+from rlhf_jax.sharding import gathered
 
 
 class Verdict(NamedTuple):
@@ -46,7 +47,7 @@ def _mean(part: np.ndarray) -> Mean:
 class Judge:
     """Combines the reward model's scores with those of the user's function, as the configuration says."""
 
-    def __init__(self, rewards: RewardsConfig, function: RewardFunction | None, *, has_model: bool) -> None:
+    def __init__(self, rewards: RewardsConfig, function: Scores | None, *, has_model: bool) -> None:
         """Makes a judge.
 
         Args:
@@ -86,5 +87,5 @@ class Judge:
         if self._function is not None:
             parts["function"] = self._function(records, completions)
         if self._has_model:
-            parts["model"] = np.asarray(learned_scores)[: len(records)]
+            parts["model"] = gathered(learned_scores)[: len(records)]
         return combine(parts, self._weights, rows_counted)
