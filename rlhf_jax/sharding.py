@@ -211,7 +211,7 @@ def row_holders(mesh: Mesh, num_rows: int) -> np.ndarray:
 
 
 def gathered(tree: Any) -> Any:
-    """Returns arrays over all devices of the run whole on the host, on every process; all processes call it."""
+    """Returns arrays of the whole mesh on the host, on every process; all processes call it."""
     if num_processes() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
