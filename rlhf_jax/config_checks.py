@@ -304,7 +304,13 @@ def check_lora(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf
             f"stage {stage.name}; give it from or model.path, or lora: {{rank: 0}}"
         )
     judge = earlier.get(stage.reward_from)
-    if sharing != "hydra" or judge is None or not judge.lora.rank or judge.algorithm != "reward_model":
+    if (
+        sharing != "hydra"
+        or not rank
+        or judge is None
+        or not judge.lora.rank
+        or judge.algorithm != "reward_model"
+    ):
         return
     base, of_judge = (s.start_from or s.model.path for s in (stage, judge))
     if base != of_judge:

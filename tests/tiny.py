@@ -20,7 +20,15 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import init_score_head
 from rlhf_jax.models.transformer import Model, make_model
-from rlhf_jax.programs import Programs, TokenIds, build_programs, role_shardings
+from rlhf_jax.programs import (
+    Programs,
+    TokenIds,
+    build_programs,
+    part_shardings,
+    role_parts,
+    role_shardings,
+)
+from rlhf_jax.roles import adapters_of
 from rlhf_jax.sharding import make_mesh, param_shardings
 
 ARCHITECTURE = Architecture(
@@ -39,8 +47,15 @@ ARCHITECTURE = Architecture(
 EOS, PAD = 1, 1  # the same: no mask may come from ids
 
 
-def stage(algorithm: str, **sections: dict[str, Any]) -> config.StageConfig:
-    """Returns a stage with small defaults; `settings` and other sections take overrides."""
+def stage(algorithm: str, sharing: str = "separate", **sections: dict[str, Any]) -> config.StageConfig:
+    """Returns a stage with small defaults; `settings` and other sections take overrides.
+
+    `sharing` is model.sharing of ppo; or `lora`: adapters of an sft or reward_model stage.
+    """
+    if sharing in ("hydra", "lora"):
+        sections["lora"] = {"rank": 3, "alpha": 6.0} | sections.pop("lora", {})
+    if algorithm == "ppo":
+        sections["model"] = {"sharing": sharing} | sections.pop("model", {})
     settings = {"batch_size": 8} | sections.pop("settings", {})
     fixed = {"rollout": {"max_new_tokens": 8}, "optimizer": {"learning_rate": 1e-3}, "mesh": {"data": 1}}
     classes = {field.name: field.type for field in dataclasses.fields(config.StageConfig)}
@@ -66,9 +81,20 @@ def mesh(**sizes: int) -> Mesh:
     return make_mesh(config.MeshConfig(**sizes), devices=jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-def model() -> Model:
-    """Returns the tiny transformer."""
-    return make_model(ARCHITECTURE)
+def model(of: config.StageConfig | None = None) -> Model:
+    """Returns the tiny transformer, with the adapters of a stage."""
+    return make_model(ARCHITECTURE, lora=None if of is None else adapters_of(of, ARCHITECTURE))
+
+
+def adapter(of: config.StageConfig, on: Mesh, seed: int = 0) -> Params:
+    """Returns an adapter as after some training: b is not zero."""
+    made = model(of)
+    shapes, structure = jax.tree.flatten(made.shapes["adapter"])
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    leaves = [0.05 * jax.random.normal(key, shape.shape) for key, shape in zip(keys, shapes, strict=True)]
+    return jax.device_put(
+        jax.tree.unflatten(structure, leaves), part_shardings(made, on, ["adapter"])["adapter"]
+    )
 
 
 def weights(role: str, on: Mesh, seed: int = 0) -> Params:
@@ -89,17 +115,25 @@ def load_policy(directory: Path, on: Mesh) -> tuple[Architecture, Params]:
     return architecture, hf.load_policy(directory, architecture, shardings)
 
 
-def roles(algorithm: str, on: Mesh) -> tuple[Params, Params]:
+def roles(algorithm: str, on: Mesh, sharing: str = "separate") -> tuple[Params, Params]:
     """Returns (trained, frozen) of an algorithm; the reference differs from the policy, as after a while."""
-    seeds = {"policy": 0, "reference": 1, "value": 2, "reward": 3}
-    spec = ALGORITHMS[algorithm]
-    trained = {role: weights(role, on, seeds[role]) for role in spec.trains}
-    return trained, {role: weights(role, on, seeds[role]) for role in spec.reads}
+    seeds = {"policy": 0, "reference": 1, "value": 2, "reward": 3, "base": 4}
+    spec, of = ALGORITHMS[algorithm], stage(algorithm, sharing)
+
+    def tree(role: str, parts: tuple[str, ...]) -> Params:
+        whole = weights(role, on, seeds[role])
+        if "adapter" in parts:
+            whole["adapter"] = adapter(of, on, seeds[role])
+        return {part: whole[part] for part in parts if part in whole}
+
+    every = {role: tree(role, parts) for role, parts in role_parts(of, spec).items()}
+    trained = {role: every.pop(role) for role in spec.trains}
+    return trained, every
 
 
 def programs(of: config.StageConfig, on: Mesh, num_completion: int = 8) -> Programs:
     """Returns the stage's programs."""
-    return build_programs(of, ALGORITHMS[of.algorithm], model(), on, num_completion, TokenIds(EOS, PAD))
+    return build_programs(of, ALGORITHMS[of.algorithm], model(of), on, num_completion, TokenIds(EOS, PAD))
 
 
 def rows(num_rows: int = 8, length: int = 16, seed: int = 0) -> Rows:

@@ -17,6 +17,8 @@ from tests import tiny
 
 NAMES = sorted(ALGORITHMS)
 ONLINE = [name for name in NAMES if ALGORITHMS[name].records == "prompt_only"]
+SHARED = ["ppo:trunk", "ppo:hydra", "reward_model:lora", "sft:lora"]
+"""Algorithms whose roles share parameters, or are adapters; the fast tests of them are in test_sharing.py."""
 GRADIENT = 1e-5  # of the leaf's norm
 VALUE = 1e-5
 
@@ -32,18 +34,24 @@ def policy_batch(rows: Rows, seed: int = 0) -> PolicyBatch:
     return PolicyBatch(rows, mask, noise(0.1) - 4.1, noise(0.1) - 4.1, noise(1), noise(1), noise(1))
 
 
+def spec(name: str):
+    return ALGORITHMS[name.partition(":")[0]]
+
+
 def batch_of(name: str, rows: Rows):
-    return policy_batch(rows) if ALGORITHMS[name].records == "prompt_only" else rows
+    return policy_batch(rows) if spec(name).records == "prompt_only" else rows
 
 
 @functools.cache
 def update_of(name, mesh, settings):
     """Returns the compiled update of an algorithm, with one optimiser step; shared by the tests."""
     settings = dict(settings)
-    one_minibatch = {"num_epochs": 1, "num_minibatches": 1} if name == "ppo" else {}
+    algorithm, _, sharing = name.partition(":")
+    one_minibatch = {"num_epochs": 1, "num_minibatches": 1} if algorithm == "ppo" else {}
     data = {"packing": settings.pop("packing")}
     num_completion = 32 if data["packing"] else 8
-    return tiny.programs(tiny.stage(name, settings=one_minibatch | settings, data=data), mesh, num_completion)
+    stage = tiny.stage(algorithm, sharing or "separate", settings=one_minibatch | settings, data=data)
+    return tiny.programs(stage, mesh, num_completion)
 
 
 def updated(name, batch, mesh=None, packing=False, **settings):
@@ -52,14 +60,15 @@ def updated(name, batch, mesh=None, packing=False, **settings):
     units = num_rows(batch) if packing else batch_records(name, batch)
     settings = {"batch_size": units, "packing": packing} | settings
     programs = update_of(name, mesh, tuple(settings.items()))
-    trained, frozen = tiny.roles(name, mesh)
+    algorithm, _, sharing = name.partition(":")
+    trained, frozen = tiny.roles(algorithm, mesh, sharing or "separate")
     state, metrics = programs.update(programs.init_state(trained), frozen, batch, jax.random.key(0))
     moments = {role: state.opt_state[role][1][0].mu for role in trained}
     return jax.device_get(moments), to_host(metrics)
 
 
 def batch_records(name, batch):
-    return jax.tree.leaves(batch)[0].shape[0] // ALGORITHMS[name].rows_per_record
+    return jax.tree.leaves(batch)[0].shape[0] // spec(name).rows_per_record
 
 
 def assert_same(found, expected):
@@ -71,7 +80,9 @@ def assert_same(found, expected):
         assert metrics[name] == pytest.approx(value, abs=VALUE * max(1, abs(value))), name
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module", params=[*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in SHARED)]
+)
 def reference(request):
     """The name of an algorithm, a batch, and its update on one device."""
     batch = batch_of(request.param, tiny.rows())
@@ -82,7 +93,9 @@ def test_the_gradient_is_not_zero(reference):
     _, _, (gradient, metrics) = reference
     for role, moments in gradient.items():
         assert metrics[f"{role}/grad_norm"] > 1e-3
-        assert np.linalg.norm(moments["trunk"]["embed"]["embedding"]) > 0, role
+        norms = jax.tree.map(np.linalg.norm, moments)
+        norms.get("score_head", {}).pop("bias", None)  # a ranking does not see it
+        assert all(norm > 0 for norm in jax.tree.leaves(norms)), role
 
 
 def test_padding_changes_nothing(reference):
@@ -106,7 +119,7 @@ def test_filling_rows_change_nothing(reference):
 
 def test_order_of_records_changes_nothing(reference):
     name, batch, expected = reference
-    per = ALGORITHMS[name].rows_per_record
+    per = spec(name).rows_per_record
     order = np.random.default_rng(0).permutation(8 // per)
     rows = (per * order[:, None] + np.arange(per)).ravel()
     assert_same(updated(name, jax.tree.map(lambda x: x[rows], batch)), expected)

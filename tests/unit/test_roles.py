@@ -9,13 +9,15 @@ import pytest
 
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import Checkpointer
+from rlhf_jax.config import RunConfig
 from rlhf_jax.data.collate import Row
 from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.records import Preference, PromptCompletion
 from rlhf_jax.data.token_rows import token_rows
+from rlhf_jax.models.forward import make_forward
 from rlhf_jax.models.scorers import Normalizer, save_scorer
 from rlhf_jax.plan import Plan
-from rlhf_jax.roles import Origins, load_policy, load_roles
+from rlhf_jax.roles import Origins, adapter_info, check_base, load_policy, load_reward, load_roles
 from rlhf_jax.stage import _normalized
 from tests import tiny
 
@@ -165,6 +167,67 @@ def test_eight_devices_load_what_one_loads(tmp_path, programs, mesh):
     one = roles_of("ppo", mesh, reward=tmp_path)
     for a, b in zip(many, one, strict=True):
         assert tiny.relative_difference(a, b) < 1e-6
+
+
+def test_frozen_models_in_host_memory_and_in_bfloat16_are_what_they_are_elsewhere(mesh):
+    """They are copied to the device for the score pass; trained roles stay float32 on it."""
+    options = {"frozen_memory": "host", "frozen_dtype": "bfloat16"}
+    trained, frozen = roles_of("ppo", mesh, model=options)
+    (leaf, *_) = jax.tree.leaves(frozen["reference"])
+    assert (leaf.sharding.memory_kind, leaf.dtype) == ("pinned_host", jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(trained)} == {"device"}
+    in_host = tiny.programs(tiny.stage("ppo", model=options), mesh)
+    rollout = in_host.rollout(trained, frozen, tiny.prompts(), jax.random.key(0))
+    found, _ = in_host.score(trained, frozen, rollout)
+    rounded = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), frozen)
+    expected, _ = tiny.programs(tiny.stage("ppo"), mesh).score(trained, rounded, rollout)
+    np.testing.assert_allclose(found.ref_logprobs, expected.ref_logprobs, rtol=1e-6, atol=1e-6)
+    assert np.max(np.abs(found.ref_logprobs - found.old_logprobs)) > 1e-5  # the rounding
+
+
+def save_stage(directory, algorithm, sharing, mesh, trained, info, aux=()):
+    """Writes RUN/STAGE as a finished stage would."""
+    programs = tiny.programs(tiny.stage(algorithm, sharing), mesh)
+    state = programs.init_state(jax.tree.map(jnp.copy, trained))
+    parts = {role: sorted(weights) for role, weights in trained.items()}
+    info = {"architecture": tiny.ARCHITECTURE.to_dict(), "algorithm": algorithm, "parts": parts} | info
+    with Checkpointer(directory / "checkpoints", keep=1) as checkpointer:
+        checkpointer.save(1, state._replace(aux=state.aux | dict(aux)), info)
+
+
+def test_a_hydra_starts_from_the_reward_model_s_adapter_on_the_same_base(tmp_path, mesh, demonstrations):
+    """NUMERICS 29; merged, for a stage that has no base, the same reward model says the same."""
+    sft, reward = tmp_path / "sft", tmp_path / "reward"
+    save_stage(sft, "sft", "separate", mesh, {"policy": tiny.weights("policy", mesh, seed=8)}, {})
+    lora = tiny.model(tiny.stage("reward_model", "lora")).lora
+    of_reward = dataclasses.replace(
+        tiny.stage("reward_model", "lora"), start_from="sft", run=RunConfig(dir=str(tmp_path))
+    )
+    info = adapter_info(of_reward, Origins(sft, None), lora)
+    assert info["base"]["stage"] == "sft"
+    raw, _ = tiny.roles("reward_model", mesh, "lora")
+    aux = {"normalizer_mean": jnp.float32(0.7), "normalizer_std": jnp.float32(2.5)}
+    save_stage(reward, "reward_model", "lora", mesh, raw, info, aux)
+
+    stage, where = tiny.stage("ppo", "hydra"), Origins(sft, reward)
+    hydra = tiny.model(stage)
+    trained, frozen = load_roles(stage, ALGORITHMS["ppo"], where, hydra, mesh, ROOT)
+    assert frozen.keys() == {"base", "reward"}
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen["base"])} == {jnp.dtype("bfloat16")}
+    assert_equal(trained["value"], frozen["reward"])
+    assert_equal(trained["value"]["adapter"], raw["reward"]["adapter"])
+    assert trained["policy"].keys() == {"adapter"}
+    of_base = jax.jit(make_forward(hydra, 8).scores)({}, frozen, demonstrations)
+    whole = load_reward(reward, MODEL, mesh)
+    merged = jax.jit(make_forward(MODEL, 8).scores)({"reward": whole}, {}, demonstrations)
+    np.testing.assert_allclose(of_base, merged, rtol=1e-5, atol=1e-5)
+
+    other = Origins(tmp_path / "other", reward)
+    with pytest.raises(ValueError, match="holds adapters of .*sft, but the base of this stage is .*other"):
+        check_base(stage, other, lora)
+    with pytest.raises(ValueError, match="holds adapters of another kind"):
+        check_base(stage, where, lora._replace(alpha=1.0))
 
 
 def examples(kind, rows):
