@@ -36,8 +36,8 @@ from rlhf_jax.trainer import NextBatch, Source, Trainer
 def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
     """Returns the model of a stage, as pure functions, and its programs; nothing is compiled yet."""
     stage, algorithm = plan.stage, plan.algorithm
-    lora = adapters_of(stage, plan.architecture)
-    model = make_model(plan.architecture, stage.model.dtype, stage.model.remat, lora=lora)
+    options, lora = stage.model, adapters_of(stage, plan.architecture)
+    model = make_model(plan.architecture, options.dtype, options.remat, options.attention, lora)
     num_completion = (
         stage.rollout.max_new_tokens
         if algorithm.records == "prompt_only"

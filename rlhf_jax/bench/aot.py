@@ -14,6 +14,7 @@ Without --config a stage is made of a shape of the benchmarks; dotted flags then
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from rlhf_jax.bench.harness import NEVER, SHAPES, commit, make_architecture, mak
 from rlhf_jax.command_line import read_config
 from rlhf_jax.lowering import lower_programs, lower_stage
 from rlhf_jax.models import hub
+from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import check_mesh, plan_stages
 from rlhf_jax.programs import build_programs, role_parts, rows_per_unit
@@ -93,12 +95,13 @@ def stage_of_shape(args: argparse.Namespace, flags: Sequence[str]) -> config.Sta
     return make_stage(args.algorithm, settings=settings, **made)
 
 
-def lower_shape(stage: config.StageConfig, shape: str, length: int, mesh: Mesh) -> dict[str, Lowered]:
+def lower_shape(
+    stage: config.StageConfig, architecture: Architecture, length: int, mesh: Mesh
+) -> dict[str, Lowered]:
     """Returns the programs of a stage on random weights, for rows of `length` tokens."""
     algorithm = ALGORITHMS[stage.algorithm]
-    architecture = make_architecture(shape, length)
-    lora = adapters_of(stage, architecture)
-    model = make_model(architecture, stage.model.dtype, stage.model.remat, lora=lora)
+    options, lora = stage.model, adapters_of(stage, architecture)
+    model = make_model(architecture, options.dtype, options.remat, options.attention, lora)
     new = stage.rollout.max_new_tokens
     num_rows = rows_per_unit(stage, algorithm) * stage.settings.batch_size
     is_online = algorithm.records == "prompt_only"
@@ -130,6 +133,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--config", default="")
     parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--layers", type=int, default=0, help="0: those of the shape")
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="sft")
     parser.add_argument("--rows", type=int, default=32, help="batch_size")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row, prompt and completion")
@@ -143,8 +147,12 @@ def main() -> None:
     else:
         stage = stage_of_shape(args, flags)
         mesh = make_mesh(stage.mesh, devices)
-        stages = [(stage.name, mesh, lower_shape(stage, args.shape, args.length, mesh))]
-        what = {"shape": args.shape, "rows": args.rows, "length": args.length}
+        architecture = make_architecture(args.shape, args.length)
+        if args.layers:
+            architecture = dataclasses.replace(architecture, num_layers=args.layers)
+        stages = [(stage.name, mesh, lower_shape(stage, architecture, args.length, mesh))]
+        what = {"shape": args.shape, "layers": architecture.num_layers, "rows": args.rows}
+        what |= {"length": args.length}
     what |= {"topology": args.topology, "flags": flags}
     for name, mesh, programs in stages:
         sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}

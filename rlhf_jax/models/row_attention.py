@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,11 @@ FLASH_LENGTH = 2048
 """Rows from which on `auto` takes a kernel: XLA holds the scores of all pairs of tokens."""
 _BLOCKS = (512, 256, 128)
 _OF_TOKENS = ("batch", "length", "heads", "head_dim")
+_KV_OF_TOKENS = ("batch", "length", "kv_heads", "head_dim")
 _OF_HEADS = ("batch", "whole_length", "attention_heads", "head_dim")
 
-# Of q, k, v, segments and the window.
-_Kernel = Callable[[Array, Array, Array, Array | None, int], Array]
+# Of q, k, v and segments.
+_Attend = Callable[[Array, Array, Array, Array | None], Array]
 
 
 def row_attention(
@@ -62,6 +63,8 @@ def row_attention(
         ValueError: flash is asked for where the device has no kernel for this.
     """
     num_heads = q.shape[2]
+    # Said on both sides of the change of places: else XLA gathers the tokens before the projection instead.
+    q, k, v = constrain(q, _OF_TOKENS), constrain(k, _KV_OF_TOKENS), constrain(v, _KV_OF_TOKENS)
     q, k, v = fitting_heads(q, k, v, num_parts("attention_heads"))
     q, k, v = (constrain(x, _OF_HEADS) for x in (q, k, v))
     lack = flash_lack(device_platform(), q.dtype, softcap=softcap, is_packed=segments is not None)
@@ -69,13 +72,11 @@ def row_attention(
         raise ValueError(f"model.attention is 'flash', but {lack}; set model.attention: auto")
     if implementation == "flash" or (implementation == "auto" and q.shape[1] >= FLASH_LENGTH and not lack):
         kernel = splash_attention if device_platform() == "tpu" else cudnn_attention
-        run = _on_shards(partial(kernel, scale=scale, softcap=softcap))
-        branches = [partial(run, window=window) for window in windows]
-        out = (
-            branches[0](q, k, v, segments)
-            if which is None
-            else jax.lax.switch(which, branches, q, k, v, segments)
-        )
+        branches = [
+            _on_shards(partial(kernel, window=window, scale=scale, softcap=softcap)) for window in windows
+        ]
+        number = 0 if which is None else which
+        out = jax.lax.switch(number, branches, q, k, v, segments)
     else:
         window = windows[0] if which is None else jnp.asarray(windows)[which]
         out = causal_attention(q, k, v, segments, scale=scale, window=window, softcap=softcap)
@@ -115,8 +116,8 @@ def splash_attention(
     k: Array,
     v: Array,
     segments: Array | None,
-    window: int,
     *,
+    window: int,
     scale: float,
     softcap: float,
     interpret: bool = False,
@@ -136,7 +137,7 @@ def splash_attention(
     q, k, v = (padded(x).swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
     ids = None if segments is None else splash.SegmentIds(padded(segments), padded(segments))
     kernel = _splash_kernel(q.shape[1], length + missing, window, softcap, block, interpret)
-    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)[:, :length]
+    return cast(Array, jax.vmap(kernel)(q, k, v, ids)).swapaxes(1, 2)[:, :length]
 
 
 @cache
@@ -146,11 +147,18 @@ def _splash_kernel(
     """Returns the kernel, whose masks take a while to prepare: of blocks, not of pairs of tokens."""
     shape = (length, length)
     mask = splash_mask.LocalMask(shape, (window - 1, 0), 0) if window else splash_mask.CausalMask(shape)
-    sides = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(
             splash_mask.MultiHeadMask([mask] * num_heads),
-            block_sizes=splash.BlockSizes(**{f"block_{side}": block for side in sides}),
+            block_sizes=blocks,
             attn_logits_soft_cap=softcap or None,
             head_shards=1,
             q_seq_shards=1,
@@ -160,7 +168,7 @@ def _splash_kernel(
 
 
 def cudnn_attention(
-    q: Array, k: Array, v: Array, segments: Array | None, window: int, *, scale: float, softcap: float
+    q: Array, k: Array, v: Array, segments: Array | None, *, window: int, scale: float, softcap: float
 ) -> Array:
     """Returns causal_attention by a GPU's kernel, which knows neither segments nor a soft cap."""
     assert segments is None and not softcap
@@ -170,18 +178,11 @@ def cudnn_attention(
     )
 
 
-def _on_shards(kernel: _Kernel) -> _Kernel:
+def _on_shards(kernel: _Attend) -> _Attend:
     """Returns the kernel, each device running it on its rows and heads: XLA cannot divide it."""
-
-    def run(q: Array, k: Array, v: Array, segments: Array | None, window: int) -> Array:
-        if jax.sharding.get_abstract_mesh().empty:
-            return kernel(q, k, v, segments, window)
-        heads, tokens = partition_spec(_OF_HEADS), partition_spec(_OF_HEADS[:2])
-        return jax.shard_map(
-            lambda *args: kernel(*args, window),
-            in_specs=(heads, heads, heads, tokens),
-            out_specs=heads,
-            check_vma=False,  # the kernel does not say over which axes its results vary
-        )(q, k, v, segments)
-
-    return run
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel
+    heads, tokens = partition_spec(_OF_HEADS), partition_spec(_OF_HEADS[:2])
+    in_specs = (heads, heads, heads, tokens)
+    # check_vma: a kernel does not say over which axes its results vary.
+    return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads, check_vma=False)
