@@ -242,7 +242,7 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """How long processes wait for each other, and for a step; seconds."""
+    """How many seconds processes wait for each other, and for a step."""
 
     initialization_timeout: PositiveInt = 300
     """Until every process of the run has come."""
@@ -250,6 +250,9 @@ class DistributedConfig:
     """Until a process that gives no sign of life counts as gone, which ends the run."""
     shutdown_timeout: PositiveInt = 60
     """Until a process that is done no longer waits for the others to be done as well."""
+    step_timeout: Count = 1800
+    """Until a run whose steps make no progress, compiling and saving aside, counts as hung and is ended with
+    the stacks of all threads, also where it has one process; 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)

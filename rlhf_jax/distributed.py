@@ -10,44 +10,72 @@ What is not public in JAX is read here alone.
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from typing import Any
 
 import jax
 from jax._src import distributed as _jax_distributed
 
 from rlhf_jax.config import DistributedConfig
+from rlhf_jax.failures import Lifeline
 
 COORDINATOR = "RLHF_JAX_COORDINATOR"
 NUM_PROCESSES = "RLHF_JAX_NUM_PROCESSES"
 PROCESS_ID = "RLHF_JAX_PROCESS_ID"
 DETECTION = "RLHF_JAX_DISTRIBUTED"
 
+MARGIN = 15
+"""Seconds after which JAX ends a process that has lost another one, where we have not yet said so."""
+PATIENCE = 10.0
+"""Seconds of waiting for the other processes that are not mentioned."""
+WEEK = 7 * 24 * 3600
+
+_lifeline: Lifeline | None = None
+
 
 def initialize(cfg: DistributedConfig) -> None:
     """Connects this process with the others of the run, if there are any; a second call does nothing.
 
-    Must come before any device is touched.
+    Must come before any device is touched. From then on a failure of one process ends all of them.
 
     Args:
-        cfg: reads the timeouts.
+        cfg: reads the timeouts but step_timeout.
     Raises:
-        ValueError: the environment is wrong, or the processes do not find each other.
+        ValueError: the environment is wrong, or JAX does not find the others.
     """
+    global _lifeline
     if jax.distributed.is_initialized():
         return
     arguments = _of_environment()
     if arguments is None:
         return
+    told = ", ".join(f"{name} {value}" for name, value in arguments.items()) or "found by JAX"
+    told_late = threading.Timer(PATIENCE, _tell_of_waiting, [told, cfg.initialization_timeout])
+    told_late.daemon = True
+    told_late.start()
     try:
         jax.distributed.initialize(
             **arguments,
             initialization_timeout=cfg.initialization_timeout,
-            heartbeat_timeout_seconds=cfg.heartbeat_timeout,
+            heartbeat_timeout_seconds=cfg.heartbeat_timeout + MARGIN,
             shutdown_timeout_seconds=cfg.shutdown_timeout,
         )
     except (RuntimeError, ValueError) as error:
-        told = ", ".join(f"{name} {value}" for name, value in arguments.items()) or "found by JAX"
         raise ValueError(f"the processes of the run did not find each other ({told}): {error}") from error
+    finally:
+        told_late.cancel()
+    if num_processes() > 1:
+        _lifeline = Lifeline(_client(), process_id(), num_processes(), cfg.heartbeat_timeout)
+        _lifeline.start()
+        sys.stdout = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what is no line of ours, such as gloo's words on connections, is no result
+        jax.devices()  # are made by all processes together: none may wait for another before
+
+
+def lifeline() -> Lifeline | None:
+    """Returns what ties this process to the others of the run; None where it is alone."""
+    return _lifeline
 
 
 def process_id() -> int:
@@ -58,6 +86,41 @@ def process_id() -> int:
 def num_processes() -> int:
     """Returns the number of processes of the run; touches no device."""
     return _jax_distributed.global_state.num_processes
+
+
+def is_first() -> bool:
+    """Returns whether this process is the one that writes and tells; touches no device."""
+    return process_id() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process of the run has come here; each name may be used once."""
+    if num_processes() > 1:
+        _client().wait_at_barrier(f"rlhf_jax/{name}", WEEK * 1000)
+
+
+def stop_is_due(count: int) -> bool:
+    """Returns whether SIGTERM came to a process, and all of them have agreed to stop at this count.
+
+    Args:
+        count: of the calls, the same in all processes, growing by one.
+    """
+    manager = _jax_distributed.global_state.preemption_sync_manager
+    return manager is not None and manager.reached_sync_point(count)
+
+
+def _client() -> Any:
+    client = _jax_distributed.global_state.client
+    assert client is not None
+    return client
+
+
+def _tell_of_waiting(told: str, timeout: int) -> None:
+    print(
+        f"rlhf_jax: waiting for the other processes of the run ({told}) up to {timeout} s "
+        "(distributed.initialization_timeout)",
+        file=sys.stderr,
+    )
 
 
 def _of_environment() -> dict[str, Any] | None:

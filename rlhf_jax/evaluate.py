@@ -46,7 +46,7 @@ ALGORITHM_OF: dict[Role, str] = {"policy": "sft", "reward": "reward_model"}
 """The algorithm whose held-out figures are those of a role."""
 SECTIONS = ("data", "model", "tokenizer", "mesh", "distributed")
 """Sections of the configuration that a measurement reads."""
-UNREAD = ("data.length_buckets", "data.train", "data.eval", "model.remat")
+UNREAD = ("data.length_buckets", "data.train", "data.eval", "model.remat", "distributed.step_timeout")
 """Options of these sections that it does not read."""
 CHUNK = 4096  # tokens whose logits exist at once, unless a flag says otherwise
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from rlhf_jax import watchdog
 from rlhf_jax.batch import Metrics, Params, Prompts, Rows, reduce_metrics
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import AnyRecord, PromptOnly
@@ -37,8 +38,11 @@ def evaluate_records(programs: Programs, loader: Loader[Rows, AnyRecord], mesh: 
     """Returns the evaluation of an offline stage: means over held-out records, eval/nll as perplexity too."""
 
     def evaluate(params: Params, frozen: Params) -> Evaluation:
-        batches = (place_rows(mesh, batch) for batch, _ in loader.eval_batches())
-        metrics = _over_batches([programs.evaluate(params, frozen, batch) for batch in batches])
+        found = []
+        for batch, _ in loader.eval_batches():
+            found.append(programs.evaluate(params, frozen, place_rows(mesh, batch)))
+            watchdog.beat()
+        metrics = _over_batches(found)
         if "eval/nll" in metrics:
             metrics["eval/perplexity"] = _perplexity(metrics["eval/nll"])
         return Evaluation(metrics, [])

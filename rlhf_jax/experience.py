@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from rlhf_jax import watchdog
 from rlhf_jax.batch import Metrics, Params, Prompts, Rows, Scored
 from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -91,6 +92,7 @@ class Collector:
         rollout = self._programs.rollout(params, frozen, place_rows(self._mesh, prompts), key)
         rows, ended = gathered((rollout.rows, rollout.ended))
         sampled = time.perf_counter()
+        watchdog.beat()
 
         scored, metrics = self._programs.score(
             params, frozen, rollout
@@ -111,6 +113,7 @@ class Collector:
         scores[: len(records)] = verdict.scores
         scored = scored._replace(scores=place_rows(self._mesh, scores))
         judged = time.perf_counter()
+        watchdog.beat()
         metrics = metrics | verdict.metrics | text_metrics(ids, rows_counted)
         metrics |= {"perf/rollout_seconds": sampled - start, "perf/score_seconds": judged - sampled}
         return Experience(scored, verdict.scores, metrics, completions, ids, rows_counted)

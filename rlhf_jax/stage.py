@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax import keys
+from rlhf_jax import distributed, keys
 from rlhf_jax.agreement import on_first
 from rlhf_jax.batch import Params, Prompts, Rows, TrainState
 from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
@@ -104,7 +104,8 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
                     f"stage {stage.name}: {plan.origins.policy} is not the model any more to which its "
                     f"adapters belonged until step {newest}; put that back, or choose another run.dir"
                 )
-            print(f"[{stage.name}] goes on after step {newest}", file=sys.stderr)
+            if distributed.is_first():
+                print(f"[{stage.name}] goes on after step {newest}", file=sys.stderr)
         writer.resume(0 if newest is None else newest + 1)
         trainer = Trainer(stage, programs, source, evaluate, writer, checkpointer, info, signals)
         state = trainer.train(state, frozen, root)

@@ -2,13 +2,14 @@
 
 The same command resumes an interrupted run. Exit codes: 0 done; 2 the configuration, the data or a checkpoint
 is wrong, or nothing can be written to the run directory, and each problem is named; 1 the run itself failed;
-130 or 143 it was stopped by SIGINT or SIGTERM.
+87 it hung; 130 or 143 it was stopped by SIGINT or SIGTERM. Several processes of a run end with the same code.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +18,13 @@ from rlhf_jax.command_line import ConfigError, dump_config, read_command_line
 from rlhf_jax.config import Config
 from rlhf_jax.files import new_directory, replace_file, to_json
 from rlhf_jax.host_memory import keep_freed_memory
-from rlhf_jax.stop_signals import StopSignals
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from rlhf_jax.plan import Plan
+
+STOPPED = "stopped; the same command goes on from what is saved"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,9 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         return _main(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt as error:  # or SIGTERM, while a stage is trained
         print(file=sys.stderr)
-        return _failed(
-            "stopped; the same command goes on from what is saved", 128 + getattr(error, "signum", 2)
-        )
+        return _failed(STOPPED, 128 + getattr(error, "signum", 2))
 
 
 def _main(argv: list[str]) -> int:
@@ -49,30 +49,50 @@ def _main(argv: list[str]) -> int:
 
     # Only now, so that a wrong configuration is told at once, and before any device is touched.
     from rlhf_jax import distributed
+    from rlhf_jax.failures import is_of_runtime
     from rlhf_jax.rewards.functions import RewardError
     from rlhf_jax.sharding import axis_rules
+    from rlhf_jax.stop_signals import Stopped
     from rlhf_jax.trainer import NotFiniteError
 
     has_begun = False
+
+    def failed(message: object, code: int, error: BaseException) -> int:
+        """Prints what went wrong; returns the exit code, or ends this process and all others."""
+        if (lifeline := distributed.lifeline()) is not None:
+            trace = "".join(traceback.format_exception(error)) if has_begun else ""
+            is_told_of = isinstance(error, RewardError) and error.__cause__ is None  # by who called it
+            may_follow = is_told_of or is_of_runtime(error)
+            lifeline.fail(f"{trace}rlhf_jax: {message}", code, may_follow=may_follow)
+        return _failed(message, code)
+
     try:
         distributed.initialize(config.stages[0].distributed)
         with axis_rules(config.stages[0].mesh.axes):
             plans, mesh = prepare(config)
             has_begun = True
             results = run(config, plans, mesh)
+        distributed.wait_for_all("done")
     except RewardError as error:
-        return _failed(f"{error}\nWhat was trained before is saved; the same command goes on.", 1)
+        return failed(f"{error}\nWhat was trained before is saved; the same command goes on.", 1, error)
     except NotFiniteError as error:
-        return _failed(
+        return failed(
             f"{error}\nWhat was saved before stays, but the same command would come to the same end: change "
             "the configuration and give it another run.dir.",
             1,
+            error,
         )
     except ValueError as error:
-        return _failed(error, 2)
+        return failed(error, 2, error)
     except OSError as error:
-        return _failed(_reason(error, config.run.dir), 1 if has_begun else 2)
-    if wants_json:
+        return failed(_reason(error, config.run.dir), 1 if has_begun else 2, error)
+    except Stopped:
+        raise
+    except KeyboardInterrupt as error:
+        if distributed.lifeline() is None:
+            raise
+        return failed("interrupted", 130, error)
+    if wants_json and distributed.is_first():
         print(to_json({"run": config.run.dir, "summary": results}))
     return 0
 
@@ -80,18 +100,26 @@ def _main(argv: list[str]) -> int:
 def prepare(config: Config) -> tuple[list[Plan], Mesh]:
     """Returns the plans and the mesh of a run, its configuration and tokenizer written to its directory.
 
-    Models of the hub are downloaded first; the run goes on with the commits that it began with.
+    Models of the hub are downloaded first; the run goes on with the commits that it began with. Where there
+    are several processes, the first one does so, then the others, which find what it wrote.
 
     Raises:
         ValueError: data, lengths, models or mesh do not fit; all that the host can tell, at once.
         OSError: the run directory cannot be written.
     """
+    from rlhf_jax import distributed
     from rlhf_jax.models import hub
     from rlhf_jax.plan import check_mesh, plan_stages
     from rlhf_jax.run_tokenizer import TOKENIZER, prepare_tokenizer
     from rlhf_jax.sharding import make_mesh
 
     run_dir = Path(config.run.dir)
+    if not distributed.is_first():
+        distributed.wait_for_all("prepared")
+        if not (run_dir / TOKENIZER).is_dir():
+            raise ValueError(
+                f"run.dir: {run_dir} is not where process 0 wrote it; all hosts have to share it"
+            )
     known = hub.read_commits(run_dir)
     fetched, commits = hub.fetch_models(config, known)
     for name in commits.keys() - known.keys():
@@ -100,6 +128,8 @@ def prepare(config: Config) -> tuple[list[Plan], Mesh]:
     plans = plan_stages(fetched, tokenizer)
     mesh = make_mesh(config.stages[0].mesh)
     check_mesh(plans, mesh)
+    if not distributed.is_first():
+        return plans, mesh
     for plan in plans:
         for line in (*plan.mixture(), *plan.losses(), *plan.reward_notes()):
             print(line, file=sys.stderr)
@@ -109,6 +139,7 @@ def prepare(config: Config) -> tuple[list[Plan], Mesh]:
     if not (run_dir / TOKENIZER).exists():
         with new_directory(run_dir / TOKENIZER) as unfinished:
             tokenizer.save_pretrained(str(unfinished))
+    distributed.wait_for_all("prepared")
     return plans, mesh
 
 
@@ -121,20 +152,26 @@ def run(config: Config, plans: Sequence[Plan], mesh: Mesh) -> dict[str, dict]:
         NotFiniteError: updates had to be skipped again and again.
         Stopped: SIGINT or SIGTERM came; what was trained is saved.
     """
+    from rlhf_jax import distributed
     from rlhf_jax.export import export_stage, last_policy
     from rlhf_jax.stage import run_stage
+    from rlhf_jax.stop_signals import StopSignals
     from rlhf_jax.summary import comparisons, render_table, write_summary
 
     results, run_dir = {}, Path(config.run.dir)
     with StopSignals() as signals:
         for plan in plans:
             results[plan.stage.name] = run_stage(plan, mesh, signals)
-            write_summary(run_dir, results)
+            if distributed.is_first():
+                write_summary(run_dir, results)
             signals.check()
-    if (policy := last_policy(config)) and not (run_dir / "export").exists():
+    policy, is_exported = last_policy(config), (run_dir / "export").exists()
+    distributed.wait_for_all("export")  # all have looked before one writes
+    if policy and not is_exported:
         export_stage(run_dir, config, policy, run_dir / "export", mesh)
-    text = render_table(results, run_dir, comparisons(run_dir), terminal=sys.stderr.isatty())
-    print(text, file=sys.stderr)
+    if distributed.is_first():
+        text = render_table(results, run_dir, comparisons(run_dir), terminal=sys.stderr.isatty())
+        print(text, file=sys.stderr)
     return results
 
 

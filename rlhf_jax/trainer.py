@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from rlhf_jax import keys
+from rlhf_jax import keys, watchdog
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Metrics, Params, TrainState
 from rlhf_jax.checkpoint import Checkpointer
@@ -102,6 +102,10 @@ class Trainer:
             RewardError: a reward function failed; what was trained until then is logged and saved.
             Stopped: SIGINT or SIGTERM came; the same.
         """
+        with watchdog.watching(self._stage.distributed.step_timeout):
+            return self._train(state, frozen, root)
+
+    def _train(self, state: TrainState, frozen: Params, root: Array) -> TrainState:
         num_steps = self._stage.settings.num_updates
         start, position = int(state.step), int(state.position)
         self._signals.check()
@@ -114,6 +118,7 @@ class Trainer:
         with Progress(self._stage.name, num_steps, start, self._stage.run.log_every) as progress:
             try:
                 for iteration in range(start, num_steps):
+                    watchdog.beat()
                     self._signals.check()
                     step, key = iteration + 1, keys.at_iteration(root, iteration)
                     batch, position, gathered, needs_update = self._source(
@@ -141,7 +146,8 @@ class Trainer:
                 self._log_pending(progress)
                 if int(state.step) > 0 and self._checkpointer.latest() != int(state.step):
                     self.save(state)
-                self._checkpointer.wait()
+                with watchdog.paused():
+                    self._checkpointer.wait()
                 raise
         return state
 
@@ -154,7 +160,8 @@ class Trainer:
         now = time.perf_counter()
         self.info["seconds"] += now - self._clock
         self._clock = now
-        self._checkpointer.save(int(state.step), state, self.info)
+        with watchdog.paused():
+            self._checkpointer.save(int(state.step), state, self.info)
 
     def _evaluated(self, state: TrainState, frozen: Params, step: int) -> dict[str, float]:
         start = time.perf_counter()
