@@ -26,6 +26,7 @@ from rlhf_jax.data.tokenize import text_difference, text_settings
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.evaluation import evaluate_records
 from rlhf_jax.export import read_run_config
+from rlhf_jax.failures import is_of_runtime
 from rlhf_jax.files import to_json
 from rlhf_jax.metrics import format_number
 from rlhf_jax.models import hf
@@ -80,8 +81,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found = measure(args.model, args.data, args.batch_size, others)
     except (ValueError, OSError) as error:
+        if (lifeline := distributed.lifeline()) is not None:
+            lifeline.fail(f"rlhf_jax: {error}", 2, may_follow=is_of_runtime(error))
         print(f"rlhf_jax: {error}", file=sys.stderr)
         return 2
+    distributed.wait_for_all("done")
+    if not distributed.is_first():
+        return 0
     for name, value in found.items():
         print(f"{name:<12}{format_number(value) if isinstance(value, float) else value}", file=sys.stderr)
     if args.json:

@@ -11,6 +11,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,46 +101,41 @@ def _main(argv: list[str]) -> int:
 def prepare(config: Config) -> tuple[list[Plan], Mesh]:
     """Returns the plans and the mesh of a run, its configuration and tokenizer written to its directory.
 
-    Models of the hub are downloaded first; the run goes on with the commits that it began with. Where there
-    are several processes, the first one does so, then the others, which find what it wrote.
+    Models of the hub are downloaded first; the run goes on with the commits that it began with.
 
     Raises:
         ValueError: data, lengths, models or mesh do not fit; all that the host can tell, at once.
         OSError: the run directory cannot be written.
     """
-    from rlhf_jax import distributed
+    from rlhf_jax.agreement import on_first, together
+    from rlhf_jax.distributed import is_first
     from rlhf_jax.models import hub
     from rlhf_jax.plan import check_mesh, plan_stages
     from rlhf_jax.run_tokenizer import TOKENIZER, prepare_tokenizer
     from rlhf_jax.sharding import make_mesh
 
     run_dir = Path(config.run.dir)
-    if not distributed.is_first():
-        distributed.wait_for_all("prepared")
-        if not (run_dir / TOKENIZER).is_dir():
-            raise ValueError(
-                f"run.dir: {run_dir} is not where process 0 wrote it; all hosts have to share it"
-            )
-    known = hub.read_commits(run_dir)
-    fetched, commits = hub.fetch_models(config, known)
-    for name in commits.keys() - known.keys():
+    known = on_first(lambda: hub.read_commits(run_dir))
+    found = on_first(lambda: hub.fetch_models(config, known))  # the others fetch the commits that it found
+    fetched, commits = together(lambda: found if is_first() else hub.fetch_models(config, found[1]))
+    for name in commits.keys() - known.keys() if is_first() else ():
         print(hub.said_of(name, commits[name]), file=sys.stderr)
     tokenizer = prepare_tokenizer(fetched)
     plans = plan_stages(fetched, tokenizer)
     mesh = make_mesh(config.stages[0].mesh)
     check_mesh(plans, mesh)
-    if not distributed.is_first():
-        return plans, mesh
-    for plan in plans:
-        for line in (*plan.mixture(), *plan.losses(), *plan.reward_notes()):
-            print(line, file=sys.stderr)
 
-    replace_file(run_dir / "config.yaml", dump_config(config))
-    hub.write_commits(run_dir, commits)
-    if not (run_dir / TOKENIZER).exists():
-        with new_directory(run_dir / TOKENIZER) as unfinished:
-            tokenizer.save_pretrained(str(unfinished))
-    distributed.wait_for_all("prepared")
+    def tell_and_write() -> None:
+        for plan in plans:
+            for line in (*plan.mixture(), *plan.losses(), *plan.reward_notes()):
+                print(line, file=sys.stderr)
+        replace_file(run_dir / "config.yaml", dump_config(config))
+        hub.write_commits(run_dir, commits)
+        if not (run_dir / TOKENIZER).exists():
+            with new_directory(run_dir / TOKENIZER) as unfinished:
+                tokenizer.save_pretrained(str(unfinished))
+
+    on_first(tell_and_write)
     return plans, mesh
 
 
@@ -152,7 +148,7 @@ def run(config: Config, plans: Sequence[Plan], mesh: Mesh) -> dict[str, dict]:
         NotFiniteError: updates had to be skipped again and again.
         Stopped: SIGINT or SIGTERM came; what was trained is saved.
     """
-    from rlhf_jax import distributed
+    from rlhf_jax.agreement import on_first
     from rlhf_jax.export import export_stage, last_policy
     from rlhf_jax.stage import run_stage
     from rlhf_jax.stop_signals import StopSignals
@@ -162,16 +158,16 @@ def run(config: Config, plans: Sequence[Plan], mesh: Mesh) -> dict[str, dict]:
     with StopSignals() as signals:
         for plan in plans:
             results[plan.stage.name] = run_stage(plan, mesh, signals)
-            if distributed.is_first():
-                write_summary(run_dir, results)
+            on_first(partial(write_summary, run_dir, results))
             signals.check()
-    policy, is_exported = last_policy(config), (run_dir / "export").exists()
-    distributed.wait_for_all("export")  # all have looked before one writes
-    if policy and not is_exported:
+    if (policy := last_policy(config)) and not on_first((run_dir / "export").exists):
         export_stage(run_dir, config, policy, run_dir / "export", mesh)
-    if distributed.is_first():
+
+    def tell() -> None:
         text = render_table(results, run_dir, comparisons(run_dir), terminal=sys.stderr.isatty())
         print(text, file=sys.stderr)
+
+    on_first(tell)
     return results
 
 

@@ -49,7 +49,7 @@ class Ranks:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         own = [env] * count if isinstance(env, Mapping) else list(env) or [{}] * count
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self.processes: list[subprocess.Popen[str]] = []
         self._files: list[tuple[IO[str], IO[str]]] = []
         for rank in range(count):
@@ -83,7 +83,7 @@ class Ranks:
         """Returns how each of them ended; those that have not by then are killed, and it is an error."""
         seconds: dict[int, float] = {}
         while len(seconds) < len(self.processes):
-            now = time.monotonic() - self._started
+            now = time.monotonic() - self.started
             seconds |= {
                 rank: now
                 for rank, process in enumerate(self.processes)

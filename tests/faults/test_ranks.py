@@ -1,0 +1,190 @@
+"""One of two processes is killed, hangs, raises or is asked to stop: the other one ends with it, and says why."""
+
+import json
+import re
+import signal
+import time
+
+import pytest
+import yaml
+
+from tests.ranks import TRAIN, Ranks, launch
+from tests.smoke.test_quickstart import SHORT
+
+pytestmark = pytest.mark.slow
+
+MINUTE = 60
+# A training whose third step, in the process FAULTY, does what is put for ACT; STEP seconds for a step.
+WRAPPED = """
+import os, sys, time
+from rlhf_jax import checkpoint, keys, train, watchdog
+
+def at_iteration(root, iteration, real=keys.at_iteration):
+    time.sleep(STEP)
+    if iteration == 2 and os.environ["RLHF_JAX_PROCESS_ID"] == "FAULTY":
+        print("fault at", time.monotonic(), file=sys.stderr)
+        ACT
+    return real(root, iteration)
+
+keys.at_iteration = at_iteration
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def wrapped(act="pass", faulty=1, step=0.0):
+    return ["-c", WRAPPED.replace("ACT", act).replace("FAULTY", str(faulty)).replace("STEP", str(step))]
+
+
+def config(directory, algorithm="sft"):
+    """Returns a configuration of one short stage that saves only at its end, from scratch."""
+    tree = yaml.safe_load(SHORT.format(dir=directory / "run"))
+    wanted = {"sft": ["sft"], "ppo": ["ppo", "rollout", "rewards"]}[algorithm]
+    for section in {"sft", "reward_model", "ppo", "rollout", "rewards"} - set(wanted):
+        del tree[section]
+    tree["stages"] = [{"name": algorithm, "algorithm": algorithm}]
+    tree["checkpoint"] = {"every": 100}
+    if algorithm == "ppo":
+        tree["rewards"] = {"function": "tests.faults.failing_rewards:score"}
+    path = directory / "short.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def fault_at(results):
+    return float(re.search(r"fault at ([\d.]+)", "".join(result.stderr for result in results)).group(1))
+
+
+def assert_ended_together(ranks, results, code, since):
+    assert [result.returncode for result in results] == [code, code]
+    assert max(result.seconds for result in results) + ranks.started - since < MINUTE
+
+
+def logged(directory):
+    path = directory / "run" / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for_steps(ranks, directory, count):
+    deadline = time.monotonic() + 300
+    while len(logged(directory)) < count:
+        assert all(process.poll() is None for process in ranks.processes), ranks.said(0) + ranks.said(1)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_an_exception_ends_both_with_its_traceback_last(tmp_path, faulty):
+    act = "raise RuntimeError('deliberate')"
+    ranks = Ranks(2, [*wrapped(act, faulty), "--config", config(tmp_path)], devices=1)
+    results = ranks.wait()
+    assert_ended_together(ranks, results, 1, fault_at(results))
+    traceback = re.search(r"^Traceback.*", results[faulty].stderr, re.S | re.M).group()
+    assert traceback.endswith("in at_iteration\nRuntimeError: deliberate\n")
+    assert re.search(rf"rlhf_jax: process {faulty} \(.+\) failed:\n", results[1 - faulty].stderr)
+    assert results[1 - faulty].stderr.endswith(traceback)
+
+
+@pytest.mark.parametrize(
+    "fault, code, last", [("raise", 1, "KeyError: 'deliberate'"), ("hang", 87, "in score\n")]
+)
+def test_a_reward_function_that_fails_on_one_host(tmp_path, fault, code, last):
+    arguments = ["--config", config(tmp_path, "ppo"), "--distributed.step_timeout", "6"]
+    env = {"FAULT": fault, "FAULTY": "1"}
+    ranks = Ranks(2, [*TRAIN, *arguments], devices=1, env=env)
+    results = ranks.wait()
+    assert_ended_together(ranks, results, code, fault_at(results))
+    said = re.search(r"fault at [\d.]+\n(.*)", results[1].stderr, re.S).group(1)
+    assert last in said
+    assert re.search(r"rlhf_jax: process 1 \(.+\) failed:\n", results[0].stderr)
+    assert results[0].stderr.endswith(said)
+
+
+@pytest.mark.parametrize(
+    "victim, named",
+    [
+        (0, "the leader task was preempted/died"),  # JAX ends the others at once, in its own words
+        (
+            1,
+            r"rlhf_jax: process 1 \(.+\) has given no sign of life for \d+ s: it was killed, or its host.*\n\Z",
+        ),
+    ],
+)
+def test_a_killed_process_is_missed_and_named(tmp_path, victim, named):
+    arguments = [
+        "--config",
+        config(tmp_path),
+        "--sft.num_steps",
+        "100",
+        "--distributed.heartbeat_timeout",
+        "20",
+    ]
+    ranks = Ranks(2, [*wrapped(step=0.3), *arguments], devices=1)
+    wait_for_steps(ranks, tmp_path, 3)
+    ranks.processes[victim].kill()
+    killed_at = time.monotonic()
+    survivor = ranks.wait()[1 - victim]
+    assert survivor.returncode not in (0, None)
+    assert survivor.seconds + ranks.started - killed_at < MINUTE
+    assert re.search(named, survivor.stderr)
+
+
+def test_one_process_may_compile_or_save_for_long(tmp_path):
+    """Longer than step_timeout, while the other one waits for it; compiling is told from its files."""
+    act = "exec(compile('time.sleep(6)', watchdog.COMPILERS[0], 'exec'))"
+    slow_save = """
+real_save = checkpoint.Checkpointer.save
+def save(*args):
+    if os.environ["RLHF_JAX_PROCESS_ID"] == "0":
+        time.sleep(6)
+    return real_save(*args)
+checkpoint.Checkpointer.save = save
+"""
+    flag, code = wrapped(act)
+    code = code.replace("keys.at_iteration =", slow_save + "keys.at_iteration =")
+    cold = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    arguments = ["--config", config(tmp_path), "--checkpoint.every", "2", "--distributed.step_timeout", "2"]
+    results = launch(2, [flag, code, *arguments], devices=1, env=cold)
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
+    assert "fault at" in results[1].stderr
+
+
+def metrics(directory):
+    lines = map(json.loads, logged(directory))
+    return [
+        {name: value for name, value in line.items() if name != "time" and not name.startswith("perf/")}
+        for line in lines
+    ]
+
+
+def test_sigterm_to_one_stops_both_at_one_step_and_the_same_command_goes_on(tmp_path):
+    command = [*wrapped(step=0.2), "--config", config(tmp_path), "--sft.num_steps", "40"]
+    ranks = Ranks(2, command, devices=1)
+    wait_for_steps(ranks, tmp_path, 4)
+    ranks.processes[1].send_signal(signal.SIGTERM)
+    results = ranks.wait()
+    assert [result.returncode for result in results] == [143, 143], results[0].stderr + results[1].stderr
+    (saved,) = (int(path.name) for path in (tmp_path / "run/sft/checkpoints").iterdir())
+    assert 3 <= saved < 40 and len(logged(tmp_path)) == saved + 1
+
+    again = launch(2, command, devices=1)
+    assert [result.returncode for result in again] == [0, 0], again[0].stderr + again[1].stderr
+    assert f"[sft] goes on after step {saved}\n" in again[0].stderr
+    assert "goes on" not in again[1].stderr
+
+    unbroken = tmp_path / "unbroken"
+    launch(2, [*command, "--run.dir", unbroken / "run"], devices=1)
+    assert metrics(tmp_path) == metrics(unbroken)
+
+
+def test_what_is_wrong_with_the_data_is_told_by_all(tmp_path):
+    arguments = [
+        "--config",
+        config(tmp_path),
+        "--data.train",
+        tmp_path / "absent.jsonl",
+        "--data.eval",
+        "synthetic",
+    ]
+    for result in launch(2, [*TRAIN, *arguments], devices=1):
+        assert result.returncode == 2
+        assert "absent.jsonl" in result.stderr.splitlines()[-1]
