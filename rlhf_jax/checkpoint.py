@@ -233,20 +233,27 @@ def load_params(stage_dir: Path | str, role: str, abstract: Params) -> Params:
     Args:
         stage_dir: RUN/STAGE.
         role: policy, value, reward.
-        abstract: the parameters' structure, with shardings; see CheckpointReader.restore.
+        abstract: the parameters' structure, with shardings; see CheckpointReader.restore. Its types are those
+            of the result, whatever the stage stored.
 
     Raises:
         ValueError: the stage has no usable checkpoint, or no such role, or other shapes.
     """
     reader, step = _agreed(stage_dir)
-    roles = sorted(
-        {name.split("/")[1] for name in reader._manifest(step)["leaves"] if name.startswith("params/")}
-    )
+    stored = reader._manifest(step)["leaves"]
+    roles = sorted({name.split("/")[1] for name in stored if name.startswith("params/")})
     if role not in roles:
         raise ValueError(
             f"{reader.directory} has no parameters of role {role!r}; it has {', '.join(roles) or 'none'}"
         )
-    return reader.restore_subtree(step, f"params/{role}", abstract)
+
+    def as_stored(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        name = f"params/{role}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+        dtype = stored[name][0] if name in stored else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+    found = reader.restore_subtree(step, f"params/{role}", jax.tree.map_with_path(as_stored, abstract))
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), found, abstract)
 
 
 def load_aux(stage_dir: Path | str) -> dict[str, np.ndarray]:

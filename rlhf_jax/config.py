@@ -71,7 +71,9 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Use the embedding matrix as LM head (from scratch)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations; trained parameters and optimiser state stay float32."""
+    """Type of activations."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which trained parameters are stored, in memory and in checkpoints."""
     remat: Literal["none", "dots", "full", "offload"] = "none"
     """What a block recomputes in the backward pass: nothing, all but matrix products, everything; `offload`:
     everything, from what went into the block, which waits in the host's memory."""
@@ -257,22 +259,38 @@ class DistributedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with clipping by global norm."""
+    """The optimiser, with clipping by global norm and decoupled weight decay, and how its state is stored."""
 
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    """The optimiser. Adafactor's learning rate is relative to a matrix's root mean square. Muon is for the
+    blocks' matrices; embeddings, heads, norms, biases and adapters have AdamW, at the same learning rate."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up: constant, or a decay to zero at the last step."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """What follows the warm-up: constant, a decay until the last step, or (wsd) constant and then a linear
+    decay."""
     warmup_steps: Count = 0
     """Optimiser steps of linear warm-up."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Of wsd: the share of the steps after the warm-up in which the rate decays."""
+    end_fraction: Fraction = 0.0
+    """What a decay ends at, as a share of the peak."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay of matrices (not of norms and biases)."""
+    """Decoupled weight decay of matrices (not of norms and biases), multiplied by the learning rate."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the first moment."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the second moment."""
+    """Decay of the first moment (adamw, lion, muon's AdamW)."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the second moment, of Lion's momentum; 0: the optimiser's own, 0.99 for lion and 0.999
+    otherwise."""
     eps: NonNegativeFloat = 0.0
     """Adam's epsilon; 0: the algorithm's own, 1e-5 for PPO and 1e-8 otherwise."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of Muon's momentum, which is Nesterov's."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which moments are stored; they are computed in float32."""
+    stochastic_rounding: bool = True
+    """What is stored in bfloat16 is rounded up or down by chance, right on average; to the nearest number,
+    small updates would be lost."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients of a role are clipped to this global norm."""
 

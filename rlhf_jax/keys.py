@@ -10,7 +10,16 @@ from __future__ import annotations
 import jax
 from jax import Array
 
-_USES = {"init": 0, "iteration": 1, "rollout": 2, "update": 3, "evaluate": 4, "head": 5, "adapter": 6}
+_USES = {
+    "init": 0,
+    "iteration": 1,
+    "rollout": 2,
+    "update": 3,
+    "evaluate": 4,
+    "head": 5,
+    "adapter": 6,
+    "rounding": 7,
+}
 
 
 def named(key: Array, use: str) -> Array:

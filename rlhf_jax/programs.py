@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
@@ -23,7 +22,7 @@ from rlhf_jax.models.forward import make_forward, whole_policy
 from rlhf_jax.models.transformer import POLICY, SCORER, Model
 from rlhf_jax.ops.kl import log_ratio, sequence_kl
 from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
-from rlhf_jax.optim import make_optimizer
+from rlhf_jax.optim import make_optimizer, map_moments
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.scoring import score_rollout
 from rlhf_jax.sharding import batch_sharding, decode_shardings, param_shardings, replicated, traced_on
@@ -113,24 +112,38 @@ def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
 
 
 def state_shardings(
-    model: Model, mesh: Mesh, parts: Parts, optimizers: Optimizers, aux: dict[str, float]
+    model: Model, mesh: Mesh, parts: Parts, init: Callable[[Params], TrainState], roles: Iterable[str]
 ) -> TrainState:
-    """Returns the sharding of every leaf of the train state; moments lie as their parameters do."""
-    shapes = {role: model.shapes_of(parts[role]) for role in optimizers}
-    params = {role: part_shardings(model, mesh, parts[role]) for role in optimizers}
-    state = jax.eval_shape(partial(init_state, optimizers=optimizers, aux=aux), shapes)
-    opt_state = {
-        role: optax.tree.map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            state.opt_state[role],
-            params[role],
-            transform_non_params=lambda _: replicated(mesh),
-        )
-        for role, optimizer in optimizers.items()
-    }
+    """Returns the sharding of every leaf of the train state.
+
+    What an optimiser keeps of a parameter lies as the parameter does, where it has its shape. The rest is on
+    every device: counts, and the rows and columns of factored second moments, a thousandth of the matrices.
+
+    Args:
+        model: the transformer.
+        mesh: where it all lies.
+        parts: of each role.
+        init: makes the state of parameters by role.
+        roles: that are trained.
+    """
+    shapes = {role: model.shapes_of(parts[role]) for role in roles}
+    params = {role: part_shardings(model, mesh, parts[role]) for role in shapes}
+    state = jax.eval_shape(init, shapes)
     everywhere = jax.tree.map(lambda _: replicated(mesh), state)
-    return everywhere._replace(params=params, opt_state=opt_state)
+
+    def beside(leaf: Array, param: jax.ShapeDtypeStruct) -> NamedSharding:
+        assert isinstance(param.sharding, NamedSharding)
+        return param.sharding if leaf.shape == param.shape else replicated(mesh)
+
+    def opt_state(role: str) -> Params:
+        lying = jax.tree.map(
+            lambda shape, at: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=at),
+            shapes[role],
+            params[role],
+        )
+        return map_moments(beside, lambda _: replicated(mesh), state.opt_state[role], lying)
+
+    return everywhere._replace(params=params, opt_state={role: opt_state(role) for role in shapes})
 
 
 def build_programs(
@@ -150,8 +163,14 @@ def build_programs(
     temperature = stage.rollout.temperature if algorithm.records == "prompt_only" else 1.0
     forward = make_forward(model, num_completion, temperature, stage.model.logprob_chunk)
     optimizers = optimizers_of(stage, algorithm)
-    aux = algorithm.init_aux(settings)
-    shardings = state_shardings(model, mesh, role_parts(stage, algorithm), optimizers, aux)
+    init = partial(
+        init_state,
+        optimizers=optimizers,
+        aux=algorithm.init_aux(settings),
+        param_dtype=stage.model.param_dtype,
+        state_dtype=stage.optimizer.state_dtype,
+    )
+    shardings = state_shardings(model, mesh, role_parts(stage, algorithm), init, optimizers)
     rows_on = batch_sharding(mesh)
     constrain = partial(_constrain, sharding=rows_on)
     for_decoding = decode_shardings(mesh, model.policy_axes, model.policy_shapes)
@@ -198,13 +217,12 @@ def build_programs(
         num_minibatches=settings.num_minibatches,
         num_microbatches=minibatch_size // (settings.microbatch_size or minibatch_size),
         rows_per_unit=rows_per_unit(stage, algorithm),
+        stochastic_rounding=stage.optimizer.stochastic_rounding,
         constrain=constrain,
     )
     compiled = partial(_compiled, mesh)
     return Programs(
-        init_state=compiled(
-            partial(init_state, optimizers=optimizers, aux=aux), donate_argnums=0, out_shardings=shardings
-        ),
+        init_state=compiled(init, donate_argnums=0, out_shardings=shardings),
         rollout=compiled(rollout),
         score=compiled(score),
         advantages=compiled(advantages),

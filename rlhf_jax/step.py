@@ -9,23 +9,48 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.typing import DTypeLike
 
+from rlhf_jax import keys
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Max, Mean, Metrics, Params, TrainState, num_rows, reduce_metrics
 from rlhf_jax.models.forward import Forward, blank_forward
+from rlhf_jax.ops.rounding import rounded_like, widened
+from rlhf_jax.optim import map_moments
 
 Optimizers = dict[str, optax.GradientTransformation]
 Constrain = Callable[[Any], Any]
 Update = Callable[[TrainState, Params, Any, Array], tuple[TrainState, Metrics]]
 
 
-def init_state(params: Params, optimizers: Optimizers, aux: dict[str, float]) -> TrainState:
-    """Returns the state of a stage that has not yet made a step."""
+def init_state(
+    params: Params,
+    optimizers: Optimizers,
+    aux: dict[str, float],
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    state_dtype: DTypeLike = jnp.float32,
+) -> TrainState:
+    """Returns the state of a stage that has not yet made a step.
+
+    Args:
+        params: by role, in any floating-point type.
+        optimizers: by role.
+        aux: named scalars.
+        param_dtype: in which parameters are stored.
+        state_dtype: in which an optimiser stores what it keeps of each parameter.
+    """
+
+    def opt_state(role: str) -> Any:
+        wide = widened(params[role])
+        state = optimizers[role].init(wide)
+        return map_moments(lambda leaf, _: leaf.astype(state_dtype), lambda leaf: leaf, state, wide)
+
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         position=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state={role: optimizers[role].init(params[role]) for role in params},
+        params=jax.tree.map(lambda x: x.astype(param_dtype), params),
+        opt_state={role: opt_state(role) for role in params},
         aux={name: jnp.asarray(value, jnp.float32) for name, value in aux.items()},
     )
 
@@ -40,6 +65,7 @@ def make_update(
     num_minibatches: int = 1,
     num_microbatches: int = 1,
     rows_per_unit: int = 1,
+    stochastic_rounding: bool = True,
     constrain: Constrain = lambda batch: batch,
 ) -> Update:
     """Returns update(state, frozen, batch, key) -> (state, metrics), one program for all epochs of a batch.
@@ -47,6 +73,9 @@ def make_update(
     Scan over epochs and minibatches of scan over microbatches. Losses are sums over microbatches divided by
     weights of the whole minibatch, so that the number of microbatches does not change the result. A step
     whose loss or gradient is not finite leaves parameters and optimiser alone and counts as update/skipped.
+
+    Gradients of a microbatch have the type in which the parameters are stored; from there on, all is float32:
+    their sum, the optimiser, the sum of parameter and update. Then it is rounded to what the state stores.
 
     Args:
         algorithm: gives the loss, the roles and the rule for aux.
@@ -57,6 +86,7 @@ def make_update(
         num_minibatches: optimiser steps of a pass; divides the rows.
         num_microbatches: parts of a minibatch.
         rows_per_unit: rows that belong together and are never parted; divides those of a microbatch.
+        stochastic_rounding: how bfloat16 parameters and moments are rounded; float32 ones are not.
         constrain: puts the rows of a minibatch on the mesh.
     """
 
@@ -71,7 +101,7 @@ def make_update(
 
         def of_microbatch(microbatch: Any) -> tuple[Params, dict[str, Mean], Metrics]:
             grads, (means, metrics) = jax.grad(objective, has_aux=True)(params, microbatch)
-            return grads, means, metrics
+            return widened(grads), means, metrics
 
         if num_microbatches == 1:
             return of_microbatch(minibatch)
@@ -81,12 +111,13 @@ def make_update(
             more, means, metrics = of_microbatch(constrain(microbatch))
             return jax.tree.map(jnp.add, grads, more), (means, metrics)
 
-        grads, (means, metrics) = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), microbatches)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+        grads, (means, metrics) = lax.scan(accumulate, zeros, microbatches)
         means = jax.tree.map(lambda parts: jnp.sum(parts, axis=0), means)
         return grads, means, reduce_metrics(metrics)
 
     def optimizer_step(
-        carry: tuple[Params, Params], frozen: Params, minibatch: Any
+        carry: tuple[Params, Params], frozen: Params, minibatch: Any, key: Array
     ) -> tuple[tuple[Params, Params], Metrics]:
         params, opt_state = carry
         grads, means, metrics = gradients(params, frozen, minibatch)
@@ -95,12 +126,15 @@ def make_update(
         quantities |= {f"{role}/grad_norm": norm for role, norm in norms.items()}
         finite = jnp.all(jnp.stack([jnp.isfinite(x) for x in quantities.values()]))
         new_params, new_opt_state = {}, {}
+        wide_params, wide_opt_state = widened((params, opt_state))
         for role, optimizer in optimizers.items():
-            updates, new_opt_state[role] = optimizer.update(grads[role], opt_state[role], params[role])
-            new_params[role] = optax.apply_updates(params[role], updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state)
-        )
+            updates, new_opt_state[role] = optimizer.update(
+                grads[role], wide_opt_state[role], wide_params[role]
+            )
+            new_params[role] = optax.apply_updates(wide_params[role], updates)
+        old = (params, opt_state)
+        new = rounded_like((new_params, new_opt_state), old, key if stochastic_rounding else None)
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
         one = jnp.float32(1)
         metrics = metrics | {f"loss/{name}": mean for name, mean in means.items()}
         metrics |= {f"{role}/grad_norm": Mean(norm, one) for role, norm in norms.items()}
@@ -114,17 +148,22 @@ def make_update(
         rows = num_rows(batch)
         assert num_minibatches == 1 or rows_per_unit == 1, "minibatches would part a record"
 
-        def minibatch_step(carry: Any, row_index: Array) -> Any:
-            return optimizer_step(carry, frozen, constrain(jax.tree.map(lambda x: x[row_index], batch)))
+        def minibatch_step(carry: Any, inputs: tuple[Array, Array]) -> Any:
+            row_index, key = inputs
+            minibatch = constrain(jax.tree.map(lambda x: x[row_index], batch))
+            return optimizer_step(carry, frozen, minibatch, key)
 
+        num_steps = num_epochs * num_minibatches
+        rounding_keys = jax.random.split(keys.named(key, "rounding"), num_steps)
         carry = (state.params, state.opt_state)
-        if num_epochs == num_minibatches == 1:
-            carry, metrics = optimizer_step(carry, frozen, batch)
+        if num_steps == 1:
+            carry, metrics = optimizer_step(carry, frozen, batch, rounding_keys[0])
             first = metrics
         else:
             epoch_keys = jax.random.split(key, num_epochs)
             order = jax.vmap(lambda k: jax.random.permutation(k, rows))(epoch_keys)
-            carry, metrics = lax.scan(minibatch_step, carry, order.reshape(num_epochs * num_minibatches, -1))
+            inputs = (order.reshape(num_steps, -1), rounding_keys)
+            carry, metrics = lax.scan(minibatch_step, carry, inputs)
             first = jax.tree.map(lambda x: x[0], metrics)
             metrics = reduce_metrics(metrics)
         maxima = {

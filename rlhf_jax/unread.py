@@ -26,6 +26,14 @@ ARCHITECTURE = (
 )
 """Options of the model section that are settled by what a stage starts from."""
 
+READ_BY_OPTIMIZER = {
+    "adamw": ("beta1", "beta2", "eps"),
+    "lion": ("beta1", "beta2"),
+    "adafactor": (),
+    "muon": ("beta1", "beta2", "eps", "momentum"),
+}
+"""Options of the optimizer section that not every optimiser has."""
+
 
 def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, str]:
     """Returns {section, or section.option: why} of what a stage does not read.
@@ -85,6 +93,19 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         reasons["data.packing"] = "ppo packs no prompts"
         for key in ("max_length", "truncation"):
             reasons[f"data.{key}"] = "ppo has max_prompt_length and rollout.max_new_tokens"
+
+    optimizer = stage.optimizer
+    for key in ("beta1", "beta2", "eps", "momentum"):
+        if key not in READ_BY_OPTIMIZER[optimizer.name]:
+            reasons[f"optimizer.{key}"] = f"optimizer.name is {optimizer.name!r}"
+    if optimizer.schedule == "constant":
+        reasons["optimizer.end_fraction"] = "optimizer.schedule is 'constant'"
+    if optimizer.schedule != "wsd":
+        reasons["optimizer.decay_fraction"] = f"optimizer.schedule is {optimizer.schedule!r}"
+    if optimizer.state_dtype == stage.model.param_dtype == "float32":
+        reasons["optimizer.stochastic_rounding"] = (
+            "neither model.param_dtype nor optimizer.state_dtype is 'bfloat16'"
+        )
 
     if stage.algorithm != "ppo":
         reasons["rollout"] = "only a ppo stage samples"

@@ -63,3 +63,35 @@ def test_what_a_rollout_is_judged_by_is_float32(name):
     found = to_host(metrics)
     assert 0 <= found["policy/ratio_gap_first"] < 0.5
     assert np.isfinite(found["policy/ratio_gap"])
+
+
+@functools.cache
+def learned(param_dtype, *, rounding=True):
+    """Returns how far the loss of one batch falls in forty small steps, and the state."""
+    stored = {"state_dtype": param_dtype, "stochastic_rounding": rounding}
+    stage = tiny.stage(
+        "sft",
+        model={"param_dtype": param_dtype, "dtype": param_dtype},
+        optimizer={"learning_rate": 1e-5, **stored},
+        settings={"microbatch_size": 4},
+    )
+    model = make_model(tiny.ARCHITECTURE, param_dtype)
+    programs = build_programs(stage, ALGORITHMS["sft"], model, tiny.mesh(), 8, TokenIds(tiny.EOS, tiny.PAD))
+    state = programs.init_state({"policy": tiny.weights("policy", tiny.mesh())})
+    losses = []
+    for step in range(40):
+        state, metrics = programs.update(state, {}, tiny.rows(), jax.random.key(step))
+        losses.append(to_host(metrics)["loss/nll"])
+    return losses[0] - losses[-1], state
+
+
+@pytest.mark.slow
+def test_bfloat16_everything_learns_like_float32_where_rounding_is_stochastic():
+    """To the nearest number nearly all steps are lost: they are 1e-5, and half of bfloat16's own is 6e-5."""
+    exact, _ = learned("float32")
+    assert exact > 0.1
+    found, state = learned("bfloat16")
+    lost, _ = learned("bfloat16", rounding=False)
+    assert float_types(state.params) == float_types(state.opt_state) == {jnp.dtype("bfloat16")}
+    assert found == pytest.approx(exact, rel=0.1)
+    assert lost < 0.2 * exact

@@ -143,6 +143,21 @@ def test_mixture_is_given_by_file_or_flag(write, tmp_path, monkeypatch):
     assert one.sources == {f"{tmp_path}/b.jsonl": 1.0}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "optimizer: {name: muon, momentum: 0.9, eps: 1e-6}",
+        "optimizer: {schedule: wsd, decay_fraction: 0.2, end_fraction: 0.1}",
+        "optimizer: {name: lion, beta2: 0.95, state_dtype: bfloat16, stochastic_rounding: false}",
+        "model: {param_dtype: bfloat16}\noptimizer: {name: adafactor, stochastic_rounding: true}",
+    ],
+)
+def test_options_of_the_optimiser_that_are_read(write, problems, options):
+    assert problems(f"{CHAIN}{options}\n") == []
+    cfg = read_config(["--config", write(f"{CHAIN}{options}\n")])
+    assert read_config(["--config", write(dump_config(cfg))]) == cfg
+
+
 def test_variable_that_makes_two_sources_one_is_a_problem(problems, tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_DATA", "README.md")
     monkeypatch.chdir(ROOT)

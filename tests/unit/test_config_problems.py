@@ -60,9 +60,16 @@ from tests.conftest import ROOT
         (
             "optimizer: {schedule: cosin}",
             [],
-            "optimizer.schedule: must be one of 'constant', 'linear', 'cosine', got 'cosin'; "
+            "optimizer.schedule: must be one of 'constant', 'linear', 'cosine', 'wsd', got 'cosin'; "
             "did you mean 'cosine'?",
         ),
+        (
+            "optimizer: {name: adam}",
+            [],
+            "optimizer.name: must be one of 'adamw', 'adafactor', 'lion', 'muon', got 'adam'; did you mean "
+            "'adamw'?",
+        ),
+        ("optimizer: {decay_fraction: 0}", [], "optimizer.decay_fraction: must be > 0 and <= 1, got 0"),
         ("ppo:", [], "ppo: expected options and their values, got null"),
         ("modle: {}", [], "modle: no such section; did you mean 'model'?"),
         (
@@ -341,6 +348,33 @@ from tests.conftest import ROOT
             "tokenizer: {path: 'hub:org/name@v1', vocab_size: 512}",
             [],
             "tokenizer.vocab_size: would be ignored: tokenizer.path names a trained tokenizer",
+        ),
+        (
+            "optimizer: {name: lion, eps: 1e-8}",
+            [],
+            "optimizer.eps: would be ignored: optimizer.name is 'lion'",
+        ),
+        (
+            "optimizer: {name: adafactor, beta1: 0.9}",
+            [],
+            "optimizer.beta1: would be ignored: optimizer.name is 'adafactor'",
+        ),
+        ("optimizer: {momentum: 0.9}", [], "optimizer.momentum: would be ignored: optimizer.name is 'adamw'"),
+        (
+            "optimizer: {end_fraction: 0.1}",
+            [],
+            "optimizer.end_fraction: would be ignored: optimizer.schedule is 'constant'",
+        ),
+        (
+            "optimizer: {schedule: cosine, decay_fraction: 0.2}",
+            [],
+            "optimizer.decay_fraction: would be ignored: optimizer.schedule is 'cosine'",
+        ),
+        (
+            "optimizer: {stochastic_rounding: true}",
+            [],
+            "optimizer.stochastic_rounding: would be ignored: neither model.param_dtype nor "
+            "optimizer.state_dtype is 'bfloat16'",
         ),
         (
             "reward_model: {normalizer: none, normalize_on: chosen}",

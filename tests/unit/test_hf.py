@@ -73,6 +73,16 @@ def test_bfloat16_is_read_and_written(test_data, tmp_path, one_device_mesh):
     assert str(AutoConfig.from_pretrained(tmp_path / "out").dtype).endswith("bfloat16")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_parameters_that_are_stored_in_bfloat16_are_written(checkpoint, tmp_path, one_device_mesh, dtype):
+    architecture, params = tiny.load_policy(checkpoint, one_device_mesh)
+    stored = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    hf.save_policy(tmp_path, architecture, stored, dtype=dtype)
+    _, found = tiny.load_policy(tmp_path, one_device_mesh)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(stored), strict=True):
+        np.testing.assert_array_equal(a, b.astype(jnp.float32))
+
+
 def test_each_device_holds_its_part_of_what_one_device_loads(checkpoint, one_device_mesh):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     architecture, sharded = tiny.load_policy(checkpoint, mesh)

@@ -53,9 +53,9 @@ def batch(n=8):
     return Points(jnp.asarray(rng.normal(size=n), jnp.float32), jnp.asarray(np.arange(n) % 3 != 0))
 
 
-def run(forward, points, optimizer=None, **plan):
+def run(forward, points, optimizer=None, stored=None, **plan):
     optimizers = {"policy": optimizer or optax.sgd(0.1)}
-    state = init_state({"policy": {"w": jnp.float32(0.7)}}, optimizers, {})
+    state = init_state({"policy": {"w": jnp.float32(0.7)}}, optimizers, {}, **(stored or {}))
     return make_update(ALGORITHM, forward, optimizers, None, **plan)(state, {}, points, jax.random.key(0))
 
 
@@ -105,6 +105,66 @@ def test_a_masked_value_that_is_not_finite_is_no_reason_to_skip(forward):
     expected, _ = run(forward, points)
     assert metrics["update/skipped"].total == 0
     assert state.params["policy"]["w"] == expected.params["policy"]["w"]
+
+
+BFLOAT16 = {"param_dtype": "bfloat16", "state_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("rounding", [True, False])
+def test_a_skipped_step_changes_no_bit_of_what_is_bfloat16(forward, rounding):
+    points = batch()
+    bad = points._replace(x=points.x.at[1].set(jnp.inf))
+    old, _ = run(forward, points, optax.adam(0.1), BFLOAT16, num_epochs=3, num_minibatches=1)
+    update = make_update(ALGORITHM, forward, {"policy": optax.adam(0.1)}, None, stochastic_rounding=rounding)
+    new, metrics = update(old, {}, bad, jax.random.key(5))
+    assert metrics["update/skipped"].total == 1
+    for a, b in zip(jax.tree.leaves(old[2:4]), jax.tree.leaves(new[2:4]), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert {x.dtype for x in jax.tree.leaves(new[2:4])} == {jnp.dtype("bfloat16"), jnp.dtype("int32")}
+
+
+class Drift(NamedTuple):
+    x: Array
+
+
+def drift(num_steps, **options):
+    """Returns a thousand weights that went down from 1 by 1e-4 a step; bfloat16's own step there is 2^-8."""
+
+    def loss(forward, params, frozen, batch, settings):
+        total = jnp.sum(params["policy"]["w"].astype(jnp.float32))
+        return {"down": Term(masked(total * batch.x, batch.x > 0))}, {}
+
+    algorithm = ALGORITHM._replace(loss=loss)
+    optimizers = {"policy": optax.sgd(1e-4)}
+    state = init_state({"policy": {"w": jnp.ones(1000)}}, optimizers, {}, param_dtype="bfloat16")
+    update = make_update(
+        algorithm, FORWARD, optimizers, None, num_epochs=num_steps, num_minibatches=1, **options
+    )
+    state, _ = jax.jit(update)(state, {}, Drift(jnp.ones(2)), jax.random.key(0))
+    return np.float64(state.params["policy"]["w"])
+
+
+def test_small_updates_are_lost_to_the_nearest_number_and_kept_by_chance():
+    assert np.all(drift(1000, stochastic_rounding=False) == 1.0)
+    rounded = drift(1000)
+    assert np.mean(rounded) == pytest.approx(0.9, abs=4 * np.std(rounded) / np.sqrt(rounded.size))
+    assert 0.005 < np.std(rounded) < 0.05  # each weight has its own chances
+    np.testing.assert_array_equal(rounded, drift(1000))
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32(forward):
+    """Four microbatches whose gradients are 1 and then three of 2^-9: in bfloat16 the sum would stay at 1."""
+
+    def loss(forward, params, frozen, batch, settings):
+        return {"sum": Term(masked(params["policy"]["w"] * batch.x, batch.x > 0), 4.0)}, {}
+
+    algorithm = ALGORITHM._replace(loss=loss)
+    optimizers = {"policy": optax.sgd(1.0, momentum=0.5)}
+    state = init_state({"policy": {"w": jnp.float32(0)}}, optimizers, {}, param_dtype="bfloat16")
+    update = make_update(algorithm, FORWARD, optimizers, None, num_microbatches=4)
+    state, metrics = update(state, {}, Drift(jnp.float32([1, 2**-9, 2**-9, 2**-9])), jax.random.key(0))
+    assert state.opt_state["policy"][0].trace["w"] == 1 + 3 * 2**-9
+    assert metrics["policy/grad_norm"].value == 1 + 3 * 2**-9
 
 
 def test_rows_of_a_record_stay_together():
