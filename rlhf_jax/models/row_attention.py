@@ -63,9 +63,9 @@ def row_attention(
         ValueError: flash is asked for where the device has no kernel for this.
     """
     num_heads = q.shape[2]
-    # Said on both sides of the change of places: else XLA gathers the tokens before the projection instead.
-    q, k, v = constrain(q, _OF_TOKENS), constrain(k, _KV_OF_TOKENS), constrain(v, _KV_OF_TOKENS)
     q, k, v = fitting_heads(q, k, v, num_parts("attention_heads"))
+    # Said on both sides of the change of places: else XLA gathers the tokens of all devices somewhere before.
+    q, k, v = constrain(q, _OF_TOKENS), constrain(k, _KV_OF_TOKENS), constrain(v, _KV_OF_TOKENS)
     q, k, v = (constrain(x, _OF_HEADS) for x in (q, k, v))
     lack = flash_lack(device_platform(), q.dtype, softcap=softcap, is_packed=segments is not None)
     if implementation == "flash" and lack:
@@ -80,7 +80,7 @@ def row_attention(
     else:
         window = windows[0] if which is None else jnp.asarray(windows)[which]
         out = causal_attention(q, k, v, segments, scale=scale, window=window, softcap=softcap)
-    return constrain(constrain(out, _OF_HEADS)[:, :, :num_heads], _OF_TOKENS)
+    return constrain(constrain(out, _OF_HEADS), _OF_TOKENS)[:, :, :num_heads]
 
 
 def fitting_heads(q: Array, k: Array, v: Array, parts: int) -> tuple[Array, Array, Array]:
