@@ -2,7 +2,7 @@
 
     python -m rlhf_jax.bench.attention --length 8192 --dtype bfloat16
 
-A JSON line for each; `difference` is that of output and gradients to XLA's in float32, relative to their norm.
+A JSON line for each; `difference` is that of output and gradients to XLA's in float32, as a share of norms.
 """
 
 from __future__ import annotations
