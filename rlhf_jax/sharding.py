@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
@@ -248,11 +249,8 @@ def constrain(x: Array, axes: Sequence[str]) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = partition_spec(axes)
-    parts = [
-        part if size % _num_parts(mesh, part) == 0 else None for part, size in zip(spec, x.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+    spec = _dividing(mesh, partition_spec(axes), x.shape)
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def num_parts(axis: str) -> int:
@@ -268,6 +266,40 @@ def device_platform() -> str:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def lookup(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
+    """Returns table[tokens] in a dtype, [B, T, D]; no device gets words of the vocabulary that others have.
+
+    Each looks up the words that it has and the devices add up what they found. XLA alone gathers the whole
+    table where the width is divided too.
+
+    Args:
+        table: [V, D], of the logical axes vocab, embed.
+        tokens: i32[B, T].
+        dtype: of the result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    vocab = () if mesh.empty else _mesh_axes(partition_spec(("vocab",))[0])
+    if all(mesh.shape[axis] == 1 for axis in vocab):
+        return table[tokens].astype(dtype)
+    spec = _dividing(mesh, partition_spec(("batch", "length")), tokens.shape)
+    over_tokens = tuple(axis for part in spec for axis in _mesh_axes(part))
+
+    def on_device(table: Array, tokens: Array) -> Array:
+        # Said first of all, so that gradients are summed over devices in the type that the table comes in.
+        table = jax.lax.pcast(table, over_tokens, to="varying")
+        words = tokens - jax.lax.axis_index(vocab) * table.shape[0]
+        is_here = (words >= 0) & (words < table.shape[0])
+        found = table[jnp.clip(words, 0, table.shape[0] - 1)].astype(dtype)
+        return jax.lax.psum(jnp.where(is_here[..., None], found, 0), vocab)
+
+    return jax.shard_map(
+        on_device,
+        in_specs=(PartitionSpec(vocab), spec),
+        out_specs=spec,
+        axis_names={*over_tokens, *vocab},
+    )(table, tokens)
 
 
 class Peers(NamedTuple):
@@ -313,12 +345,10 @@ def by_tokens(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(Peers(()), x, *whole, *divided)
-    rows, length = partition_spec(("batch", "length"))
-    if x.shape[1] % _num_parts(mesh, length):
-        length = None  # a single token, while decoding
+    spec = _dividing(mesh, partition_spec(("batch", "length")), x.shape)
     parts = partition_spec((axis,))[0]
     peers = Peers(tuple(name for name in _mesh_axes(parts) if mesh.shape[name] > 1))
-    manual = (*_mesh_axes(rows), *_mesh_axes(length))
+    manual = tuple(name for part in spec for name in _mesh_axes(part))
 
     def on_device(x: Array, whole: Sequence[Array], divided: Sequence[Array]) -> Array:
         # Said first of all, so that gradients are summed over devices in the type that the arrays come in.
@@ -326,7 +356,6 @@ def by_tokens(
         whole = [jax.lax.pcast(array, manual, to="varying") for array in whole]
         return function(peers, x, *whole, *(jax.lax.pcast(array, others, to="varying") for array in divided))
 
-    spec = PartitionSpec(rows, length)
     return jax.shard_map(
         on_device,
         in_specs=(spec, PartitionSpec(), PartitionSpec(parts)),
@@ -341,6 +370,12 @@ def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def _num_parts(mesh: Mesh | AbstractMesh, part: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(part))
+
+
+def _dividing(mesh: AbstractMesh, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
+    """Returns the spec, without the axes of dimensions that the mesh does not divide evenly."""
+    sizes = zip(spec, shape, strict=False)
+    return PartitionSpec(*(part if size % _num_parts(mesh, part) == 0 else None for part, size in sizes))
 
 
 def _product(mesh: Mesh, part: str | tuple[str, ...] | None) -> str:

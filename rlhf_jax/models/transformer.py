@@ -21,7 +21,7 @@ from rlhf_jax.models.heads import SCORE_HEAD_AXES, zero_score_head
 from rlhf_jax.models.lora import SUFFIX, Lora, adapter_of, with_adapter
 from rlhf_jax.models.rope import Rotation, rotate, rotation
 from rlhf_jax.models.row_attention import Implementation, row_attention
-from rlhf_jax.sharding import Peers, by_tokens, constrain, num_parts
+from rlhf_jax.sharding import Peers, by_tokens, constrain, lookup, num_parts
 
 INIT_STD = 0.02
 _ACTIVATIONS = {
@@ -480,7 +480,7 @@ class Embed(nnx.Module):
             self.position = _weight(rngs, (architecture.context_length, width), ("positions", "embed"))
 
     def __call__(self, tokens: Array, positions: Array, dtype: jnp.dtype) -> Array:
-        x = self.embedding[...][tokens].astype(dtype)
+        x = lookup(self.embedding[...], tokens, dtype)
         if self.scale != 1.0:
             x = x * jnp.asarray(self.scale, dtype)
         return x + self.position[...][positions].astype(dtype) if hasattr(self, "position") else x
