@@ -14,7 +14,7 @@ from rlhf_jax.config import ALGORITHM_SECTIONS, LARGEST_INT, STAGE_SECTIONS, Con
 from rlhf_jax.config_file import EXAMPLE, STAGE_KEYS, dump_config, resolve
 from rlhf_jax.options import AXES, OPTIONS, REQUIRED, SECTIONS, STAGE_FIELDS, Option, did_you_mean, show
 
-PLAIN_FLAGS = ("--config", "--help", "--json", "--print_config")
+PLAIN_FLAGS = ("--config", "--help", "--json", "--print_config", "--print_sharding")
 
 
 class ConfigError(ValueError):
@@ -44,6 +44,8 @@ class CommandLine:
     """Print one machine-readable line on stdout at the end."""
     print_config: bool
     """Print the resolved configuration and stop."""
+    print_sharding: bool
+    """Print where every parameter lies and stop."""
     help: bool
     """Print all options and stop."""
     problems: tuple[str, ...]
@@ -74,7 +76,9 @@ def read_config(argv: list[str], *, runs: bool = True) -> Config:
         raise ConfigError([*line.problems, str(error)], line.config or "the command line") from None
     overridden, misplaced = apply(tree, line.overrides)
     resolved = resolve(overridden, line.overrides)
-    found = config_checks.problems(resolved, resolve(tree), runs=runs and not line.print_config)
+    found = config_checks.problems(
+        resolved, resolve(tree), runs=runs and not (line.print_config or line.print_sharding)
+    )
     problems = [*line.problems, *misplaced, *found]
     if problems:
         raise ConfigError(problems, line.config)
@@ -106,7 +110,7 @@ def parse(argv: list[str]) -> CommandLine:
             continue
         if flag in values:
             problems.append(f"{flag}: is given twice")
-        if flag in ("--help", "--json", "--print_config"):
+        if flag in PLAIN_FLAGS and flag != "--config":
             if equals:
                 problems.append(f"{flag}: takes no value, got {value!r}")
         elif not equals:
@@ -120,6 +124,7 @@ def parse(argv: list[str]) -> CommandLine:
         overrides={flag.removeprefix("--"): value for flag, value in values.items() if "." in flag},
         json="--json" in values,
         print_config="--print_config" in values,
+        print_sharding="--print_sharding" in values,
         help="--help" in values,
         problems=tuple(problems),
     )
@@ -203,7 +208,8 @@ def help_text() -> str:
     """Returns the usage and every section and option with type, range, default and text."""
     lines = [
         "usage: python -m rlhf_jax.train --config FILE [--SECTION.OPTION VALUE ...]",
-        "                                [--stages.NAME.SECTION.OPTION VALUE ...] [--print_config] [--json]",
+        "                                [--stages.NAME.SECTION.OPTION VALUE ...]",
+        "                                [--print_config] [--print_sharding] [--json]",
         "",
         *_paragraph(
             "Runs the stages that FILE lists, or goes on where an interrupted run of the same configuration "
@@ -218,6 +224,7 @@ def help_text() -> str:
         "",
         "  --config FILE    the configuration file",
         "  --print_config   print the resolved configuration, which is a valid FILE itself, and stop",
+        "  --print_sharding print where the mesh puts every parameter, with the bytes of a device, and stop",
         "  --json           print one line of JSON on stdout at the end; progress goes to stderr",
         "  --help           this text",
         "",

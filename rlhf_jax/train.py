@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_jax.command_line import ConfigError, dump_config, read_command_line
+from rlhf_jax.command_line import ConfigError, dump_config, parse, read_command_line
 from rlhf_jax.config import Config
 from rlhf_jax.files import new_directory, replace_file, to_json
 from rlhf_jax.host_memory import keep_freed_memory
@@ -42,6 +42,7 @@ def _main(argv: list[str]) -> int:
     keep_freed_memory()
     try:
         config, wants_json = read_command_line(argv)
+        shows_sharding = parse(argv).print_sharding
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -53,6 +54,7 @@ def _main(argv: list[str]) -> int:
     from rlhf_jax.failures import is_of_runtime
     from rlhf_jax.rewards.functions import RewardError
     from rlhf_jax.sharding import axis_rules
+    from rlhf_jax.sharding_table import sharding_table
     from rlhf_jax.stop_signals import Stopped
     from rlhf_jax.trainer import NotFiniteError
 
@@ -70,7 +72,10 @@ def _main(argv: list[str]) -> int:
     try:
         distributed.initialize(config.stages[0].distributed)
         with axis_rules(config.stages[0].mesh.axes):
-            plans, mesh = prepare(config)
+            plans, mesh = prepare(config, writes=not shows_sharding)
+            if shows_sharding:
+                print("\n\n".join(sharding_table(plan, mesh) for plan in plans))
+                return 0
             has_begun = True
             results = run(config, plans, mesh)
         distributed.wait_for_all("done")
@@ -98,8 +103,10 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def prepare(config: Config) -> tuple[list[Plan], Mesh]:
+def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
     """Returns the plans and the mesh of a run, its configuration and tokenizer written to its directory.
+
+    Without `writes` nothing is written there.
 
     Models of the hub are downloaded first; the run goes on with the commits that it began with.
 
@@ -113,6 +120,7 @@ def prepare(config: Config) -> tuple[list[Plan], Mesh]:
     from rlhf_jax.plan import check_mesh, plan_stages
     from rlhf_jax.run_tokenizer import TOKENIZER, prepare_tokenizer
     from rlhf_jax.sharding import make_mesh
+    from rlhf_jax.sharding_table import sharding_line
 
     run_dir = Path(config.run.dir)
     known = on_first(lambda: hub.read_commits(run_dir))
@@ -127,8 +135,10 @@ def prepare(config: Config) -> tuple[list[Plan], Mesh]:
 
     def tell_and_write() -> None:
         for plan in plans:
-            for line in (*plan.mixture(), *plan.losses(), *plan.reward_notes()):
+            for line in (*plan.mixture(), *plan.losses(), *plan.reward_notes(), sharding_line(plan, mesh)):
                 print(line, file=sys.stderr)
+        if not writes:
+            return
         replace_file(run_dir / "config.yaml", dump_config(config))
         hub.write_commits(run_dir, commits)
         if not (run_dir / TOKENIZER).exists():

@@ -1,0 +1,144 @@
+"""How the mesh divides a stage's parameters and optimiser state, and what of it a device holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax.models.transformer import make_model
+from rlhf_jax.plan import Plan
+from rlhf_jax.programs import optimizers_of, role_shardings, state_shardings
+from rlhf_jax.step import init_state
+
+HEADER = ("role", "parameter", "shape", "type", "axes", "on the mesh", "bytes", "a device")
+
+
+class Bytes(NamedTuple):
+    """What arrays need on all devices together if each is counted once, and on one device."""
+
+    whole: int
+    device: int
+
+
+class Layout(NamedTuple):
+    """Where a stage's arrays lie."""
+
+    roles: Mapping[str, tuple[Any, Any]]
+    """By role: the tree of the parameters' logical axes, and that of their shape structs with shardings."""
+    optimizer: Mapping[str, Any]
+    """By trained role: the tree of the optimiser's state, as shape structs with shardings."""
+
+
+def layout(plan: Plan, mesh: Mesh) -> Layout:
+    """Returns where the roles of a stage and the state of their optimisers are going to lie."""
+    stage, algorithm = plan.stage, plan.algorithm
+    model = make_model(plan.architecture)
+    reads = [role for role in algorithm.reads if role != "reward" or plan.origins.reward is not None]
+    models = {role: (role, model) for role in (*algorithm.trains, *reads)}
+    if plan.external is not None:
+        models["reward model"] = ("reward", make_model(plan.external.architecture))
+    roles = {}
+    for name, (role, of) in models.items():
+        is_scorer = role in ("value", "reward")
+        axes, shapes = (of.score_axes, of.score_shapes) if is_scorer else (of.policy_axes, of.policy_shapes)
+        roles[name] = (axes, _placed(shapes, role_shardings(of, mesh, role)))
+    optimizers, aux = optimizers_of(stage, algorithm), algorithm.init_aux(stage.settings)
+    trained = {role: roles[role][1] for role in algorithm.trains}
+    state = jax.eval_shape(partial(init_state, optimizers=optimizers, aux=aux), trained)
+    shardings = state_shardings(model, mesh, optimizers, aux)
+    return Layout(roles, _placed(state.opt_state, shardings.opt_state))
+
+
+def sharding_table(plan: Plan, mesh: Mesh) -> str:
+    """Returns a line for each parameter of each role of a stage, and what the roles need in all."""
+    of = layout(plan, mesh)
+    rows = [
+        HEADER,
+        *(row for role, (axes, structs) in of.roles.items() for row in _rows(role, axes, structs)),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = (len(HEADER) - 2, len(HEADER) - 1)
+    lines = [
+        "  ".join(
+            cell.rjust(width) if place in numbers else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    totals = [f"{role}: {_needs(of, role)}" for role in of.roles]
+    return "\n".join([sharding_line(plan, mesh), "", *lines, "", *totals])
+
+
+def sharding_line(plan: Plan, mesh: Mesh) -> str:
+    """Returns in one line how many parameters a stage has, and the bytes of each device."""
+    of = layout(plan, mesh)
+    counts = {
+        role: sum(math.prod(struct.shape) for struct in jax.tree.leaves(structs))
+        for role, (_, structs) in of.roles.items()
+    }
+    trained = sum(count for role, count in counts.items() if role in of.optimizer)
+    frozen = sum(counts.values()) - trained
+    device = sum(_bytes(structs).device for _, structs in of.roles.values()) + _bytes(of.optimizer).device
+    over = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    return (
+        f"[{plan.stage.name}] {trained:,} parameters are trained, {frozen:,} only read; with the optimiser's "
+        f"state {readable(device)} on each device ({over})"
+    )
+
+
+def readable(number: int) -> str:
+    """Returns bytes in words, such as 1.5 MiB."""
+    size, unit = float(number), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _rows(role: str, axes: Any, structs: Any) -> Iterator[tuple[str, ...]]:
+    paths, _ = jax.tree.flatten_with_path(structs)
+    names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+    for (path, struct), logical in zip(paths, names, strict=True):
+        whole, device = _bytes(struct)
+        yield (
+            role,
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            " x ".join(map(str, struct.shape)),
+            str(struct.dtype),
+            ", ".join(logical),
+            ", ".join(map(_part, struct.sharding.spec)),
+            readable(whole),
+            readable(device),
+        )
+
+
+def _part(part: str | tuple[str, ...] | None) -> str:
+    """Returns the mesh axes of one dimension; - where it is whole."""
+    return "-" if not part else part if isinstance(part, str) else "+".join(part)
+
+
+def _needs(of: Layout, role: str) -> str:
+    whole, device = _bytes(of.roles[role][1])
+    text = f"parameters {readable(whole)}, {readable(device)} on each device"
+    if role in of.optimizer:
+        whole, device = _bytes(of.optimizer[role])
+        text += f"; optimiser {readable(whole)}, {readable(device)} on each device"
+    return text
+
+
+def _bytes(tree: Any) -> Bytes:
+    leaves = jax.tree.leaves(tree)
+    return Bytes(
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves),
+        sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves),
+    )
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
