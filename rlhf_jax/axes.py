@@ -72,9 +72,6 @@ def axis_problems(overrides: Mapping[str, str | Sequence[str]]) -> list[tuple[st
             owner = second if second in overrides else first
             both = f"activations have {first!r} and {second!r}, which would both be on mesh.{axis}"
             found.append((owner, both))
-    if apart := [axis for axis in table["expert"] if axis not in table["batch"]]:
-        owner = "expert" if "expert" in overrides else "batch"
-        found.append((owner, f"'expert' must be on axes that 'batch' is on too, got mesh.{apart[0]}"))
     return list(dict.fromkeys(found))
 
 

@@ -303,9 +303,11 @@ def lookup(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
 
 
 class Peers(NamedTuple):
-    """The devices among which an axis of parameters is divided, and with it rows; none where it is whole."""
+    """The devices among which an axis of parameters is divided; none where it is whole."""
 
-    axes: tuple[str, ...]
+    axes: tuple[str, ...] = ()
+    of_tokens: tuple[str, ...] = ()
+    """Those of the axes that divide tokens too; along the others, devices have the same tokens."""
 
     def index(self) -> Array | int:
         """Returns which part of the parameters this device has."""
@@ -313,13 +315,14 @@ class Peers(NamedTuple):
 
     def gather(self, rows: Array) -> Array:
         """Returns the rows of all peers."""
-        return jax.lax.all_gather(rows, self.axes, axis=0, tiled=True) if self.axes else rows
+        return jax.lax.all_gather(rows, self.of_tokens, axis=0, tiled=True) if self.of_tokens else rows
 
     def sum(self, rows: Array) -> Array:
         """Returns this device's rows of what `gather` gave, each summed over the peers."""
-        if not self.axes:
-            return rows
-        return jax.lax.psum_scatter(rows, self.axes, scatter_dimension=0, tiled=True)
+        if self.of_tokens:
+            rows = jax.lax.psum_scatter(rows, self.of_tokens, scatter_dimension=0, tiled=True)
+        others = tuple(axis for axis in self.axes if axis not in self.of_tokens)
+        return jax.lax.psum(rows, others) if others else rows
 
 
 def by_tokens(
@@ -338,27 +341,31 @@ def by_tokens(
             gets this device's part, and peers that have the others.
         x: [B, T, ...], divided as activations are; plain on one device where no mesh is set.
         whole: arrays that are not divided over the devices that divide tokens.
-        divided: arrays whose first dimension has the logical axis `axis`. Other dimensions are whole, but
+        divided: arrays whose first dimension has this logical axis. Other dimensions are whole, but
             for mesh axes that do not divide tokens: these divide them as ever.
-        axis: on mesh axes that divide rows.
+        axis: the logical axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return function(Peers(()), x, *whole, *divided)
+        return function(Peers(), x, *whole, *divided)
     spec = _dividing(mesh, partition_spec(("batch", "length")), x.shape)
-    parts = partition_spec((axis,))[0]
-    peers = Peers(tuple(name for name in _mesh_axes(parts) if mesh.shape[name] > 1))
-    manual = tuple(name for part in spec for name in _mesh_axes(part))
+    divided_by = tuple(name for name in _mesh_axes(partition_spec((axis,))[0]) if mesh.shape[name] > 1)
+    of_tokens = tuple(name for part in spec for name in _mesh_axes(part))
+    peers = Peers(divided_by, tuple(name for name in divided_by if name in of_tokens))
+    manual = (*of_tokens, *(name for name in divided_by if name not in of_tokens))
+
+    def varying(array: Array, over: tuple[str, ...] = ()) -> Array:
+        return jax.lax.pcast(array, tuple(name for name in manual if name not in over), to="varying")
 
     def on_device(x: Array, whole: Sequence[Array], divided: Sequence[Array]) -> Array:
         # Said first of all, so that gradients are summed over devices in the type that the arrays come in.
-        others = tuple(name for name in manual if name not in _mesh_axes(parts))
-        whole = [jax.lax.pcast(array, manual, to="varying") for array in whole]
-        return function(peers, x, *whole, *(jax.lax.pcast(array, others, to="varying") for array in divided))
+        x = varying(x, of_tokens)
+        whole = [varying(array) for array in whole]
+        return function(peers, x, *whole, *(varying(array, divided_by) for array in divided))
 
     return jax.shard_map(
         on_device,
-        in_specs=(spec, PartitionSpec(), PartitionSpec(parts)),
+        in_specs=(spec, PartitionSpec(), PartitionSpec(divided_by)),
         out_specs=spec,
         axis_names=set(manual),
     )(x, whole, divided)

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_jax.models.experts import choose_experts, run_experts
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.sharding import param_shardings, place_rows
+from rlhf_jax.sharding import axis_rules, param_shardings, place_rows
 from tests import hlo, tiny
 
 
@@ -47,16 +47,17 @@ def test_no_token_is_dropped_however_uneven_the_load():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype", "tolerance"),
+    ("sizes", "rules", "dtype", "tolerance"),
     [
-        ({"data": 8}, "float32", 1e-5),
-        ({"sequence": 4}, "float32", 1e-5),
-        ({"expert": 4}, "float32", 1e-5),
-        ({"expert": 2, "fsdp": 2, "tensor": 2}, "float32", 1e-5),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 1e-2),  # products are rounded to 8 bits
+        ({"data": 8}, {}, "float32", 1e-5),
+        ({"sequence": 4}, {}, "float32", 1e-5),
+        ({"expert": 4}, {}, "float32", 1e-5),
+        ({"expert": 2, "fsdp": 2, "tensor": 2}, {}, "float32", 1e-5),
+        ({"tensor": 4}, {"expert": "tensor", "mlp": "none"}, "float32", 1e-5),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, {}, "bfloat16", 1e-2),  # products are rounded to 8 bits
     ],
 )
-def test_a_device_computes_its_share_and_the_same_gradient(sizes, dtype, tolerance):
+def test_a_device_computes_its_share_and_the_same_gradient(sizes, rules, dtype, tolerance):
     """XLA alone would sort and multiply the tokens of all devices on each."""
     architecture = dataclasses.replace(
         tiny.ARCHITECTURE, family="mixtral", num_layers=1, num_experts=4, experts_per_token=2, mlp_size=256
@@ -74,7 +75,8 @@ def test_a_device_computes_its_share_and_the_same_gradient(sizes, dtype, toleran
             compiled = jax.jit(jax.grad(loss)).lower(params, place_rows(mesh, rows)).compile()
         return compiled(params, place_rows(mesh, rows)), compiled
 
-    (one, alone), (ours, together) = gradient(tiny.mesh()), gradient(tiny.mesh(**sizes))
+    with axis_rules(rules):
+        (one, alone), (ours, together) = gradient(tiny.mesh()), gradient(tiny.mesh(**sizes))
     share = alone.cost_analysis()["flops"] / math.prod(sizes.values())
     assert together.cost_analysis()["flops"] < 1.1 * share
     if "expert" in sizes:  # no device has the weights of all experts
