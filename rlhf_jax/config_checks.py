@@ -241,12 +241,14 @@ def check_architecture(stage: StageConfig, earlier: dict[str, StageConfig], path
                 f"{path('model', 'num_heads')}: hidden_size / num_heads must be even, as rotary positions "
                 f"turn pairs, got {model.hidden_size} / {model.num_heads}"
             )
-        tensor = stage.mesh.tensor
-        if tensor > 1:
-            odd = [key for key in ("num_heads", "num_kv_heads", "mlp_size") if getattr(model, key) % tensor]
-            if odd:
-                sizes = " and ".join(f"model.{key} = {getattr(model, key)}" for key in odd)
-                yield f"{path('mesh', 'tensor')}: must divide {sizes}, got {tensor}"
+        tensor, table = stage.mesh.tensor, axis_table(stage.mesh.axes)
+        dimensions = {"heads": "num_heads", "kv_heads": "num_kv_heads", "mlp": "mlp_size"}
+        divided = [key for name, key in dimensions.items() if "tensor" in table[name]]
+        if tensor > 1 and (odd := [key for key in divided if getattr(model, key) % tensor]):
+            sizes = " and ".join(f"model.{key} = {getattr(model, key)}" for key in odd)
+            is_few = odd == ["num_kv_heads"]
+            whole = "; with mesh.axes.kv_heads: none each device has all keys and values" if is_few else ""
+            yield f"{path('mesh', 'tensor')}: must divide {sizes}, got {tensor}{whole}"
     if stage.algorithm == "ppo":
         longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
         if longest > model.context_length:

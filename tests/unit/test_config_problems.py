@@ -167,6 +167,12 @@ from tests.conftest import ROOT
             "mesh.tensor: must divide model.num_heads = 4 and model.num_kv_heads = 4, got 3",
         ),
         (
+            "mesh: {tensor: 2}\nmodel: {num_kv_heads: 1}",
+            [],
+            "mesh.tensor: must divide model.num_kv_heads = 1, got 2; "
+            "with mesh.axes.kv_heads: none each device has all keys and values",
+        ),
+        (
             "mesh: {data: 4, fsdp: 8}",
             [],
             "ppo.batch_size: must fill the mesh with a multiple of 32 (mesh.data 4 * mesh.fsdp 8), "
@@ -555,6 +561,7 @@ def test_good_files_that_are_near_the_bad_ones(problems, monkeypatch):
     assert problems(PPO_ONLY + "rewards: {function: 'math:sin', model_weight: 0}") == []
     assert problems(REWARD_ONLY + "reward_model: {normalize_on: chosen}\nrewards: {gold: 'math:sin'}") == []
     assert problems(CHAIN + "mesh: {data: 2, fsdp: 2, tensor: 2}") == []
+    assert problems(CHAIN + "mesh: {tensor: 2, axes: {kv_heads: none}}\nmodel: {num_kv_heads: 1}") == []
     assert problems(CHAIN + "ppo: {kl_controller: adaptive, kl_horizon: 13}") == []
     assert problems(CHAIN + "ppo: {}\nrollout: {}") == []
     assert problems(CHAIN.replace("RUN", "RUN, num_samples: 3") + "model: {logprob_chunk: 64}") == []
