@@ -35,15 +35,22 @@ ARCHITECTURE = Architecture(
     vocab_size=64,
     hidden_size=32,
     num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
+    num_heads=8,
+    num_kv_heads=4,  # divides over four devices
+    head_dim=4,
     mlp_size=48,
     context_length=48,
     rope_theta=10000.0,
     norm_eps=1e-5,
     tie_embeddings=True,
 )
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"tensor": 4, "sequence": 2},
+]
+"""The meshes on which everything is as on one device."""
 EOS, PAD = 1, 1  # the same: no mask may come from ids
 
 

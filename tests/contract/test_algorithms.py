@@ -131,7 +131,7 @@ def test_microbatches_change_nothing(reference, parts):
     assert_same(updated(name, batch, microbatch_size=batch_records(name, batch) // parts), expected)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("sizes", tiny.MESHES, ids=str)
 def test_devices_change_nothing(reference, sizes):
     name, batch, expected = reference
     assert_same(updated(name, batch, tiny.mesh(**sizes)), expected)

@@ -15,13 +15,14 @@ from rlhf_jax.programs import build_programs
 from rlhf_jax.run_tokenizer import prepare_tokenizer
 from rlhf_jax.sharding import make_mesh, place_rows
 from rlhf_jax.stop_signals import StopSignals
+from tests import tiny
 from tests.completions import assert_same_completions, next_token_logits
 from tests.smoke.test_quickstart import SHORT
 
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4
-CHAIN = SHORT.replace("num_kv_heads: 1", "num_kv_heads: 2")  # divides over two devices
+CHAIN = SHORT.replace("num_heads: 2, num_kv_heads: 1", "num_heads: 4, num_kv_heads: 4")  # for four devices
 PPO_ALONE = """
 run: {{dir: {dir}}}
 stages: [{{name: ppo, algorithm: ppo, from: {run}/sft, reward_from: {run}/reward}}]
@@ -56,7 +57,7 @@ def saved_models(run_train, tmp_path_factory):
     return directory / "run"
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("mesh", tiny.MESHES, ids=str)
 def test_sft_and_reward_stages(run_train, saved_models, tmp_path, mesh):
     (tmp_path / "short.yaml").write_text(CHAIN.format(dir=tmp_path / "run"))
     flags = [flag for axis, size in mesh.items() for flag in (f"--mesh.{axis}", str(size))]
@@ -66,7 +67,7 @@ def test_sft_and_reward_stages(run_train, saved_models, tmp_path, mesh):
         assert_close(figures(tmp_path / "run", name), figures(saved_models, name))
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("mesh", tiny.MESHES, ids=str)
 def test_ppo_from_the_same_models(saved_models, tmp_path, monkeypatch, mesh):
     """Three iterations and their evaluations, through the stage as the command runs it.
 

@@ -49,7 +49,7 @@ def alone():
     return experience(tiny.mesh(), rollout_of_seven())
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("sizes", tiny.MESHES, ids=str)
 def test_devices_change_nothing(alone, sizes):
     scored, batch, metrics = experience(tiny.mesh(**sizes), rollout_of_seven())
     expected_scored, expected_batch, expected_metrics = alone

@@ -1,9 +1,12 @@
 """The shift by one, and logprobs and entropies against a plain log-softmax, chunked or not."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from rlhf_jax.ops.logprobs import (
     contiguous_columns,
@@ -13,6 +16,8 @@ from rlhf_jax.ops.logprobs import (
     put_columns,
     token_logprobs,
 )
+from rlhf_jax.sharding import constrain, partition_spec, place_rows, traced_on
+from tests import tiny
 
 B, C, D, V = 3, 5, 4, 11
 
@@ -97,6 +102,32 @@ def test_values_and_gradients_are_those_of_log_softmax(inputs, chunk, temperatur
     cotangent = jax.random.normal(jax.random.key(5), got.shape)
     for a, b in zip(got_vjp(cotangent), expected_vjp(cotangent), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tensor": 4, "sequence": 2}], ids=str)
+def test_chunks_on_a_mesh_have_the_same_values_and_gradients(sizes):
+    """Nine columns, which the sequence axis does not divide, in chunks of two."""
+    mesh, (num_rows, num_columns, width, vocabulary) = tiny.mesh(**sizes), (8, 9, 16, 12)
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (num_rows, num_columns, width))
+    kernel = jax.random.normal(keys[1], (width, vocabulary))
+    targets = jax.random.randint(keys[2], (num_rows, num_columns), 0, vocabulary)
+
+    def total(hidden, kernel, chunk):
+        def logits(x):
+            return constrain(x @ kernel, ("batch", "length", "vocab"))
+
+        both = token_logprobs(logits, hidden, targets, temperature=0.7, chunk=chunk, with_entropy=True)
+        return jnp.sum(jnp.sin(both[0]) + jnp.cos(both[1])), both
+
+    run = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    (_, expected), expected_gradient = jax.jit(partial(run, chunk=0))(hidden, kernel)
+    held = jax.device_put(kernel, NamedSharding(mesh, partition_spec(("embed", "vocab"))))
+    chunked = jax.jit(traced_on(mesh, partial(run, chunk=16)))
+    (_, found), gradient = chunked(place_rows(mesh, hidden), held)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert tiny.relative_difference(gradient, expected_gradient) < 1e-5
 
 
 @pytest.mark.parametrize("chunk", [0, 6])
