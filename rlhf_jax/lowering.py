@@ -47,27 +47,15 @@ def lower_programs(
         batch: what the stage takes of its records, arrays or shape structs.
     """
     programs = cast(Any, built)  # what jax.jit returns
-    algorithm = ALGORITHMS[stage.algorithm]
-
-    def weights(role: str) -> Params:
-        dtype = stage.model.base_dtype if role == "base" else stage.model.role_dtype
-        dtypes = dict.fromkeys(() if role in algorithm.trains else POLICY, jax.numpy.dtype(dtype))
-        shapes, shardings = model.shapes_of(parts[role]), part_shardings(model, mesh, parts[role])
-        return {
-            part: jax.tree.map(partial(_placed, dtype=dtypes.get(part)), shapes[part], shardings[part])
-            for part in shapes
-        }
 
     def rows(tree: Any) -> Any:
         return jax.tree.map(lambda x: _placed(x, batch_sharding(mesh)), tree)
 
-    of_roles = {role: weights(role) for role in parts}
-    trained = {role: of_roles.pop(role) for role in algorithm.trains}
-    frozen = of_roles
+    trained, frozen = abstract_roles(stage, parts, model, mesh)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     state = programs.init_state.eval_shape(trained)
     learned, lowered = rows(batch), {}
-    if algorithm.records == "prompt_only":
+    if ALGORITHMS[stage.algorithm].records == "prompt_only":
         prompts = learned
         lowered["rollout"] = programs.rollout.lower(trained, frozen, prompts, key)
         rollout = rows(programs.rollout.eval_shape(trained, frozen, prompts, key))
@@ -81,6 +69,24 @@ def lower_programs(
         lowered["evaluate"] = programs.evaluate.lower(trained, frozen, learned)
     lowered["update"] = programs.update.lower(state, frozen, learned, key)
     return lowered
+
+
+def abstract_roles(stage: StageConfig, parts: Parts, model: Model, mesh: Mesh) -> tuple[Params, Params]:
+    """Returns (trained, frozen): each role's parameters as they are loaded, as placed shape structs."""
+    trains = ALGORITHMS[stage.algorithm].trains
+
+    def weights(role: str) -> Params:
+        dtype = stage.model.base_dtype if role == "base" else stage.model.role_dtype
+        dtypes = dict.fromkeys(() if role in trains else POLICY, jax.numpy.dtype(dtype))
+        shapes, shardings = model.shapes_of(parts[role]), part_shardings(model, mesh, parts[role])
+        return {
+            part: jax.tree.map(partial(_placed, dtype=dtypes.get(part)), shapes[part], shardings[part])
+            for part in shapes
+        }
+
+    of_roles = {role: weights(role) for role in parts}
+    trained = {role: of_roles.pop(role) for role in trains}
+    return trained, of_roles
 
 
 def _placed(x: Any, sharding: NamedSharding, dtype: np.dtype | None = None) -> ShapeDtypeStruct:

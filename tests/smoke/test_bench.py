@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -83,3 +84,24 @@ def test_stages_of_a_configuration_compile_for_a_tpu():
     assert [(line["stage"], line["program"]) for line in lines] == [
         ("sft", "evaluate"), ("reward", "evaluate"), ("ppo", "advantages"),
     ]  # fmt: skip
+
+
+def test_memory_of_roles_that_share_a_base():
+    """What the compiler is told to keep is what lives; adapters and their moments are a small part of it."""
+    flags = (
+        "--shape tiny --rank 2 --rows 8 --length 24 --completion 8 --sharing separate hydra --programs score"
+    )
+    mesh = "--mesh.data 1 --mesh.fsdp 8 --ppo.num_minibatches 1"
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_jax.bench.memory", *flags.split(), *mesh.split()],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    separate, hydra = (json.loads(line) for line in done.stdout.splitlines())
+    assert (separate["sharing"], hydra["sharing"], separate["share"]) == ("separate", "hydra", 1)
+    for line in (separate, hydra):
+        assert line["live_init"] == line["state"] + line["frozen"]
+        assert line["live_init"] == line["live_update"]  # nothing is kept of an iteration
+        assert line["peak"] == line["live_init"] + line["score"]
+    assert hydra["state"] + hydra["frozen"] < 0.25 * (separate["state"] + separate["frozen"])
