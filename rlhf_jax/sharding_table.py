@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.lowering import abstract_roles
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import optimizers_of, role_shardings, state_shardings
-from rlhf_jax.step import init_state
+from rlhf_jax.programs import role_shardings
+from rlhf_jax.stage import stage_programs
 
 HEADER = ("role", "parameter", "shape", "type", "axes", "on the mesh", "bytes", "a device")
 
@@ -36,22 +36,15 @@ class Layout(NamedTuple):
 
 def layout(plan: Plan, mesh: Mesh) -> Layout:
     """Returns where the roles of a stage and the state of their optimisers are going to lie."""
-    stage, algorithm = plan.stage, plan.algorithm
-    model = make_model(plan.architecture)
-    reads = [role for role in algorithm.reads if role != "reward" or plan.origins.reward is not None]
-    models = {role: (role, model) for role in (*algorithm.trains, *reads)}
+    model, programs = stage_programs(plan, mesh)
+    parts = plan.parts()
+    trained, frozen = abstract_roles(plan.stage, parts, model, mesh)
+    state = cast(Any, programs.init_state).eval_shape(trained)
+    roles = {role: (model.axes_of(parts[role]), structs) for role, structs in (state.params | frozen).items()}
     if plan.external is not None:
-        models["reward model"] = ("reward", make_model(plan.external.architecture))
-    roles = {}
-    for name, (role, of) in models.items():
-        is_scorer = role in ("value", "reward")
-        axes, shapes = (of.score_axes, of.score_shapes) if is_scorer else (of.policy_axes, of.policy_shapes)
-        roles[name] = (axes, _placed(shapes, role_shardings(of, mesh, role)))
-    optimizers, aux = optimizers_of(stage, algorithm), algorithm.init_aux(stage.settings)
-    trained = {role: roles[role][1] for role in algorithm.trains}
-    state = jax.eval_shape(partial(init_state, optimizers=optimizers, aux=aux), trained)
-    shardings = state_shardings(model, mesh, optimizers, aux)
-    return Layout(roles, _placed(state.opt_state, shardings.opt_state))
+        other, at = make_model(plan.external.architecture), "reward model"
+        roles[at] = (other.score_axes, _placed(other.score_shapes, role_shardings(other, mesh, "reward")))
+    return Layout(roles, state.opt_state)
 
 
 def sharding_table(plan: Plan, mesh: Mesh) -> str:
