@@ -306,14 +306,11 @@ def check_lora(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf
             f"stage {stage.name}; give it from or model.path, or lora: {{rank: 0}}"
         )
     judge = earlier.get(stage.reward_from)
-    if (
-        sharing != "hydra"
-        or not rank
-        or judge is None
-        or not judge.lora.rank
-        or judge.algorithm != "reward_model"
-    ):
+    is_adapter = judge is not None and judge.algorithm == "reward_model" and judge.lora.rank
+    if judge is None or not is_adapter or sharing != "hydra" or not rank:
         return
+    if _root(judge, earlier) != _root(stage, earlier):
+        return  # perhaps a model of another kind, which is none of the stage's roles: the plan knows
     base, of_judge = (s.start_from or s.model.path for s in (stage, judge))
     if base != of_judge:
         yield (
@@ -331,6 +328,13 @@ def check_lora(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf
             f"stages.{stage.name}.reward_from: {judge.name!r} has other adapters, {_told(judge.lora)} where "
             f"this stage has {_told(stage.lora)}; give both the same lora"
         )
+
+
+def _root(stage: StageConfig, earlier: dict[str, StageConfig]) -> str:
+    """Returns where a stage's architecture is from: the first stage of its line, or the model it is given."""
+    while stage.start_from in earlier:
+        stage = earlier[stage.start_from]
+    return stage.start_from or stage.model.path or stage.name
 
 
 def _told(lora: LoraConfig) -> str:

@@ -26,6 +26,7 @@ from rlhf_jax.data.packing import length_ladder
 from rlhf_jax.data.tokenize import prompt_limit, text_difference, text_settings
 from rlhf_jax.data.tokenizer import Tokenizer, template_date
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.lora import Lora
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.programs import Parts, part_shardings, role_parts, role_shardings, rows_per_unit
 from rlhf_jax.reward_origin import External, external_reward
@@ -243,12 +244,11 @@ def _plan(
                 attempt(function.check_columns, getattr(of.records[0], "columns", {}))
         return function
 
+    lora = None
     architecture = attempt(_architecture, stage, where, tokenizer, earlier)
     if architecture is not None:
         attempt(check_length, stage, algorithm, architecture)
         lora = attempt(adapters_of, stage, architecture)
-        if lora is not None and stage.reward_from not in earlier:
-            attempt(check_base, stage, where, lora)
     train, held_out = examples("train"), examples("eval")
     external = None
     if architecture is not None and train is not None:
@@ -261,6 +261,8 @@ def _plan(
             {name: plan.architecture for name, plan in earlier.items()},
             has_conversations=train.has_conversations,
         )
+        if lora is not None and external is None:
+            attempt(_check_base, stage, where, lora, earlier)
     function = judge(stage.rewards.function, train, held_out)
     gold = judge(stage.rewards.gold, held_out)
     if problems or architecture is None or train is None or held_out is None:
@@ -299,6 +301,18 @@ def _plan(
     )
     attempt(_check_text, plan, earlier)
     return None if problems else plan
+
+
+def _check_base(stage: StageConfig, where: Origins, lora: Lora, earlier: dict[str, Plan]) -> None:
+    """Raises ValueError where a reward model's adapters belong to another base than the stage's."""
+    judge = earlier.get(stage.reward_from)
+    if judge is None:
+        check_base(stage, where, lora)
+    elif judge.stage.lora.rank and judge.origins.policy != where.policy:
+        raise ValueError(
+            f"{stage.reward_from} holds adapters of {judge.origins.policy}, but the base of this stage is "
+            f"{where.policy}; let both start from the same, or train that with lora: {{rank: 0}}"
+        )
 
 
 def _reward_is_whole(stage: StageConfig, where: Origins, earlier: dict[str, Plan]) -> bool:

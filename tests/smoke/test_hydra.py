@@ -98,10 +98,10 @@ def test_the_export_is_the_adapted_model(finished, mesh, tmp_path):
     np.testing.assert_allclose(model.logits(base, hidden), expected, rtol=1e-4, atol=1e-4)
     data = tmp_path / "records.jsonl"
     data.write_text(
-        "\n".join(json.dumps({"prompt": "Customer: hello", "completion": f"good day {i}"}) for i in range(4))
+        "\n".join(json.dumps({"prompt": "Customer: hello", "completion": f"good day {i}"}) for i in range(8))
     )
     of_stage, of_export = (
-        evaluate.measure(str(at), str(data), 4, [])["perplexity"] for at in (run / "ppo", out)
+        evaluate.measure(str(at), str(data), 8, [])["perplexity"] for at in (run / "ppo", out)
     )
     assert of_stage == pytest.approx(of_export, rel=1e-5)
 
