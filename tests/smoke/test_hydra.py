@@ -135,7 +135,11 @@ def test_a_killed_hydra_goes_on_where_it_stood(finished, run_train, tmp_path):
     def logged(at):
         lines = [json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()]
         return [
-            {name: x for name, x in line.items() if not name.startswith("perf/") and name != "time"}
+            {
+                name: x
+                for name, x in line.items()
+                if not name.startswith("perf/") and name not in ("time", "stage")
+            }
             for line in lines
             if line["stage"] == "ppo"
         ]
