@@ -40,7 +40,7 @@ KILLED = "it was killed, or its host or network is gone"
 
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 
-NOTE, SIGNS, READERS = "rlhf_jax/failure/", "rlhf_jax/signs/", "rlhf_jax/readers/"
+NOTE, SIGNS, STATES = "rlhf_jax/failure/", "rlhf_jax/signs/", "rlhf_jax/states/"
 
 
 def is_of_runtime(error: BaseException | None) -> bool:
@@ -182,15 +182,28 @@ class Lifeline:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         with suppress(JaxRuntimeError):  # process 0 is gone: nobody is left to be told
-            self._store.key_value_set(f"{READERS}{self.rank}", "", allow_overwrite=True)
-            deadline = time.monotonic() + LINGER
-            while self.rank in (0, note.rank) and time.monotonic() < deadline:
-                gone = self._silent(SILENCE).keys()
-                readers = {_rank(key) for key, _ in self._store.key_value_dir_get(READERS)}
-                if len(gone | readers) >= self.num_processes:
-                    break
-                time.sleep(0.1)
+            self._mark("read")
+            if self.rank == 0:  # with it goes the store, and JAX aborts whoever is left
+                self._await("left")
+                time.sleep(PERIOD / 2)
+            elif self.rank == note.rank:  # with it goes what the others wait for, which makes noise
+                self._await("read")
+            self._mark("left")
         os._exit(note.code)
+
+    def _mark(self, state: str) -> None:
+        self._store.key_value_set(f"{STATES}{self.rank}", state, allow_overwrite=True)
+
+    def _await(self, state: str) -> None:
+        """Returns when the other processes are in this state or beyond, or are gone, or it takes too long."""
+        deadline = time.monotonic() + LINGER
+        while time.monotonic() < deadline:
+            done = {
+                _rank(key) for key, found in self._store.key_value_dir_get(STATES) if found in (state, "left")
+            }
+            if len(done | {self.rank} | self._silent(SILENCE).keys()) >= self.num_processes:
+                return
+            time.sleep(0.1)
 
     def _left(self, note: Note) -> Note:
         """Returns the note that the processes read: this one, or the one that was there before it."""

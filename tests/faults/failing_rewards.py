@@ -1,4 +1,4 @@
-"""A reward function that fails in its third call, as FAULT says, in the process RLHF_JAX_PROCESS_ID = FAULTY."""
+"""A reward function that fails in its third call, as FAULT says, in the process FAULTY."""
 
 import os
 import sys
