@@ -248,7 +248,7 @@ class DistributedConfig:
 
     initialization_timeout: PositiveInt = 300
     """Until every process of the run has come."""
-    heartbeat_timeout: PositiveInt = 60
+    heartbeat_timeout: Annotated[int, Field(ge=10, le=LARGEST_INT)] = 60
     """Until a process that gives no sign of life counts as gone, which ends the run."""
     shutdown_timeout: PositiveInt = 60
     """Until a process that is done no longer waits for the others to be done as well."""
