@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rlhf_jax.evaluate",
         description=__doc__,
-        epilog="Options of the sections data, model, tokenizer and mesh are given as for rlhf_jax.train,\n"
+        epilog="Options of data, model, tokenizer, mesh and distributed are given as for rlhf_jax.train,\n"
         "such as --data.format preference, --data.columns.prompt question, --data.max_length 512.",
         formatter_class=argparse.RawTextHelpFormatter,
     )

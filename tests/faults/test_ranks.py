@@ -177,15 +177,18 @@ def test_sigterm_to_one_stops_both_at_one_step_and_the_same_command_goes_on(tmp_
     assert metrics(tmp_path) == metrics(unbroken)
 
 
-def test_what_is_wrong_with_the_data_is_told_by_all(tmp_path):
+@pytest.mark.parametrize("name", ["absent.jsonl", "bad.jsonl"])
+def test_what_is_wrong_with_the_data_is_told_by_all(tmp_path, name):
+    """Of an absent file before the processes know of each other, of one without known columns after it."""
+    (tmp_path / "bad.jsonl").write_text('{"nothing": 1}\n')
     arguments = [
         "--config",
         config(tmp_path),
         "--data.train",
-        tmp_path / "absent.jsonl",
+        tmp_path / name,
         "--data.eval",
-        "synthetic",
+        tmp_path / name,
     ]
     for result in launch(2, [*TRAIN, *arguments], devices=1):
         assert result.returncode == 2
-        assert "absent.jsonl" in result.stderr.splitlines()[-1]
+        assert name in result.stderr
