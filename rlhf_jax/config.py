@@ -116,6 +116,9 @@ class LoraConfig:
     """Weights that have an adapter; empty: all of these that the model has, but experts."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
+    path: str = ""
+    """Directory, or `hub:OWNER/NAME[@REVISION]`, of an adapter in PEFT's format that an sft or reward_model
+    stage goes on with; it must be for the model that the stage starts from. Empty: a fresh one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,7 +455,15 @@ class PPOConfig:
 
 RESERVED_NAMES = ("checkpoints", "export", "samples", "tensorboard", "tokenizer")
 """Directories of a run that are not a stage's."""
-PATH_OPTIONS = ("run.dir", "tokenizer.path", "model.path", "data.train", "data.eval", "data.prompts")
+PATH_OPTIONS = (
+    "run.dir",
+    "tokenizer.path",
+    "model.path",
+    "lora.path",
+    "data.train",
+    "data.eval",
+    "data.prompts",
+)
 """Options, as section.option, that may be paths; `from` and `reward_from` of a stage may be paths too."""
 
 # What a file may hold beside `stages`. The run has one of each of the first; the others a stage may override.

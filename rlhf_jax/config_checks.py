@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,7 @@ def check_local(stage: StageConfig, path: PathOf) -> Iterator[str]:
 def check_hub(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields names of the hub that have another form than hub:OWNER/NAME[@REVISION]."""
     values = {path("model", "path"): stage.model.path, "tokenizer.path": stage.tokenizer.path}
+    values |= {path("lora", "path"): stage.lora.path}
     values |= {f"stages.{stage.name}.from": stage.start_from}
     values |= {f"stages.{stage.name}.reward_from": stage.reward_from}
     for place, value in values.items():
@@ -323,7 +324,7 @@ def check_lora(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf
             f"{path('model', 'frozen_dtype')}: the adapters of {judge.name!r} belong to a base in "
             f"{judge.model.base_dtype}, this stage's is in {stage.model.base_dtype}; give both the same"
         )
-    if judge.lora != stage.lora:
+    if replace(judge.lora, path="") != replace(stage.lora, path=""):
         yield (
             f"stages.{stage.name}.reward_from: {judge.name!r} has other adapters, {_told(judge.lora)} where "
             f"this stage has {_told(stage.lora)}; give both the same lora"
@@ -338,7 +339,8 @@ def _root(stage: StageConfig, earlier: dict[str, StageConfig]) -> str:
 
 
 def _told(lora: LoraConfig) -> str:
-    return f"lora {{{', '.join(f'{key}: {value}' for key, value in asdict(lora).items())}}}"
+    facts = asdict(lora).items()
+    return f"lora {{{', '.join(f'{key}: {value}' for key, value in facts if key != 'path')}}}"
 
 
 def check_formats(stage: StageConfig, path: PathOf) -> Iterator[str]:
@@ -397,6 +399,10 @@ def check_paths(stage: StageConfig, path: PathOf) -> Iterator[str]:
         yield f"{path('model', 'path')}: there is no directory {model.path!r}{_hub_hint(model.path)}"
     elif model.path and Path(model.path).is_dir() and not (Path(model.path) / "config.json").is_file():
         yield f"{path('model', 'path')}: no Hugging Face checkpoint: {model.path!r} has no config.json"
+    if stage.lora.path and not _is_directory(stage.lora.path):
+        yield (
+            f"{path('lora', 'path')}: there is no directory {stage.lora.path!r}{_hub_hint(stage.lora.path)}"
+        )
     tokenizer = stage.tokenizer.path
     if tokenizer and not _is_directory(tokenizer):
         yield f"tokenizer.path: there is no directory {tokenizer!r}{_hub_hint(tokenizer)}"

@@ -128,7 +128,8 @@ def model_card(
 def _settings(stage: StageConfig) -> str:
     """Returns what decides a stage's outcome: its data, its algorithm's options and its optimiser's."""
     optimizer = dataclasses.asdict(stage.optimizer)
-    adapters = {f"lora.{key}": value for key, value in dataclasses.asdict(stage.lora).items()}
+    facts = dataclasses.asdict(stage.lora) | {"path": _last_part(stage.lora.path)}
+    adapters = {f"lora.{key}": value for key, value in facts.items() if key != "path" or value}
     read = (
         {"data": " + ".join(map(_last_part, stage.data.sources))}
         | dataclasses.asdict(stage.settings)

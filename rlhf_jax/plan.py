@@ -35,6 +35,7 @@ from rlhf_jax.roles import (
     Origins,
     adapters_of,
     check_base,
+    check_start,
     is_stage_dir,
     origins,
     reward_adapter_info,
@@ -249,6 +250,8 @@ def _plan(
     if architecture is not None:
         attempt(check_length, stage, algorithm, architecture)
         lora = attempt(adapters_of, stage, architecture)
+        if lora is not None:
+            attempt(check_start, where, lora, architecture)
     train, held_out = examples("train"), examples("eval")
     external = None
     if architecture is not None and train is not None:

@@ -24,9 +24,11 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import fold_normalizer, init_score_head, zero_score_head
 from rlhf_jax.models.lora import Lora, choose_targets, merge
+from rlhf_jax.models.peft import check_adapter, read_adapter
 from rlhf_jax.models.scorers import RAW, Normalizer, Role, check_scorer, load_scorer, read_scorer
 from rlhf_jax.models.transformer import POLICY, Model, make_model
 from rlhf_jax.programs import part_shardings, role_parts, role_shardings
+from rlhf_jax.unread import fresh_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ class Origins(NamedTuple):
 
     policy: Path | None
     reward: Path | None
+    adapter: Path | None = None
+    """In PEFT's format: what adapters start as."""
 
 
 def is_stage_dir(path: Path) -> bool:
@@ -52,7 +56,8 @@ def origins(stage: StageConfig, stage_names: set[str]) -> Origins:
         return Path(stage.run.dir) / name if name in stage_names else Path(name)
 
     start = directory(stage.start_from) or (Path(stage.model.path) if stage.model.path else None)
-    return Origins(start, directory(stage.reward_from))
+    is_fresh = not stage.lora.path or fresh_adapter(stage, stage_names)
+    return Origins(start, directory(stage.reward_from), None if is_fresh else Path(stage.lora.path))
 
 
 def stored_architecture(path: Path, role: str) -> Architecture:
@@ -118,6 +123,19 @@ def adapters_of(stage: StageConfig, architecture: Architecture) -> Lora | None:
     if cfg.rank == 0:
         return None
     return Lora(cfg.rank, cfg.alpha, choose_targets(architecture, cfg.targets), cfg.rslora)
+
+
+def check_start(where: Origins, lora: Lora, architecture: Architecture) -> None:
+    """Raises ValueError where the adapter that a stage goes on with cannot be read, or is of another kind."""
+    if where.adapter is None:
+        return
+    stored = check_adapter(where.adapter, architecture)
+    if stored != lora:
+        raise ValueError(
+            f"lora.path: the adapter in {where.adapter} has rank: {stored.rank}, alpha: {stored.alpha}, "
+            f"targets: [{', '.join(stored.targets)}], rslora: {str(stored.rslora).lower()}; give the section "
+            "lora the same"
+        )
 
 
 def adapter_info(stage: StageConfig, where: Origins, lora: Lora | None) -> dict[str, Any]:
@@ -195,6 +213,7 @@ def load_roles(
     """Returns (trained, frozen): parameters by role, on the mesh; `role_parts` says what each holds.
 
     policy     the stage or checkpoint that this stage starts from, or fresh; or a fresh adapter to it
+               (or the one that the stage goes on with, also of a reward model, with a head where it has one)
     base       with adapters: that policy, or of a reward model its trunk
     reference  a copy of that policy; of a base there is none
     reward     to be read: the reward stage's or checkpoint's, its normaliser folded into the head;
@@ -215,6 +234,10 @@ def load_roles(
         else:
             reward = load_reward(where.reward, model, mesh)
     parts = role_parts(stage, algorithm, reward_is_whole=is_whole)
+    start = None
+    if where.adapter is not None:
+        adapters = part_shardings(model, mesh, ("adapter",))["adapter"]
+        start = read_adapter(where.adapter, model.architecture, adapters)
 
     def made(role: str) -> Params | None:
         match role:
@@ -223,14 +246,16 @@ def load_roles(
             case "value" if reward is not None and reward.keys() == set(parts[role]):
                 return reward
         heads = {
-            "reward": lambda: init_score_head(keys.named(root, "head"), width),
+            "reward": lambda: (
+                (start and start.score_head) or init_score_head(keys.named(root, "head"), width)
+            ),
             "value": lambda: zero_score_head(width),
         }
         number = (*algorithm.trains, *algorithm.reads, "base").index(role)
         adapter_key = jax.random.fold_in(keys.named(root, "adapter"), number)
         fresh = {
             "score_head": heads.get(role, dict),
-            "adapter": lambda: jax.jit(model.init_adapter)(adapter_key),
+            "adapter": lambda: start.params if start else jax.jit(model.init_adapter)(adapter_key),
         }
         return {
             part: fresh[part]() if part in fresh else policy[part]

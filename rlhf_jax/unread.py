@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from rlhf_jax.config import (
     ALGORITHM_SECTIONS,
@@ -35,6 +35,22 @@ READ_BY_OPTIMIZER = {
 """Options of the optimizer section that not every optimiser has."""
 
 
+def fresh_adapter(stage: StageConfig, stages: Container[str]) -> str:
+    """Returns why a stage cannot go on with the adapter in lora.path, whatever that is; empty where it can.
+
+    Args:
+        stage: its lora section may be that of all stages.
+        stages: names of this run's.
+    """
+    if stage.lora.rank == 0:
+        return "lora.rank is 0"
+    if stage.algorithm == "ppo":
+        return "ppo begins with fresh adapters, for its reference is the base alone"
+    if stage.start_from in stages:
+        return f"the stage starts from {stage.start_from!r}, which is not the model that the adapter is for"
+    return ""
+
+
 def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, str]:
     """Returns {section, or section.option: why} of what a stage does not read.
 
@@ -62,6 +78,8 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
     if not has_base:
         for key in ("alpha", "targets", "rslora"):
             reasons[f"lora.{key}"] = "lora.rank is 0"
+    if why := fresh_adapter(stage, stages):
+        reasons["lora.path"] = why
     if stage.algorithm != "ppo":
         reasons["model.sharing"] = "only a ppo stage has roles that could share"
         reasons["model.frozen_memory"] = "only a ppo stage has models that are not needed all the time"

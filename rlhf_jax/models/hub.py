@@ -24,7 +24,7 @@ COMMITS = "hub.json"
 QUIET_SECONDS = 2.0
 # What is downloaded. No pickles, which run code when they are opened; no Python; nothing below a directory.
 _TOKENIZER = ("*.json", "*.jinja", "*.txt", "*.model")
-_WEIGHTS = ("model.safetensors", "model-*.safetensors")
+_WEIGHTS = ("model.safetensors", "model-*.safetensors", "adapter_model.safetensors")
 
 
 def is_hub(name: str) -> bool:
@@ -73,7 +73,7 @@ def fetch_models(config: Config, commits: Mapping[str, str]) -> tuple[Config, di
     """Returns the configuration with directories instead of names of the hub, and {name: commit} of these.
 
     Args:
-        config: `model.path`, `tokenizer.path`, `from` and `reward_from` may be names of the hub.
+        config: `model.path`, `lora.path`, `tokenizer.path`, `from` and `reward_from` may be names of the hub.
         commits: of names that were fetched before: a run goes on with what it began with.
 
     Raises:
@@ -82,6 +82,7 @@ def fetch_models(config: Config, commits: Mapping[str, str]) -> tuple[Config, di
     wanted: dict[str, tuple[str, bool]] = {}  # {name: (where it stands, whether weights are wanted)}
     for stage in config.stages:
         wanted.setdefault(stage.model.path, ("model.path", True))
+        wanted.setdefault(stage.lora.path, ("lora.path", True))
         wanted.setdefault(stage.start_from, (f"stages.{stage.name}.from", True))
         wanted.setdefault(stage.reward_from, (f"stages.{stage.name}.reward_from", True))
     wanted.setdefault(config.stages[0].tokenizer.path, ("tokenizer.path", False))
@@ -107,6 +108,7 @@ def fetch_models(config: Config, commits: Mapping[str, str]) -> tuple[Config, di
             start_from=local(stage.start_from),
             reward_from=local(stage.reward_from),
             model=dataclasses.replace(stage.model, path=local(stage.model.path)),
+            lora=dataclasses.replace(stage.lora, path=local(stage.lora.path)),
             tokenizer=dataclasses.replace(stage.tokenizer, path=local(stage.tokenizer.path)),
         )
         for stage in config.stages

@@ -113,6 +113,24 @@ def test_a_reward_models_adapter_has_its_head_and_names_the_export_that_it_is_fo
     assert f"score: (logits[0, 0] - {mean}) / {std}" in (adapter / "README.md").read_text()
 
 
+def test_another_run_goes_on_with_the_adapter(finished, run_train, tmp_path):
+    """Its first evaluation is the last of the stage that wrote it."""
+    adapter = exported(finished, tmp_path / "adapter", "sft", "--adapter")
+    config, stage = CONFIG.format(dir=finished, adapters=ADAPTERS), "  - {name: sft, algorithm: sft, "
+    before, after = config.split("stages:\n")[0], config.split("\ndata:")[1]
+    sft = next(line for line in config.splitlines() if line.startswith(stage))
+    sft = sft.replace("lora: {", f"lora: {{path: {adapter}, ")
+    text = f"{before}stages:\n{sft}\ndata:{after}".replace("/run}", "/more}")
+    (tmp_path / "config.yaml").write_text(text.replace("reward_model: {num_steps: 2, batch_size: 8}\n", ""))
+    done = run_train(["--config", tmp_path / "config.yaml"])
+    assert done.returncode == 0, done.stderr
+    first, more = (
+        json.loads((finished / run / "summary.json").read_text())["sft"] for run in ("run", "more")
+    )
+    assert more["eval_perplexity_before"] == pytest.approx(first["eval_perplexity_after"], rel=1e-5)
+    assert first["eval_perplexity_before"] > 1.05 * first["eval_perplexity_after"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -138,7 +138,7 @@ def test_a_first_stage_that_starts_from_a_whole_run(plans, tmp_path):
 def test_stages_of_another_run_that_fit(plans, tmp_path):
     (plan,) = plans()
     assert plan.architecture == ARCHITECTURE
-    assert plan.origins == (tmp_path / "run" / "sft", tmp_path / "run" / "reward")
+    assert plan.origins == (tmp_path / "run" / "sft", tmp_path / "run" / "reward", None)
     half = "data.{}: 1 of 5 records dropped (prompt longer than 128 tokens)"
     assert plan.mixture() == []
     assert plan.losses() == [f"[ppo] {half.format(split)}" for split in ("train", "eval")]
