@@ -47,10 +47,11 @@ def on_first[T](make: Callable[[], T]) -> T:
             outcome = make(), None
         except TOLD as error:
             outcome = None, error
-    value, error = exchanged(outcome)[0]
+    told = exchanged(outcome)
+    value, error = outcome if process_id() == 0 else told[0]
     if error is not None:
         raise error
-    return value
+    return value  # pyright: ignore[reportReturnType]
 
 
 def together[T](make: Callable[[], T]) -> T:
@@ -68,5 +69,22 @@ def together[T](make: Callable[[], T]) -> T:
         failure = error
     for error in exchanged(failure):
         if error is not None:
-            raise error
+            raise error from failure
     return value  # pyright: ignore[reportReturnType]
+
+
+def check_alike(what: str, make: Callable[[], object]) -> None:
+    """Raises ValueError, on every process, where a function does not return the same on all of them.
+
+    Args:
+        what: it returns, in the plural, for the message.
+        make: is not called where there is one process.
+    """
+    if num_processes() == 1:
+        return
+    told = exchanged(make())
+    others = [str(rank) for rank, found in enumerate(told) if found != told[0]]
+    if others:
+        raise ValueError(
+            f"{what} are not the same on process 0 and on {', '.join(others)}; give all hosts the same files"
+        )

@@ -148,7 +148,7 @@ class Checkpointer(CheckpointReader):
         assert keep >= 1, keep
         self.keep = keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[int] | None = None
         self._newest: int | None = None  # once known to be good
 
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
@@ -186,7 +186,7 @@ class Checkpointer(CheckpointReader):
         """Returns when the save in progress is finished; raises its error if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            together(pending.result)
+            self._newest = together(pending.result)
 
     def close(self) -> None:
         """Waits for the save in progress and gives up the background thread."""
@@ -214,7 +214,8 @@ class Checkpointer(CheckpointReader):
         finally:
             self._thread.shutdown()
 
-    def _finish(self, written: Any, path: Path, manifest: dict[str, Any]) -> None:
+    def _finish(self, written: Any, path: Path, manifest: dict[str, Any]) -> int:
+        """Returns the step, once this process knows it to be saved."""
         try:
             written.result()
         except ValueError as error:  # TensorStore raises nothing else where a file cannot be written
@@ -224,7 +225,7 @@ class Checkpointer(CheckpointReader):
             older = [step for step in self._steps() if step < manifest["step"]]
             for step in older[: max(0, len(older) - (self.keep - 1))]:  # only now that the new one counts
                 shutil.rmtree(self._path(step))
-        self._newest = manifest["step"]
+        return manifest["step"]
 
 
 def load_params(stage_dir: Path | str, role: str, abstract: Params) -> Params:

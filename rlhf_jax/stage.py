@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import distributed, keys
-from rlhf_jax.agreement import on_first
+from rlhf_jax.agreement import check_alike, on_first
 from rlhf_jax.batch import Params, Prompts, Rows, TrainState
 from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
 from rlhf_jax.config import RewardModelConfig
@@ -63,6 +63,10 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     if done is not None:
         return done[1]
     stage, algorithm = plan.stage, plan.algorithm
+    check_alike(
+        f"stage {stage.name}: the records of data.train and data.eval, or their tokens",
+        lambda: (plan.train.fingerprint, plan.held_out.fingerprint, plan.text),
+    )
     root = keys.stage_root(stage.run.seed, plan.number)
     is_online = algorithm.records == "prompt_only"
     model, programs = stage_programs(plan, mesh)
@@ -201,7 +205,7 @@ def _result(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:
         else:
             result[measure.name] = after[measure.metric]
     if plan.gold is not None and plan.algorithm.records == "preference":
-        result["accuracy_ceiling"] = _gold_accuracy(plan)
+        result["accuracy_ceiling"] = on_first(lambda: _gold_accuracy(plan))
     return result | {"seconds": info["seconds"]}
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.agreement import exchanged, on_first, together
+from rlhf_jax.agreement import check_alike, exchanged, on_first, together
 from rlhf_jax.checkpoint import Checkpointer
 from rlhf_jax.config import DistributedConfig, MeshConfig
 from rlhf_jax.data.collate import Row
@@ -17,6 +17,8 @@ from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.data.token_rows import token_rows
 from rlhf_jax.distributed import initialize, process_id
 from rlhf_jax.models import hf, tensor_files
+from rlhf_jax.programs import reward_program
+from rlhf_jax.rewards.external import ExternalReward, RewardReader
 from rlhf_jax.rewards.functions import RewardError, RewardFunction
 from rlhf_jax.rewards.once import scored_once
 from rlhf_jax.sharding import gathered, make_mesh, param_shardings, place_rows, row_holders
@@ -42,6 +44,9 @@ def check_what_processes_tell_each_other():
         with pytest.raises(ValueError, match=f"{ranks[0]} says no"):
             together(lambda ranks=ranks: fail(*ranks))
     on_first(lambda: fail(1))
+    check_alike("these", lambda: {"a": 1})
+    with pytest.raises(ValueError, match="these are not the same on process 0 and on 1"):
+        check_alike("these", process_id)
 
 
 def check_batches():
@@ -101,15 +106,32 @@ def check_scores():
             scored_once(refusing, holders)(records, ["0", "1", "2", "3"])
 
 
+def check_reward_model_of_its_own():
+    """It is given the rows of all processes; its scores are those of one device."""
+    mesh, alone = make_mesh(MeshConfig(data=4)), make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+    rows = jax.device_get(tiny.rows(8))
+    texts, records = [""] * 7, [PromptOnly("")] * 7
+    reader = RewardReader(tokenizer=None, joins=False, bos_id=None, pad_id=None, context_length=48)
+    scores = []
+    for on in (mesh, alone):
+        external = ExternalReward(reader, reward_program(tiny.model(), on), tiny.weights("reward", on), on)
+        found, told = external(rows, records, texts, np.ones(7, bool))
+        scores.append(gathered(found) if on is mesh else np.asarray(found))
+        assert float(told["reward/cut_rate"].value) == 0
+    np.testing.assert_allclose(*scores, rtol=0, atol=1e-5)
+    assert np.std(scores[0]) > 0
+
+
 def check_saves(directory):
     """What one process cannot save, none has saved; what all have saved, the first has written about."""
     mesh = make_mesh(MeshConfig(fsdp=4))
 
     class Full(Checkpointer):
         def _finish(self, *args):
-            super()._finish(*args)
+            step = super()._finish(*args)
             if process_id() == 1:
                 raise OSError(28, "No space left on device")
+            return step
 
     state = {"weights": tiny.weights("policy", mesh)}
     with Full(directory / "full", keep=2) as full:
@@ -157,6 +179,7 @@ def main(directory: Path):
     check_holders()
     check_batches()
     check_scores()
+    check_reward_model_of_its_own()
     check_saves(directory / "saves")
     check_model_files(directory / "model")
 

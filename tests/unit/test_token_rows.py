@@ -23,6 +23,13 @@ def test_rows_come_back():
     assert both.num_loss_tokens.tolist() == [3, 0, 1, 0, 1]
 
 
+def test_a_blank_row_is_the_row_without_its_tokens():
+    rows = token_rows(ROWS)
+    assert [rows.blank(number) for number in range(3)] == [
+        row._replace(ids=[0] * len(row.ids)) for row in ROWS
+    ]
+
+
 def test_counts_by_hand():
     rows = token_rows(ROWS)
     assert rows.lengths.tolist() == [6, 1, 4] and rows.lengths.dtype == np.int32
