@@ -45,7 +45,7 @@ def start(directory, count, devices, text, flags=(), fails=""):
     (directory / "chain.yaml").write_text(text.format(dir=directory / "run"))
     env = {RECORDS: str(directory / "calls"), FAILS: fails}
     return launch(
-        count, [*TRAIN, "--config", directory / "chain.yaml", *flags], devices=devices, env=env, timeout=600
+        count, [*TRAIN, "--config", directory / "chain.yaml", *flags], devices=devices, env=env, timeout=1200
     )
 
 
