@@ -78,9 +78,9 @@ class ModelConfig:
     """What a block recomputes in the backward pass: nothing, all but matrix products, everything; `offload`:
     everything, from what went into the block, which waits in the host's memory."""
     attention: Literal["auto", "xla", "flash"] = "auto"
-    """How rows are attended to: `xla` holds the scores of all pairs of tokens; `flash` is a kernel that does
-    not, splash attention on a TPU, cuDNN's on a GPU; `auto`: flash for rows of 2048 tokens and more where
-    the device has a kernel for them."""
+    """How rows are attended to in training and scoring: `xla` holds the scores of all pairs of tokens;
+    `flash` is a kernel that does not, splash attention on a TPU, cuDNN's on a GPU; `auto`: flash for rows of
+    2048 tokens and more where the device has a kernel for them."""
     logprob_chunk: Count = 0
     """Tokens whose logits exist at once when log-probabilities are computed; 0: all of a microbatch."""
     sharing: Literal["separate", "trunk", "hydra"] = "separate"

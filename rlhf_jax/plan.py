@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax.algos.algorithm import Algorithm
@@ -27,6 +28,7 @@ from rlhf_jax.data.tokenize import prompt_limit, text_difference, text_settings
 from rlhf_jax.data.tokenizer import Tokenizer, template_date
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.lora import Lora
+from rlhf_jax.models.row_attention import flash_lack
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.programs import Parts, part_shardings, role_parts, role_shardings, rows_per_unit
 from rlhf_jax.reward_origin import External, external_reward
@@ -408,6 +410,15 @@ def check_mesh(plans: Sequence[Plan], mesh: Mesh) -> None:
         rows: list[str] = []
         for name, size in plan.row_counts().items():
             _attempt(rows, check_batch, mesh, size, f"{plan.stage.algorithm}.{name}")
+        model_section = plan.stage.model
+        lack = flash_lack(
+            mesh.devices.flat[0].platform,
+            jnp.dtype(model_section.dtype),
+            softcap=plan.architecture.attention_softcap,
+            is_packed=plan.stage.data.packing,
+        )
+        if model_section.attention == "flash" and lack:
+            problems.append(f"model.attention is 'flash', but {lack}; set it to auto")
         problems += rows[:1]  # what does not divide the first does not divide its parts
         for parts in plan.parts().values():
             _attempt(problems, part_shardings, model, mesh, parts)

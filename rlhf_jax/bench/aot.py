@@ -48,7 +48,7 @@ from rlhf_jax.sharding import make_mesh
 COLLECTIVES = re.compile(
     r" (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(?:-start)?\("
 )
-KERNELS = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*?([\w.-]+)"')
+KERNELS = re.compile(r'%([\w-]+?)(?:\.\d+)* = .* custom-call\(.*custom_call_target="tpu_custom_call"')
 MEMORY = ("argument", "alias", "output", "temp", "host_argument", "host_output", "host_temp")
 
 

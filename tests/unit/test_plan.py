@@ -20,9 +20,10 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.scorers import save_scorer
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.plan import Plan, plan_stages
+from rlhf_jax.plan import Plan, check_mesh, plan_stages
 from rlhf_jax.roles import stored_architecture
 from rlhf_jax.run_tokenizer import prepare_tokenizer
+from tests import tiny
 
 MODEL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_size": 48}
 TOKENIZER = train_tokenizer(["the lamp is broken"] * 3, 260)
@@ -66,6 +67,15 @@ def plans(tmp_path):
         return plan_stages(read_config(["--config", str(path)]), TOKENIZER)
 
     return plans
+
+
+def test_a_kernel_that_the_devices_do_not_have_is_told_with_what_does_not_divide(plans):
+    planned = plans(rewards="model: {attention: flash}\nrewards:")
+    with pytest.raises(
+        ValueError, match="model.attention is 'flash', but there is no kernel for a cpu; set it"
+    ):
+        check_mesh(planned, tiny.mesh())
+    check_mesh(plans(), tiny.mesh())
 
 
 def test_an_unfinished_stage_is_told(plans, tmp_path, caplog):

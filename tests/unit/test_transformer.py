@@ -132,7 +132,7 @@ def test_rotation_turns_pairs_by_position_times_frequency():
 # Options
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_remat_changes_no_gradient(remat):
     params, tokens = make_params(ARCHITECTURE), make_tokens(2, 8)
 
