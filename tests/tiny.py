@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import Array
 from jax.sharding import Mesh
 
@@ -45,10 +46,10 @@ ARCHITECTURE = Architecture(
     tie_embeddings=True,
 )
 MESHES = [
-    {"data": 8},
-    {"fsdp": 8},
+    pytest.param({"data": 8}, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
     {"data": 2, "fsdp": 2, "tensor": 2},
-    {"tensor": 4, "sequence": 2},
+    pytest.param({"tensor": 4, "sequence": 2}, marks=pytest.mark.slow),
 ]
 """The meshes on which everything is as on one device."""
 EOS, PAD = 1, 1  # the same: no mask may come from ids

@@ -48,6 +48,7 @@ def some_of(policy):
     return {"embed": trunk["embed"], "layers": blocks, "final_norm": trunk["final_norm"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_are_the_same_on_one_and_eight_devices(name):
     """Parameters and state, of gradients that are laid out as the parameters are."""

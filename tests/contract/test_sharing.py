@@ -135,6 +135,7 @@ def test_the_first_ratio_is_one_and_frozen_roles_stay(sharing):
         assert parts == {"policy": {"trunk"}, "value": {"score_head"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo:trunk", "ppo:hydra"])
 def test_padding_order_microbatches_and_devices_change_nothing(name):
     """All at once, for one compilation; test_algorithms.py has them one by one."""

@@ -168,7 +168,7 @@ def test_a_damaged_tokenizer(run_ppo, tmp_path):
 
 
 def test_what_does_not_divide_is_told_together(run_ppo, tmp_path):
-    sizes = ["--mesh.data", "-1", "--mesh.fsdp", "4", "--mesh.tensor", "2", "--model.num_kv_heads", "2"]
+    sizes = ["--mesh.data", "-1", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--model.num_kv_heads", "2"]
     flags = [*sizes, "--tokenizer.vocab_size", "401", "--ppo.batch_size", "24", "--ppo.num_minibatches", "4"]
     done = run_ppo("too_few", *flags, env={"JAX_NUM_CPU_DEVICES": "8"})
     assert done.returncode == 2, done.stderr

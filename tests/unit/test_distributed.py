@@ -37,7 +37,7 @@ def test_one_process_stays_alone(monkeypatch, calls):
 
 
 def test_the_environment_names_the_others(monkeypatch, calls):
-    cfg = DistributedConfig(initialization_timeout=1, heartbeat_timeout=2, shutdown_timeout=3)
+    cfg = DistributedConfig(initialization_timeout=1, heartbeat_timeout=17, shutdown_timeout=3)
     initialize(monkeypatch, THREE, cfg)
     assert calls == [
         {
@@ -45,7 +45,7 @@ def test_the_environment_names_the_others(monkeypatch, calls):
             "num_processes": 2,
             "process_id": 1,
             "initialization_timeout": 1,
-            "heartbeat_timeout_seconds": 2,
+            "heartbeat_timeout_seconds": 17,
             "shutdown_timeout_seconds": 3,
         }
     ]

@@ -39,7 +39,7 @@ def test_a_fresh_adapter_has_a_uniform_a_and_changes_nothing():
     fresh = INIT(jax.random.key(0))["layers"]
     down, out = fresh["mlp"]["down_adapter"], fresh["attention"]["o_adapter"]
     assert down["a"].shape == (2, 48, 3) and down["b"].shape == (2, 3, 32)
-    assert out["a"].shape == (2, 4, 8, 3) and out["b"].shape == (2, 3, 32)
+    assert out["a"].shape == (2, 8, 4, 3) and out["b"].shape == (2, 3, 32)
     for a, inputs in ((down["a"], 48), (out["a"], 32)):
         assert 0.9 / math.sqrt(inputs) < float(jnp.max(jnp.abs(a))) <= 1 / math.sqrt(inputs)
         assert float(jnp.std(a)) == pytest.approx(1 / math.sqrt(3 * inputs), rel=0.15)
