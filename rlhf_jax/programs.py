@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Max, Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
 from rlhf_jax.config import StageConfig
-from rlhf_jax.models.forward import make_forward, whole_policy
+from rlhf_jax.models.forward import make_forward, policy_parts
 from rlhf_jax.models.transformer import POLICY, SCORER, Model
 from rlhf_jax.ops.kl import log_ratio, sequence_kl
 from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
@@ -173,12 +173,13 @@ def build_programs(
     shardings = state_shardings(model, mesh, role_parts(stage, algorithm), init, optimizers)
     rows_on = batch_sharding(mesh)
     constrain = partial(_constrain, sharding=rows_on)
-    for_decoding = decode_shardings(mesh, model.policy_axes, model.policy_shapes)
 
     def rollout(params: Params, frozen: Params, prompts: Prompts, key: Array) -> Rollout:
+        policy = policy_parts(params, frozen)
+        for_decoding = decode_shardings(mesh, model.axes_of(policy), model.shapes_of(policy))
         completed = generate(
             model,
-            jax.lax.with_sharding_constraint(whole_policy(model, params, frozen), for_decoding),
+            jax.lax.with_sharding_constraint(policy, for_decoding),
             prompts,
             key,
             max_new_tokens=stage.rollout.max_new_tokens,

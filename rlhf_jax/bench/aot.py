@@ -43,7 +43,7 @@ from rlhf_jax.plan import check_mesh, plan_stages
 from rlhf_jax.programs import build_programs, role_parts, rows_per_unit
 from rlhf_jax.roles import adapters_of
 from rlhf_jax.run_tokenizer import prepare_tokenizer
-from rlhf_jax.sharding import make_mesh
+from rlhf_jax.sharding import axis_rules, make_mesh
 
 COLLECTIVES = re.compile(
     r" (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(?:-start)?\("
@@ -119,9 +119,10 @@ def lower_config(argv: list[str], devices: Sequence[Any]) -> Iterator[tuple[str,
     fetched, _ = hub.fetch_models(wanted, {})
     plans = plan_stages(fetched, prepare_tokenizer(fetched))
     mesh = make_mesh(wanted.stages[0].mesh, devices)
-    check_mesh(plans, mesh)
-    for plan in plans:
-        yield plan.stage.name, mesh, lower_stage(plan, mesh)[0]
+    with axis_rules(wanted.stages[0].mesh.axes):
+        check_mesh(plans, mesh)
+        for plan in plans:
+            yield plan.stage.name, mesh, lower_stage(plan, mesh)[0]
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def measure(
     algorithm = ALGORITHMS["ppo"]
     architecture = make_architecture(shape, length)
     lora = adapters_of(stage, architecture)
-    model = make_model(architecture, stage.model.dtype, stage.model.remat, lora=lora)
+    model = make_model(architecture, stage.model.dtype, stage.model.remat, stage.model.attention, lora)
     new, num_rows = stage.rollout.max_new_tokens, stage.settings.batch_size
     shapes = ((num_rows, length - new), (num_rows,), (num_rows,))
     prompts = Prompts(*(cast(Array, ShapeDtypeStruct(x, jnp.int32)) for x in shapes))
@@ -97,9 +97,8 @@ def of_one_device(tree: Any) -> int:
 def live_bytes() -> int:
     """Returns the bytes of all live arrays on the device that has most of them."""
     of_device: Counter[Any] = Counter()
-    for (
-        array
-    ) in jax.live_arrays():  # by their shardings: to look at a shard makes an array of it, which lives
+    # By their shardings: to look at a shard makes an array of it, which lives.
+    for array in jax.live_arrays():
         of_device.update(dict.fromkeys(array.sharding.device_set, of_one_device(array)))
     return max(of_device.values(), default=0)
 

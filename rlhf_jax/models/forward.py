@@ -11,7 +11,6 @@ from jax import Array
 
 from rlhf_jax.batch import Params, Rows
 from rlhf_jax.models import heads
-from rlhf_jax.models.lora import merge
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.logprobs import (
     Columns,
@@ -146,13 +145,9 @@ def make_forward(
     return Forward(logprobs, ref_logprobs, values, scores, policy_and_value, score_all)
 
 
-def whole_policy(model: Model, params: Params, frozen: Params) -> Params:
-    """Returns the policy as a model of its own, float32: the base with the adapter merged where it is one."""
-    policy = params["policy"]
-    if "trunk" in policy:
-        return policy
-    assert model.lora is not None
-    return frozen["base"] | {"trunk": merge(frozen["base"]["trunk"], policy["adapter"], model.lora)}
+def policy_parts(params: Params, frozen: Params) -> Params:
+    """Returns all that the policy computes with: its own parts, and those of the base of its adapter."""
+    return frozen.get("base", {}) | params["policy"]
 
 
 def _trunk_of(role: str, trees: Params) -> str:

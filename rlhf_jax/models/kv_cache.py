@@ -8,6 +8,7 @@ the cache. Prompts have their own region, so there is no left padding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -21,6 +22,7 @@ from rlhf_jax.batch import Params
 from rlhf_jax.models.architecture import Architecture, Rope
 from rlhf_jax.models.attention import cached_attention, causal_attention
 from rlhf_jax.models.heads import last_hidden
+from rlhf_jax.models.lora import Lora
 from rlhf_jax.models.rope import Rotation, rotation
 from rlhf_jax.models.transformer import Block, Embed, Norm, bind, logits
 
@@ -35,23 +37,39 @@ class KVCache(NamedTuple):
     prompt_lengths: Array  # i32[B]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params", "layers"], meta_fields=["architecture"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "layers", "adapters"],
+    meta_fields=["architecture", "lora"],
+)
 @dataclass(frozen=True)
 class DecodeWeights:
     """Policy parameters in the layout for decoding, cast once to the compute dtype."""
 
     params: Params  # the policy's, without the trunk's layers
     layers: list[Params]
+    adapters: list[Params | None]
+    """Of each layer: beside the weights, for added to them they would be lost in the rounding to bfloat16."""
     architecture: Architecture
+    lora: Lora | None
+
+    def blocks(self) -> Iterator[Block]:
+        """Yields each layer's block."""
+        for layer, adapter in zip(self.layers, self.adapters, strict=True):
+            yield bind(Block, self.architecture, layer, adapter, self.lora)
 
 
-def unstack(policy_params: Params, architecture: Architecture, dtype: str) -> DecodeWeights:
+def unstack(
+    policy_params: Params, architecture: Architecture, dtype: str, lora: Lora | None = None
+) -> DecodeWeights:
     """Returns the weights for decoding; call it once per rollout.
 
     Args:
-        policy_params: {"trunk", and "lm_head" where embeddings are not tied}, stacked layers.
+        policy_params: {"trunk", "lm_head" where embeddings are not tied, and an "adapter" where it has one},
+            stacked layers.
         architecture: the policy's.
         dtype: the compute dtype.
+        lora: what its adapter is like.
     """
 
     def cast(path: tuple, leaf: Array) -> Array:
@@ -59,9 +77,10 @@ def unstack(policy_params: Params, architecture: Architecture, dtype: str) -> De
         return leaf if is_of_norm else leaf.astype(dtype)
 
     params = jax.tree.map_with_path(cast, policy_params)
-    stacked = params["trunk"].pop("layers")
-    layers = [jax.tree.map(itemgetter(layer), stacked) for layer in range(architecture.num_layers)]
-    return DecodeWeights(params, layers, architecture)
+    stacked, of_adapter = params["trunk"].pop("layers"), params.pop("adapter", {"layers": None})["layers"]
+    numbers = range(architecture.num_layers)
+    layers, adapters = ([jax.tree.map(itemgetter(i), of) for i in numbers] for of in (stacked, of_adapter))
+    return DecodeWeights(params, layers, adapters, architecture, lora)
 
 
 def prefill(weights: DecodeWeights, tokens: Array, lengths: Array, num_steps: int) -> tuple[Array, KVCache]:
@@ -90,8 +109,7 @@ def prefill(weights: DecodeWeights, tokens: Array, lengths: Array, num_steps: in
 
     positions = jnp.arange(tokens.shape[1])
     x_BPD, turns = _embed(weights, tokens, positions), _rotations(weights, positions)
-    for layer, kind in zip(weights.layers, weights.architecture.layer_kinds, strict=True):
-        block = bind(Block, weights.architecture, layer)
+    for block, kind in zip(weights.blocks(), weights.architecture.layer_kinds, strict=True):
         x_BPD, (k_BKPh, v_BKPh) = block(x_BPD, turns[kind.rope], partial(attend, kind.window))
         batch, num_kv_heads, _, head_dim = k_BKPh.shape
         keys.append(k_BKPh)
@@ -132,8 +150,7 @@ def decode_step(weights: DecodeWeights, cache: KVCache, tokens: Array, step: Arr
     positions = (cache.prompt_lengths + step)[:, None]
     x_B1D, turns = _embed(weights, tokens[:, None], positions), _rotations(weights, positions)
     columns = []
-    for i, (layer, kind) in enumerate(zip(weights.layers, weights.architecture.layer_kinds, strict=True)):
-        block = bind(Block, weights.architecture, layer)
+    for i, (block, kind) in enumerate(zip(weights.blocks(), weights.architecture.layer_kinds, strict=True)):
         x_B1D, written = block(x_B1D, turns[kind.rope], partial(attend, i, kind.window))
         columns.append(written)
     hidden_BD = _final_norm(weights, x_B1D[:, 0])

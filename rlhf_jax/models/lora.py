@@ -99,4 +99,6 @@ def merge(trunk: Params, adapter: Params, lora: Lora) -> Params:
 
 
 def _product(a: Array, b: Array) -> Array:
-    return jnp.tensordot(a, b, axes=1, precision=lax.Precision.HIGHEST)
+    return jnp.tensordot(
+        a.astype(jnp.float32), b.astype(jnp.float32), axes=1, precision=lax.Precision.HIGHEST
+    )

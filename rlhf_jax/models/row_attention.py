@@ -134,7 +134,7 @@ def splash_attention(
     def padded(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
 
-    q, k, v = (padded(x).swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
+    q, k, v = (padded(x).swapaxes(1, 2) for x in ((q.astype(jnp.float32) * scale).astype(q.dtype), k, v))
     ids = None if segments is None else splash.SegmentIds(padded(segments), padded(segments))
     kernel = _splash_kernel(q.shape[1], length + missing, window, softcap, block, interpret)
     return cast(Array, jax.vmap(kernel)(q, k, v, ids)).swapaxes(1, 2)[:, :length]

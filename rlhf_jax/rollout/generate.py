@@ -47,7 +47,7 @@ def generate(
 
     Args:
         model: reads architecture and compute dtype; params are the policy's.
-        params: {"trunk", and "lm_head" where embeddings are not tied}.
+        params: {"trunk", "lm_head" where embeddings are not tied, and "adapter" where it has one}.
         prompts: right-padded, of static width P.
         key: of this rollout.
         max_new_tokens: C, static.
@@ -63,7 +63,7 @@ def generate(
     Raises:
         ValueError: P + C does not fit the model's context.
     """
-    weights = unstack(params, model.architecture, model.dtype)
+    weights = unstack(params, model.architecture, model.dtype, model.lora)
     num_rows = prompts.lengths.shape[0]
     real = prompts.lengths > 0
     keys = row_keys(key, prompts.index, jnp.zeros_like(prompts.index))

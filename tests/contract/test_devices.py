@@ -76,8 +76,8 @@ def test_ppo_from_the_same_models(saved_models, tmp_path, monkeypatch, mesh):
     rollouts = []
 
     def record(plan, programs):
-        def rollout(policy, prompts, key):
-            made = programs.rollout({"policy": policy}, {}, prompts, key)
+        def rollout(params, frozen, prompts, key):
+            made = programs.rollout(params, frozen, prompts, key)
             rollouts.append(jax.device_get((prompts, made)))
             return made
 
@@ -87,10 +87,10 @@ def test_ppo_from_the_same_models(saved_models, tmp_path, monkeypatch, mesh):
         expected = iter(rollouts)
         model = make_model(plan.architecture)
 
-        def rollout(policy, prompts, key):
-            made, (asked, recorded) = programs.rollout({"policy": policy}, {}, prompts, key), next(expected)
+        def rollout(params, frozen, prompts, key):
+            made, (asked, recorded) = programs.rollout(params, frozen, prompts, key), next(expected)
             assert all(map(np.array_equal, jax.device_get(prompts), asked))
-            whole = jax.device_put(jax.device_get(policy), jax.devices()[0])
+            whole = jax.device_put(jax.device_get(params["policy"]), jax.devices()[0])
             logits = next_token_logits(model, whole, plan.stage.rollout.temperature)
             assert_same_completions(jax.device_get(made), recorded, asked, key, logits)
             return place_rows(made.ended.sharding.mesh, recorded)

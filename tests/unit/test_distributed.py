@@ -45,7 +45,7 @@ def test_the_environment_names_the_others(monkeypatch, calls):
             "num_processes": 2,
             "process_id": 1,
             "initialization_timeout": 1,
-            "heartbeat_timeout_seconds": 17,
+            "heartbeat_timeout_seconds": 17 + distributed.MARGIN,
             "shutdown_timeout_seconds": 3,
         }
     ]
