@@ -50,7 +50,7 @@ def on_first[T](make: Callable[[], T]) -> T:
     told = exchanged(outcome)
     value, error = outcome if process_id() == 0 else told[0]
     if error is not None:
-        raise error
+        raise _of(error, 0)
     return value  # pyright: ignore[reportReturnType]
 
 
@@ -67,9 +67,9 @@ def together[T](make: Callable[[], T]) -> T:
         value = make()
     except TOLD as error:
         failure = error
-    for error in exchanged(failure):
+    for rank, error in enumerate(exchanged(failure)):
         if error is not None:
-            raise error from failure
+            raise (failure if rank == process_id() and failure else _of(error, rank))
     return value  # pyright: ignore[reportReturnType]
 
 
@@ -86,5 +86,17 @@ def check_alike(what: str, make: Callable[[], object]) -> None:
     others = [str(rank) for rank, found in enumerate(told) if found != told[0]]
     if others:
         raise ValueError(
-            f"{what} are not the same on process 0 and on {', '.join(others)}; give all hosts the same files"
+            f"{what} are not the same on process 0 and on {', '.join(others)}; give all hosts the same files "
+            "and the same command"
         )
+
+
+def is_of_another(error: BaseException) -> bool:
+    """Returns whether an error is one that another process met, of which this one was told."""
+    return error.__dict__.get("_met_by", process_id()) != process_id()
+
+
+def _of(error: Exception, rank: int) -> Exception:
+    """Returns the error, marked as one that a process met."""
+    error.__dict__["_met_by"] = rank
+    return error

@@ -51,6 +51,7 @@ def _main(argv: list[str]) -> int:
 
     # Only now, so that a wrong configuration is told at once, and before any device is touched.
     from rlhf_jax import distributed
+    from rlhf_jax.agreement import is_of_another
     from rlhf_jax.failures import is_of_runtime
     from rlhf_jax.rewards.functions import RewardError
     from rlhf_jax.sharding import axis_rules
@@ -58,14 +59,14 @@ def _main(argv: list[str]) -> int:
     from rlhf_jax.stop_signals import Stopped
     from rlhf_jax.trainer import NotFiniteError
 
-    has_begun = False
+    has_begun, results = False, {}
 
     def failed(message: object, code: int, error: BaseException) -> int:
         """Prints what went wrong; returns the exit code, or ends this process and all others."""
         if (lifeline := distributed.lifeline()) is not None:
             trace = "".join(traceback.format_exception(error)) if has_begun else ""
-            is_told_of = isinstance(error, RewardError) and error.__cause__ is None  # by who called it
-            may_follow = is_told_of or is_of_runtime(error)
+            is_told = is_of_another(error) or (isinstance(error, RewardError) and error.__cause__ is None)
+            may_follow = is_told or is_of_runtime(error)
             lifeline.fail(f"{trace}rlhf_jax: {message}", code, may_follow=may_follow)
         return _failed(message, code)
 
@@ -74,10 +75,11 @@ def _main(argv: list[str]) -> int:
         with axis_rules(config.stages[0].mesh.axes):
             plans, mesh = prepare(config, writes=not shows_sharding)
             if shows_sharding:
-                print("\n\n".join(sharding_table(plan, mesh) for plan in plans))
-                return 0
-            has_begun = True
-            results = run(config, plans, mesh)
+                if distributed.is_first():
+                    print("\n\n".join(sharding_table(plan, mesh) for plan in plans))
+            else:
+                has_begun = True
+                results = run(config, plans, mesh)
         distributed.wait_for_all("done")
     except RewardError as error:
         return failed(f"{error}\nWhat was trained before is saved; the same command goes on.", 1, error)
@@ -98,7 +100,7 @@ def _main(argv: list[str]) -> int:
         if distributed.lifeline() is None:
             raise
         return failed("interrupted", 130, error)
-    if wants_json and distributed.is_first():
+    if wants_json and not shows_sharding and distributed.is_first():
         print(to_json({"run": config.run.dir, "summary": results}))
     return 0
 
@@ -114,7 +116,7 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
         ValueError: data, lengths, models or mesh do not fit; all that the host can tell, at once.
         OSError: the run directory cannot be written.
     """
-    from rlhf_jax.agreement import on_first, together
+    from rlhf_jax.agreement import check_alike, on_first, together
     from rlhf_jax.distributed import is_first
     from rlhf_jax.models import hub
     from rlhf_jax.plan import check_mesh, plan_stages
@@ -123,6 +125,7 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
     from rlhf_jax.sharding_table import sharding_line
 
     run_dir = Path(config.run.dir)
+    check_alike("the configurations", lambda: dump_config(config))
     known = on_first(lambda: hub.read_commits(run_dir))
     found = on_first(lambda: hub.fetch_models(config, known))  # the others fetch the commits that it found
     fetched, commits = together(lambda: found if is_first() else hub.fetch_models(config, found[1]))

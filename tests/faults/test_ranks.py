@@ -131,19 +131,19 @@ def test_a_killed_process_is_missed_and_named(tmp_path, victim, named):
 
 def test_one_process_may_compile_or_save_for_long(tmp_path):
     """Longer than step_timeout, while the other one waits for it; compiling is told from its files."""
-    act = "exec(compile('time.sleep(6)', watchdog.COMPILERS[0], 'exec'))"
+    act = "exec(compile('time.sleep(12)', watchdog.COMPILERS[0], 'exec'))"
     slow_save = """
 real_save = checkpoint.Checkpointer.save
 def save(*args):
     if os.environ["RLHF_JAX_PROCESS_ID"] == "0":
-        time.sleep(6)
+        time.sleep(12)
     return real_save(*args)
 checkpoint.Checkpointer.save = save
 """
     flag, code = wrapped(act)
     code = code.replace("keys.at_iteration =", slow_save + "keys.at_iteration =")
     cold = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    arguments = ["--config", config(tmp_path), "--checkpoint.every", "2", "--distributed.step_timeout", "2"]
+    arguments = ["--config", config(tmp_path), "--checkpoint.every", "2", "--distributed.step_timeout", "5"]
     results = launch(2, [flag, code, *arguments], devices=1, env=cold)
     assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
     assert "fault at" in results[1].stderr
