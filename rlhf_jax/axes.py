@@ -35,8 +35,6 @@ ACTIVATIONS = (
     ("batch", "length", "width"),
     ("batch", "length", "heads", "head_dim"),
     ("batch", "length", "kv_heads", "head_dim"),
-    ("batch", "whole_length", "attention_heads", "head_dim"),
-    ("batch", "length", "vocab"),
 )
 """The layouts that models ask for of activations."""
 
