@@ -104,4 +104,5 @@ def test_memory_of_roles_that_share_a_base():
         assert line["live_init"] == line["state"] + line["frozen"]
         assert line["live_init"] == line["live_update"]  # nothing is kept of an iteration
         assert line["peak"] == line["live_init"] + line["score"]
-    assert hydra["state"] + hydra["frozen"] < 0.4 * (separate["state"] + separate["frozen"])  # 0.31 at this width
+    stays = [line["state"] + line["frozen"] for line in (separate, hydra)]
+    assert stays[1] < 0.4 * stays[0]  # at this width adapters are a large part: 0.31
