@@ -21,7 +21,8 @@ import logging
 import shutil
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +32,7 @@ from orbax.checkpoint import v1 as ocp
 
 from rlhf_jax.agreement import on_first, together
 from rlhf_jax.batch import Params
-from rlhf_jax.distributed import process_id
+from rlhf_jax.distributed import num_processes, process_id
 from rlhf_jax.files import replace_file, to_json
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs with a traceb
 FORMAT = 1  # of the manifest and of the leaf names
 MANIFEST = "manifest.json"
 RESULT = "result.json"
+PATIENCE = 20.0
+"""Seconds that one of several processes, when it fails, waits for its save before it tells the others."""
 MAX_MISMATCHES = 20  # lines of a mismatch table
 
 
@@ -210,9 +213,10 @@ class Checkpointer(CheckpointReader):
             if error is None:
                 self.wait()
             elif self._pending is not None:  # other processes may not have met the error, and not come here
-                self._pending.result()
+                with suppress(OSError, TimeoutError):  # the error that brought us here is to be told
+                    self._pending.result(None if num_processes() == 1 else PATIENCE)
         finally:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=error is None or num_processes() == 1)
 
     def _finish(self, written: Any, path: Path, manifest: dict[str, Any]) -> int:
         """Returns the step, once this process knows it to be saved."""
@@ -384,7 +388,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _problem(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint; None if it may be loaded."""
+    """Returns what is wrong with a checkpoint; None if it may be loaded. Reads files that have changed."""
     try:
         expected = dict(_read_manifest(path)["files"])
     except FileNotFoundError:
@@ -394,11 +398,18 @@ def _problem(path: Path) -> str | None:
     for name in expected:
         if not (path / name).is_file():
             return f"{name} is gone"
-        if (path / name).stat().st_size != expected[name][0]:
-            return f"{name} has {(path / name).stat().st_size} bytes instead of {expected[name][0]}"
-        if _crc(path / name) != expected[name][1]:
+        stat = (path / name).stat()
+        if stat.st_size != expected[name][0]:
+            return f"{name} has {stat.st_size} bytes instead of {expected[name][0]}"
+        if _crc_once(path / name, stat.st_mtime_ns, stat.st_size, stat.st_ino) != expected[name][1]:
             return f"{name} has a wrong checksum"
     return None
+
+
+@lru_cache(maxsize=4096)
+def _crc_once(path: Path, *of_file: int) -> int:
+    """Returns the CRC-32 of a file, read once while its time, size and inode stay."""
+    return _crc(path)
 
 
 def _files(path: Path) -> dict[str, tuple[int, int]]:

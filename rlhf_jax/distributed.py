@@ -34,13 +34,14 @@ WEEK = 7 * 24 * 3600
 _lifeline: Lifeline | None = None
 
 
-def initialize(cfg: DistributedConfig) -> None:
+def initialize(cfg: DistributedConfig, *, stops_together: bool = True) -> None:
     """Connects this process with the others of the run, if there are any; a second call does nothing.
 
     Must come before any device is touched. From then on a failure of one process ends all of them.
 
     Args:
         cfg: reads the timeouts but step_timeout.
+        stops_together: SIGTERM waits for `stop_is_due`; else it ends the process, and that the others.
     Raises:
         ValueError: the environment is wrong, or JAX does not find the others.
     """
@@ -54,6 +55,7 @@ def initialize(cfg: DistributedConfig) -> None:
     told_late = threading.Timer(PATIENCE, _tell_of_waiting, [told, cfg.initialization_timeout])
     told_late.daemon = True
     told_late.start()
+    jax.config.update("jax_enable_preemption_service", stops_together)
     try:
         jax.distributed.initialize(
             **arguments,
