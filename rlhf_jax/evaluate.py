@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from rlhf_jax import distributed
+from rlhf_jax.agreement import check_alike, is_of_another
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import load_info
 from rlhf_jax.command_line import apply, parse
@@ -33,12 +34,13 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.hub import local_directory
 from rlhf_jax.models.scorers import is_scorer
-from rlhf_jax.models.transformer import make_model
+from rlhf_jax.origins import fingerprint, is_stage_dir, stored_architecture
 from rlhf_jax.plan import TEXT_OF_MODEL, check_length
 from rlhf_jax.programs import TokenIds, build_programs, rows_per_unit
-from rlhf_jax.roles import is_stage_dir, load_policy, load_reward, stored_architecture
+from rlhf_jax.roles import load_policy, load_reward
 from rlhf_jax.run_tokenizer import TOKENIZER, check_vocabulary
 from rlhf_jax.sharding import axis_rules, check_batch, make_mesh
+from rlhf_jax.stage import stage_model
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         found = measure(args.model, args.data, args.batch_size, others)
     except (ValueError, OSError) as error:
         if (lifeline := distributed.lifeline()) is not None:
-            lifeline.fail(f"rlhf_jax: {error}", 2, may_follow=is_of_runtime(error))
+            lifeline.fail(f"rlhf_jax: {error}", 2, may_follow=is_of_another(error) or is_of_runtime(error))
         print(f"rlhf_jax: {error}", file=sys.stderr)
         return 2
     distributed.wait_for_all("done")
@@ -114,7 +116,9 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
         ValueError: flags, model or data that are wrong.
     """
     model = str(local_directory(model))
-    subject = find_subject(Path(model), data, read_stage("reward", model, data, batch_size, flags).data)
+    first = read_stage("reward", model, data, batch_size, flags)
+    distributed.initialize(first.distributed, stops_together=False)
+    subject = find_subject(Path(model), data, first.data)
     architecture = stored_architecture(subject.path, subject.role)
     text = load_info(subject.path)["text"] if is_stage_dir(subject.path) else {}
     template = text.get("prompt_template") or ""
@@ -129,6 +133,9 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
     ours = text_settings(tokenizer, stage.data, has_conversations=examples.has_conversations)
     if text and (differing := text_difference(text, ours, TEXT_OF_MODEL)):
         logger.warning("%s was trained on text that is treated otherwise: %s", subject.path, differing)
+    check_alike(
+        "models, records or their tokens", lambda: (fingerprint(subject.path), examples.fingerprint, ours)
+    )
     counts = {
         "records": len(examples),
         "left_out": sum(examples.left_out.values()),
@@ -210,10 +217,9 @@ def _metrics(
 ) -> dict[str, float]:
     """Returns the means over all records, by their names without `eval/`."""
     algorithm = ALGORITHMS[stage.algorithm]
-    distributed.initialize(stage.distributed)
     mesh, batch_size = make_mesh(stage.mesh), stage.settings.batch_size
     check_batch(mesh, rows_per_unit(stage, algorithm) * batch_size, "--batch_size")
-    model = make_model(architecture, stage.model.dtype)
+    model = stage_model(stage, architecture)
     load = load_policy if subject.role == "policy" else load_reward
     longest = examples.most_loss_tokens
     ids = TokenIds(eos=cast(int, tokenizer.eos_token_id), pad=cast(int, tokenizer.pad_token_id))

@@ -33,14 +33,8 @@ from rlhf_jax.models.peft import write_adapter
 from rlhf_jax.models.scorers import Role, save_scorer
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.options import did_you_mean
-from rlhf_jax.roles import (
-    is_stage_dir,
-    load_adapter,
-    load_policy,
-    load_trained_scorer,
-    stored_adapters,
-    stored_architecture,
-)
+from rlhf_jax.origins import is_stage_dir, stored_adapters, stored_architecture
+from rlhf_jax.roles import load_adapter, load_policy, load_trained_scorer
 from rlhf_jax.sharding import make_mesh
 
 

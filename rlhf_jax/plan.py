@@ -22,18 +22,14 @@ from rlhf_jax.config import PROMPTLESS_FORMATS, Config, RewardModelConfig, SFTCo
 from rlhf_jax.data.collate import LENGTH_MULTIPLE
 from rlhf_jax.data.columns import Format, is_read
 from rlhf_jax.data.examples import Examples, Split, load_examples
-from rlhf_jax.data.mixture import mixture_counts
 from rlhf_jax.data.packing import length_ladder
-from rlhf_jax.data.tokenize import prompt_limit, text_difference, text_settings
-from rlhf_jax.data.tokenizer import Tokenizer, template_date
+from rlhf_jax.data.tokenize import text_difference, text_settings
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.lora import Lora
 from rlhf_jax.models.row_attention import flash_lack
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.programs import Parts, part_shardings, role_parts, role_shardings, rows_per_unit
-from rlhf_jax.reward_origin import External, external_reward
-from rlhf_jax.rewards.functions import RewardFunction, load_function
-from rlhf_jax.roles import (
+from rlhf_jax.origins import (
     Origins,
     adapters_of,
     check_base,
@@ -43,6 +39,9 @@ from rlhf_jax.roles import (
     reward_adapter_info,
     stored_architecture,
 )
+from rlhf_jax.programs import Parts, part_shardings, role_parts, role_shardings, rows_per_unit
+from rlhf_jax.reward_origin import External, external_reward
+from rlhf_jax.rewards.functions import RewardFunction, load_function
 from rlhf_jax.run_tokenizer import check_vocabulary
 from rlhf_jax.sharding import check_batch
 from rlhf_jax.unread import unread
@@ -91,81 +90,6 @@ class Plan(NamedTuple):
             "batch_size / num_minibatches": per_unit * minibatch,
             "microbatch_size": per_unit * (settings.microbatch_size or minibatch),
         }
-
-    def mixture(self) -> list[str]:
-        """Returns a line for each source of a mixture: its records, and how often the stage goes through."""
-        settings, sources = self.stage.settings, self.stage.data.sources
-        if len(sources) == 1:
-            return []
-        taken = mixture_counts(self.train.weights, settings.num_updates * settings.batch_size)
-        return [
-            f"[{self.stage.name}] data.train: {source}: {count} records, {draws / units:.3g} epochs"
-            for source, count, units, draws in zip(
-                sources, self.train.counts, self.train.num_units, taken, strict=True
-            )
-        ]
-
-    def losses(self) -> list[str]:
-        """Returns a line for each split of which records are left out, dropped, cut, packed or in buckets."""
-        data, lines = self.stage.data, []
-        if self.number == 0 and self.train.has_conversations and (date := template_date(self.tokenizer)):
-            lines.append(
-                f"the chat template prints today's date: it is always {date} (tokenizer.template_date)"
-            )
-        for name, of in (("train", self.train), ("eval", self.held_out)):
-            total = len(of) + of.num_dropped
-            parts = [f"{count} left out ({why})" for why, count in of.left_out.items()]
-            lost = of.losses
-            if long_prompts := lost.long_prompts:
-                why = f"prompt longer than {prompt_limit(data, of.kind)} tokens"
-                if data.prompt_tokens:
-                    why += f", or text too short for one of {data.prompt_tokens}"
-                parts.append(f"{long_prompts} of {total} records dropped ({why})")
-            if lost.long_rows:
-                parts.append(
-                    f"{lost.long_rows} of {total} records dropped (longer than {data.max_length} tokens)"
-                )
-            if lost.without_turns:
-                parts.append(f"{lost.without_turns} of {total} records dropped (no assistant turn to learn)")
-            if lost.uneven_starts:
-                parts.append(
-                    f"{lost.uneven_starts} of {total} records dropped (the template rewrites turns: their "
-                    "completions do not follow the same prompt)"
-                )
-            if lost.unlearned_turns:
-                parts.append(
-                    f"{lost.unlearned_turns} assistant turns without loss (the template rewrites them)"
-                )
-            if lost.cut_prompts:
-                limit, side = prompt_limit(data, of.kind), data.prompt_truncation
-                parts.append(f"{lost.cut_prompts} of {total} prompts cut on the {side} at {limit} tokens")
-            if lost.apart:
-                parts.append(f"{lost.apart} of {len(of.rows)} completions encoded apart")
-            if of.num_cut:
-                parts.append(f"{of.num_cut} of {len(of.rows)} rows cut at {data.max_length} tokens")
-            if of.packings:
-                num_rows = sum(of.num_units)
-                parts.append(
-                    f"{len(of)} records packed into {num_rows} rows of {of.length} tokens, "
-                    f"{of.lengths.sum() / (num_rows * of.length):.1%} filled (one record each: "
-                    f"{of.lengths.mean() / of.longest_row:.1%})"
-                )
-            if of.shorter:
-                steps = ", ".join(map(str, of.shorter))
-                parts.append(f"batches of {steps} or {of.length} tokens")
-            if parts:
-                warning = "WARNING: more than half is lost: " if 2 * of.num_dropped > total else ""
-                lines.append(f"[{self.stage.name}] {warning}data.{name}: {', '.join(parts)}")
-        return lines
-
-    def reward_notes(self) -> list[str]:
-        """Returns a line where the reward model is given other tokens than those that the policy wrote."""
-        if self.external is None or self.external.reader.tokenizer is None:
-            return []
-        return [
-            f"[{self.stage.name}] the reward model {self.external.path} reads text otherwise than the "
-            "policy: it is given prompt and completion as text, in its own tokens"
-        ]
 
 
 def plan_stages(config: Config, tokenizer: Tokenizer) -> list[Plan]:

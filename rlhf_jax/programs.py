@@ -25,7 +25,14 @@ from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
 from rlhf_jax.optim import make_optimizer, map_moments
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.scoring import score_rollout
-from rlhf_jax.sharding import batch_sharding, decode_shardings, param_shardings, replicated, traced_on
+from rlhf_jax.sharding import (
+    batch_sharding,
+    decode_shardings,
+    param_shardings,
+    placed_structs,
+    replicated,
+    traced_on,
+)
 from rlhf_jax.step import Optimizers, init_state, make_update
 
 
@@ -136,11 +143,7 @@ def state_shardings(
         return param.sharding if leaf.shape == param.shape else replicated(mesh)
 
     def opt_state(role: str) -> Params:
-        lying = jax.tree.map(
-            lambda shape, at: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=at),
-            shapes[role],
-            params[role],
-        )
+        lying = placed_structs(shapes[role], params[role])
         return map_moments(beside, lambda _: replicated(mesh), state.opt_state[role], lying)
 
     return everywhere._replace(params=params, opt_state={role: opt_state(role) for role in shapes})

@@ -13,8 +13,8 @@ from rlhf_jax.data.tokenizer import Tokenizer, open_tokenizer, settle_template
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.scorers import is_own_scorer, read_scorer
+from rlhf_jax.origins import is_stage_dir, stored_architecture
 from rlhf_jax.rewards.external import RewardReader, leading_bos
-from rlhf_jax.roles import is_stage_dir, stored_architecture
 from rlhf_jax.run_tokenizer import tokenizer_dir
 
 

@@ -11,7 +11,7 @@ from rlhf_jax.config import Config, TokenizerConfig
 from rlhf_jax.data.examples import Split, load_records, training_texts
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, settle_template, train_tokenizer
 from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.roles import checkpoint_architecture, is_stage_dir
+from rlhf_jax.origins import checkpoint_architecture, is_stage_dir
 
 TOKENIZER = "tokenizer"  # RUN/tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

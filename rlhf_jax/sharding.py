@@ -218,6 +218,11 @@ def gathered(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def placed_structs(shapes: Any, shardings: Any) -> Any:
+    """Returns the shape structs of a tree with the shardings of another."""
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of arrays whose leading axis is rows of a batch."""
     return NamedSharding(mesh, partition_spec(("batch",)))

@@ -13,6 +13,7 @@ from rlhf_jax.lowering import abstract_roles
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import role_shardings
+from rlhf_jax.sharding import placed_structs
 from rlhf_jax.stage import stage_programs
 
 HEADER = ("role", "parameter", "shape", "type", "axes", "on the mesh", "bytes", "a device")
@@ -40,10 +41,11 @@ def layout(plan: Plan, mesh: Mesh) -> Layout:
     parts = plan.parts()
     trained, frozen = abstract_roles(plan.stage, parts, model, mesh)
     state = cast(Any, programs.init_state).eval_shape(trained)
-    roles = {role: (model.axes_of(parts[role]), structs) for role, structs in (state.params | frozen).items()}
+    roles = {role: (model.axes_of(parts[role]), of) for role, of in (state.params | frozen).items()}
     if plan.external is not None:
-        other, at = make_model(plan.external.architecture), "reward model"
-        roles[at] = (other.score_axes, _placed(other.score_shapes, role_shardings(other, mesh, "reward")))
+        other = make_model(plan.external.architecture)
+        shardings = role_shardings(other, mesh, "reward")
+        roles["reward model"] = (other.score_axes, placed_structs(other.score_shapes, shardings))
     return Layout(roles, state.opt_state)
 
 
@@ -131,7 +133,3 @@ def _bytes(tree: Any) -> Bytes:
         sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves),
         sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves),
     )
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)

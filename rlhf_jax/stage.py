@@ -14,30 +14,39 @@ from rlhf_jax import distributed, keys
 from rlhf_jax.agreement import check_alike, on_first
 from rlhf_jax.batch import Params, Prompts, Rows, TrainState
 from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
-from rlhf_jax.config import RewardModelConfig
+from rlhf_jax.config import RewardModelConfig, StageConfig
 from rlhf_jax.data.loader import Loader, Prefetched
 from rlhf_jax.data.records import AnyRecord, Preference, PromptOnly
 from rlhf_jax.data.tokenize import text_difference
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
 from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
+from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import Model, make_model
+from rlhf_jax.origins import adapter_info, adapters_of, fingerprint
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.rewards.external import ExternalReward
 from rlhf_jax.rewards.once import scored_once
-from rlhf_jax.roles import adapter_info, adapters_of, load_reward, load_roles
+from rlhf_jax.roles import load_reward, load_roles
 from rlhf_jax.sharding import gathered, place, place_rows, row_holders
 from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
 
 
+def stage_model(stage: StageConfig, architecture: Architecture) -> Model:
+    """Returns a model of this architecture as a stage computes with it, as pure functions."""
+    options = stage.model
+    return make_model(
+        architecture, options.dtype, options.remat, options.attention, adapters_of(stage, architecture)
+    )
+
+
 def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
     """Returns the model of a stage, as pure functions, and its programs; nothing is compiled yet."""
     stage, algorithm = plan.stage, plan.algorithm
-    options, lora = stage.model, adapters_of(stage, plan.architecture)
-    model = make_model(plan.architecture, options.dtype, options.remat, options.attention, lora)
+    model = stage_model(stage, plan.architecture)
     num_completion = (
         stage.rollout.max_new_tokens
         if algorithm.records == "prompt_only"
@@ -63,9 +72,15 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     if done is not None:
         return done[1]
     stage, algorithm = plan.stage, plan.algorithm
+    demonstrations = plan.demonstrations and plan.demonstrations.fingerprint
     check_alike(
         f"stage {stage.name}: the records of data.train and data.eval, or their tokens",
-        lambda: (plan.train.fingerprint, plan.held_out.fingerprint, plan.text),
+        lambda: (plan.train.fingerprint, plan.held_out.fingerprint, demonstrations, plan.text),
+    )
+    directories = [*plan.origins, plan.external and plan.external.path]
+    check_alike(
+        f"stage {stage.name}: the models that it starts from",
+        lambda: [fingerprint(directory) for directory in directories if directory],
     )
     root = keys.stage_root(stage.run.seed, plan.number)
     is_online = algorithm.records == "prompt_only"
@@ -170,7 +185,8 @@ def _external_reward(plan: Plan, mesh: Mesh) -> ExternalReward | None:
     if plan.external is None:
         return None
     path, architecture, reader = plan.external
-    model = make_model(architecture, plan.stage.model.dtype)
+    options = plan.stage.model
+    model = make_model(architecture, options.dtype, attention=options.attention)
     return ExternalReward(reader, reward_program(model, mesh), load_reward(path, model, mesh), mesh)
 
 

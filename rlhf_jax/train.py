@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from rlhf_jax.host_memory import keep_freed_memory
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from rlhf_jax.data.tokenizer import Tokenizer
     from rlhf_jax.plan import Plan
 
 STOPPED = "stopped; the same command goes on from what is saved"
@@ -117,9 +119,10 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
         OSError: the run directory cannot be written.
     """
     from rlhf_jax.agreement import check_alike, on_first, together
-    from rlhf_jax.distributed import is_first
+    from rlhf_jax.distributed import is_first, process_id
     from rlhf_jax.models import hub
     from rlhf_jax.plan import check_mesh, plan_stages
+    from rlhf_jax.plan_notes import notes
     from rlhf_jax.run_tokenizer import TOKENIZER, prepare_tokenizer
     from rlhf_jax.sharding import make_mesh
     from rlhf_jax.sharding_table import sharding_line
@@ -131,14 +134,19 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
     fetched, commits = together(lambda: found if is_first() else hub.fetch_models(config, found[1]))
     for name in commits.keys() - known.keys() if is_first() else ():
         print(hub.said_of(name, commits[name]), file=sys.stderr)
-    tokenizer = prepare_tokenizer(fetched)
-    plans = plan_stages(fetched, tokenizer)
-    mesh = make_mesh(config.stages[0].mesh)
-    check_mesh(plans, mesh)
+
+    def planned() -> tuple[Tokenizer, list[Plan], Mesh]:
+        tokenizer = prepare_tokenizer(fetched)
+        plans = plan_stages(fetched, tokenizer)
+        mesh = make_mesh(config.stages[0].mesh)
+        check_mesh(plans, mesh)
+        return tokenizer, plans, mesh
+
+    tokenizer, plans, mesh = together(planned)  # nothing is written before all have planned
 
     def tell_and_write() -> None:
         for plan in plans:
-            for line in (*plan.mixture(), *plan.losses(), *plan.reward_notes(), sharding_line(plan, mesh)):
+            for line in (*notes(plan), sharding_line(plan, mesh)):
                 print(line, file=sys.stderr)
         if not writes:
             return
@@ -148,7 +156,19 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
             with new_directory(run_dir / TOKENIZER) as unfinished:
                 tokenizer.save_pretrained(str(unfinished))
 
+    def check_shared() -> None:
+        deadline = time.monotonic() + 10  # a network's file system may lag
+        while not (run_dir / TOKENIZER).exists():
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"run.dir: {str(run_dir)!r} is not on storage that all processes share: process "
+                    f"{process_id()} does not find there what process 0 wrote"
+                )
+            time.sleep(0.1)
+
     on_first(tell_and_write)
+    if writes:
+        together(check_shared)
     return plans, mesh
 
 

@@ -21,6 +21,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import init_score_head
 from rlhf_jax.models.transformer import Model, make_model
+from rlhf_jax.origins import adapters_of
 from rlhf_jax.programs import (
     Programs,
     TokenIds,
@@ -29,7 +30,6 @@ from rlhf_jax.programs import (
     role_parts,
     role_shardings,
 )
-from rlhf_jax.roles import adapters_of
 from rlhf_jax.sharding import make_mesh, param_shardings
 
 ARCHITECTURE = Architecture(

@@ -38,12 +38,11 @@ from rlhf_jax.command_line import read_config
 from rlhf_jax.lowering import lower_programs, lower_stage
 from rlhf_jax.models import hub
 from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.models.transformer import make_model
 from rlhf_jax.plan import check_mesh, plan_stages
 from rlhf_jax.programs import build_programs, role_parts, rows_per_unit
-from rlhf_jax.roles import adapters_of
 from rlhf_jax.run_tokenizer import prepare_tokenizer
 from rlhf_jax.sharding import axis_rules, make_mesh
+from rlhf_jax.stage import stage_model
 
 COLLECTIVES = re.compile(
     r" (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(?:-start)?\("
@@ -100,8 +99,7 @@ def lower_shape(
 ) -> dict[str, Lowered]:
     """Returns the programs of a stage on random weights, for rows of `length` tokens."""
     algorithm = ALGORITHMS[stage.algorithm]
-    options, lora = stage.model, adapters_of(stage, architecture)
-    model = make_model(architecture, options.dtype, options.remat, options.attention, lora)
+    model = stage_model(stage, architecture)
     new = stage.rollout.max_new_tokens
     num_rows = rows_per_unit(stage, algorithm) * stage.settings.batch_size
     is_online = algorithm.records == "prompt_only"

@@ -33,10 +33,9 @@ from rlhf_jax.batch import Params, Prompts, TrainState
 from rlhf_jax.bench.aot import stage_of_shape, tpu_devices
 from rlhf_jax.bench.harness import NEVER, SHAPES, commit, make_architecture
 from rlhf_jax.lowering import abstract_roles, lower_programs
-from rlhf_jax.models.transformer import make_model
 from rlhf_jax.programs import Programs, build_programs, role_parts
-from rlhf_jax.roles import adapters_of
 from rlhf_jax.sharding import make_mesh, place_rows
+from rlhf_jax.stage import stage_model
 
 MODES = ("separate", "trunk", "hydra")
 PROGRAMS = ("rollout", "score", "update")
@@ -48,8 +47,7 @@ def measure(
     """Returns bytes per device of a PPO stage: what stays, what each program needs besides, and the peak."""
     algorithm = ALGORITHMS["ppo"]
     architecture = make_architecture(shape, length)
-    lora = adapters_of(stage, architecture)
-    model = make_model(architecture, stage.model.dtype, stage.model.remat, stage.model.attention, lora)
+    model = stage_model(stage, architecture)
     new, num_rows = stage.rollout.max_new_tokens, stage.settings.batch_size
     shapes = ((num_rows, length - new), (num_rows,), (num_rows,))
     prompts = Prompts(*(cast(Array, ShapeDtypeStruct(x, jnp.int32)) for x in shapes))

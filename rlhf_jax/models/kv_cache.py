@@ -21,10 +21,11 @@ from jax import Array
 from rlhf_jax.batch import Params
 from rlhf_jax.models.architecture import Architecture, Rope
 from rlhf_jax.models.attention import cached_attention, causal_attention
+from rlhf_jax.models.blocks import Block, Embed, Norm, bind
 from rlhf_jax.models.heads import last_hidden
 from rlhf_jax.models.lora import Lora
 from rlhf_jax.models.rope import Rotation, rotation
-from rlhf_jax.models.transformer import Block, Embed, Norm, bind, logits
+from rlhf_jax.models.transformer import logits
 
 
 class KVCache(NamedTuple):

@@ -9,7 +9,8 @@ from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.command_line import read_config
 from rlhf_jax.models import hf
 from rlhf_jax.models.peft import write_adapter
-from rlhf_jax.roles import Origins, adapters_of, check_start, load_roles, origins
+from rlhf_jax.origins import Origins, adapters_of, check_start, origins
+from rlhf_jax.roles import load_roles
 from tests import tiny
 
 LORA = {"rank": 2, "alpha": 5.0, "targets": ("q", "down")}

@@ -20,8 +20,9 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.scorers import save_scorer
 from rlhf_jax.models.transformer import make_model
+from rlhf_jax.origins import stored_architecture
 from rlhf_jax.plan import Plan, check_mesh, plan_stages
-from rlhf_jax.roles import stored_architecture
+from rlhf_jax.plan_notes import losses, mixture, reward_notes
 from rlhf_jax.run_tokenizer import prepare_tokenizer
 from tests import tiny
 
@@ -125,7 +126,7 @@ def test_mixture_tells_records_and_epochs_of_each_source(plans, tmp_path):
     (plan,) = plans(
         **{"train: HERE/prompts.jsonl, eval": mixed, "rewards": "ppo: {num_iterations: 5}\nrewards:"}
     )
-    assert plan.mixture() == [  # of 5 * 64 prompts three quarters and one quarter; one of five is too long
+    assert mixture(plan) == [  # of 5 * 64 prompts three quarters and one quarter; one of five is too long
         f"[ppo] data.train: {tmp_path}/prompts.jsonl[:1]: 1 records, 240 epochs",
         f"[ppo] data.train: {tmp_path}/prompts.jsonl: 4 records, 20 epochs",
     ]
@@ -150,18 +151,18 @@ def test_stages_of_another_run_that_fit(plans, tmp_path):
     assert plan.architecture == ARCHITECTURE
     assert plan.origins == (tmp_path / "run" / "sft", tmp_path / "run" / "reward", None)
     half = "data.{}: 1 of 5 records dropped (prompt longer than 128 tokens)"
-    assert plan.mixture() == []
-    assert plan.losses() == [f"[ppo] {half.format(split)}" for split in ("train", "eval")]
+    assert mixture(plan) == []
+    assert losses(plan) == [f"[ppo] {half.format(split)}" for split in ("train", "eval")]
 
 
 def test_what_is_left_out_of_each_source_is_told(plans, tmp_path):
     records = [{"prompt": "a lamp", "label": i} for i in range(600)]
     (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, records)))
     (plan,) = plans(**{"eval: HERE/prompts.jsonl}\nrewards": "eval: HERE/many.jsonl}\nrewards:"})
-    assert plan.losses()[1] == "[ppo] data.eval: 88 left out (beyond data.max_eval_records = 512)"
+    assert losses(plan)[1] == "[ppo] data.eval: 88 left out (beyond data.max_eval_records = 512)"
     left_out = {"not desirable": 3, "chosen equals rejected": 1}
     plan = plan._replace(train=dataclasses.replace(plan.train, left_out=left_out))
-    assert plan.losses()[0].startswith(
+    assert losses(plan)[0].startswith(
         "[ppo] data.train: 3 left out (not desirable), 1 left out (chosen equals rejected), 1 of 5 records"
     )
 
@@ -204,19 +205,19 @@ def test_how_full_packed_rows_are_is_told(plans):
     (plan,) = plans()
     length = plan.train.longest_row
     packed = plan.train.packed(2 * length + 2)
-    assert plan._replace(train=packed).losses()[0] == (
+    assert losses(plan._replace(train=packed))[0] == (
         f"[ppo] data.train: 1 of 5 records dropped (prompt longer than 128 tokens), 4 records packed into 2 "
         f"rows of {2 * length + 2} tokens, {length / (length + 1):.1%} filled (one record each: 100.0%)"
     )
     bucketed = dataclasses.replace(plan.train, shorter=(8, 16), length=24)
-    assert plan._replace(train=bucketed).losses()[0].endswith("batches of 8, 16 or 24 tokens")
+    assert losses(plan._replace(train=bucketed))[0].endswith("batches of 8, 16 or 24 tokens")
 
 
 def test_more_than_half_dropped_is_a_warning_and_cut_rows_are_counted(plans):
     (plan,) = plans()
     many = dataclasses.replace(plan.train, num_dropped=5, losses=Losses(long_prompts=5), num_cut=3)
     many = dataclasses.replace(many, rows=plan.train.rows.joined(plan.train.rows))
-    assert plan._replace(train=many).losses()[0] == (
+    assert losses(plan._replace(train=many))[0] == (
         "[ppo] WARNING: more than half is lost: data.train: 5 of 9 records dropped (prompt longer than 128 "
         "tokens), 3 of 8 rows cut at 256 tokens"
     )
@@ -228,7 +229,7 @@ def test_every_loss_is_told(plans, tmp_path):
     left = {"HERE/run/reward}]\ndata": "HERE/left/reward}]\ndata:", "eval": "prompt_truncation: left, eval:"}
     (plan,) = plans("HERE/left/sft", **left)
     lost = Losses(long_rows=1, without_turns=2, uneven_starts=1, cut_prompts=3, unlearned_turns=4, apart=5)
-    lines = plan._replace(train=dataclasses.replace(plan.train, losses=lost)).losses()
+    lines = losses(plan._replace(train=dataclasses.replace(plan.train, losses=lost)))
     assert lines[0] == (
         "[ppo] data.train: 1 of 5 records dropped (longer than 256 tokens), 2 of 5 records dropped "
         "(no assistant turn to learn), 1 of 5 records dropped (the template rewrites turns: their "
@@ -347,7 +348,7 @@ def test_a_reward_model_like_the_policy_is_one_of_the_roles(plans, scorer):
     judge = scorer()
     (plan,) = plans(**JUDGE)
     assert plan.external is None and plan.origins.reward == judge
-    assert plan.reward_notes() == []
+    assert reward_notes(plan) == []
 
 
 @pytest.mark.parametrize(
@@ -369,7 +370,7 @@ def test_a_reward_model_unlike_the_policy_has_a_program_of_its_own(plans, scorer
     assert (reader.pad_id, reader.context_length) == (changes.get("pad", 0), 256)
     notes = [f"[ppo] the reward model {judge} reads text otherwise than the policy: it is given prompt and "
              "completion as text, in its own tokens"]  # fmt: skip
-    assert plan.reward_notes() == (notes if reads_text else [])
+    assert reward_notes(plan) == (notes if reads_text else [])
 
 
 def test_a_reward_stage_of_another_run_with_another_tokenizer(plans, tmp_path):
@@ -378,7 +379,7 @@ def test_a_reward_stage_of_another_run_with_another_tokenizer(plans, tmp_path):
     (plan,) = plans(**{"HERE/run/reward}]\ndata": "HERE/theirs/reward}]\ndata:"})
     assert plan.external is not None and plan.external.reader.tokenizer is not None
     assert not plan.external.reader.joins  # it learned from prompt and completion apart
-    assert "theirs/reward reads text otherwise than the policy" in plan.reward_notes()[0]
+    assert "theirs/reward reads text otherwise than the policy" in reward_notes(plan)[0]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from rlhf_jax.data.records import Preference, PromptCompletion
 from rlhf_jax.data.token_rows import token_rows
 from rlhf_jax.models.forward import make_forward
 from rlhf_jax.models.scorers import Normalizer, save_scorer
+from rlhf_jax.origins import Origins, adapter_info, check_base
 from rlhf_jax.plan import Plan
-from rlhf_jax.roles import Origins, adapter_info, check_base, load_policy, load_reward, load_roles
+from rlhf_jax.roles import load_policy, load_reward, load_roles
 from rlhf_jax.stage import _normalized
 from tests import tiny
 

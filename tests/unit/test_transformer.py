@@ -13,10 +13,11 @@ import pytest
 
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.models.architecture import Architecture, RopeScaling
+from rlhf_jax.models.blocks import INIT_STD
 from rlhf_jax.models.families import from_hf, to_hf
 from rlhf_jax.models.kv_cache import decode_logits, decode_step, prefill, unstack
 from rlhf_jax.models.rope import rotate, rotation
-from rlhf_jax.models.transformer import INIT_STD, make_model
+from rlhf_jax.models.transformer import make_model
 
 ARCHITECTURE = Architecture(
     vocab_size=32,
