@@ -81,8 +81,8 @@ def make_optimizer(
     muon        see `_muon`, of the blocks' matrices; AdamW of norms, biases, embeddings, heads and adapters
 
     State, updates and what they are computed from are float32. Norms and biases are not decayed. A gradient
-     that is not finite gives updates that are not finite: `step.py` skips those. The norm before
-    clipping is the caller's to log, with optax.tree.norm.
+    that is not finite gives updates that are not finite: `step.py` skips those. The norm before clipping is
+    the caller's to log, with optax.tree.norm.
 
     Args:
         cfg: every field but those of storage.

@@ -125,7 +125,7 @@ def test_order_of_records_changes_nothing(reference):
     assert_same(updated(name, jax.tree.map(lambda x: x[rows], batch)), expected)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_microbatches_change_nothing(reference, parts):
     name, batch, expected = reference
     assert_same(updated(name, batch, microbatch_size=batch_records(name, batch) // parts), expected)
@@ -140,7 +140,7 @@ def test_devices_change_nothing(reference, sizes):
 GROUPS = [[0, 1, 2, 3], [], [4, 5], [6, 7]]  # pairs stay together
 
 
-@pytest.mark.parametrize("settings", [{}, {"microbatch_size": 1}])
+@pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.slow), {"microbatch_size": 1}])
 def test_packing_changes_nothing(reference, settings):
     """NUMERICS 3 and 4: several sequences in a row, poison behind them, also with microbatches."""
     name, batch, expected = reference
@@ -164,7 +164,7 @@ def test_garbage_outside_the_completions_changes_nothing(name, poison):
 
 
 @pytest.mark.parametrize("name", ONLINE)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
 def test_the_first_ratio_is_one(name, temperature):
     """Rollout, score, advantages, update have one temperature, so old equals new before the first step."""
     mesh = tiny.mesh()

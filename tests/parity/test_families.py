@@ -186,7 +186,7 @@ def test_a_checkpoint_without_lm_head_lacks_the_prefix_and_may_have_buffers(tmp_
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mixtral"])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_gradients_through_the_scan_are_those_through_each_layer(name, remat, loaded):
     """Decoding's prefill is the same model unrolled over its layers, each of its own static kind."""
     architecture, params = loaded(name)

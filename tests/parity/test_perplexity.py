@@ -11,8 +11,8 @@ from rlhf_jax import evaluate
     ("model", "stories", "nll", "perplexity"),
     [
         ("tinystories656k", "stories_cased", 3.0505, 21.13),
-        ("tinystories656k", "stories_valid", 3.1484, 23.30),
-        ("stories260k", "stories_cased", 1.4830, 4.406),
+        pytest.param("tinystories656k", "stories_valid", 3.1484, 23.30, marks=pytest.mark.slow),
+        pytest.param("stories260k", "stories_cased", 1.4830, 4.406, marks=pytest.mark.slow),
         ("stories260k", "stories_valid", 1.5555, 4.738),
     ],
 )

@@ -59,6 +59,7 @@ def score(params, text, end):
     return (logit - NORMALIZER.mean) / NORMALIZER.std, was_cut
 
 
+@pytest.mark.slow
 def test_ppo_trains_on_the_scores_of_a_foreign_reward_model(run_train, tmp_path, judge):
     (tmp_path / "ppo.yaml").write_text(CONFIG.format(dir=tmp_path))
     done = run_train(["--config", tmp_path / "ppo.yaml"])

@@ -68,7 +68,15 @@ def test_a_recipe_says_what_it_is(path: Path):
     assert tree["stages"][-1]["algorithm"] == re.match(r"(sft|reward_model|ppo)_", path.stem)[1]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+FAST = ("quickstart_hydra", "ppo_pythia-1b_tldr")
+"""Of all configurations, two that have between them every kind of stage; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem in FAST else pytest.mark.slow) for path in CONFIGS],
+    ids=lambda path: path.stem,
+)
 def test_a_config_can_start(path: Path, hub: dict[str, str | None], tmp_path: Path):
     if path.stem == "stories" and not os.environ.get("RLHF_JAX_TEST_DATA"):
         pytest.skip("RLHF_JAX_TEST_DATA is not set")

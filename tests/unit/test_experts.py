@@ -49,14 +49,16 @@ def test_no_token_is_dropped_however_uneven_the_load():
 @pytest.mark.parametrize(
     ("sizes", "rules", "dtype", "tolerance"),
     [
-        ({"data": 8}, {}, "float32", 1e-5),
+        pytest.param({"data": 8}, {}, "float32", 1e-5, marks=pytest.mark.slow),
         pytest.param({"sequence": 4}, {}, "float32", 1e-5, marks=pytest.mark.slow),
         pytest.param({"expert": 4}, {}, "float32", 1e-5, marks=pytest.mark.slow),
         ({"expert": 2, "fsdp": 2, "tensor": 2}, {}, "float32", 1e-5),
         pytest.param(
             {"tensor": 4}, {"expert": "tensor", "mlp": "none"}, "float32", 1e-5, marks=pytest.mark.slow
         ),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, {}, "bfloat16", 1e-2),  # products are rounded to 8 bits
+        pytest.param(  # products are rounded to 8 bits
+            {"data": 2, "fsdp": 2, "tensor": 2}, {}, "bfloat16", 1e-2, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_device_computes_its_share_and_the_same_gradient(sizes, rules, dtype, tolerance):

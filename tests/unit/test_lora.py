@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.models.kv_cache import unstack
 from rlhf_jax.models.lora import Lora, choose_targets, merge
 from rlhf_jax.models.transformer import make_model
 from tests import tiny
@@ -97,3 +98,19 @@ def test_all_targets_are_those_that_a_model_has():
         choose_targets(ungated, ("q", "gate"))
     with pytest.raises(ValueError, match="'up': experts have no adapters; choose of q, k, v, o"):
         choose_targets(mixture, ("up",))
+
+
+def test_small_adapters_are_not_lost_while_decoding_in_bfloat16():
+    """Merged into weights in bfloat16 they would be: what is less than half a step away rounds back."""
+    params = jax.tree.map(jnp.bfloat16, MODEL.init_policy(jax.random.key(0)))
+    adapter = jax.tree.map(lambda x: jnp.full_like(x, 1e-4), INIT(jax.random.key(1)))
+    merged = merge(params["trunk"], adapter, LORA)["layers"]["attention"]["q"].astype(jnp.bfloat16)
+    q = params["trunk"]["layers"]["attention"]["q"]
+    assert np.mean(np.asarray(merged == q)) > 0.9
+    weights = unstack(params | {"adapter": adapter}, tiny.ARCHITECTURE, "bfloat16", LORA)
+    x = jnp.ones((1, 1, 32), jnp.bfloat16)
+    for block, bare in zip(
+        weights.blocks(), dataclasses.replace(weights, adapters=[None, None]).blocks(), strict=True
+    ):
+        moved = block.attention.q_adapter(x)
+        assert float(jnp.max(jnp.abs(moved))) > 0 and not hasattr(bare.attention, "q_adapter")

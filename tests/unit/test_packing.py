@@ -180,7 +180,7 @@ def test_evaluation_of_packed_rows_fills_the_last_batch():
     assert any(row.excluded for row in packed.rows)
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": 4, "fsdp": 2}])
+@pytest.mark.parametrize("mesh", [{}, pytest.param({"data": 4, "fsdp": 2}, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name, kind", [("sft", "prompt_completion"), ("reward_model", "preference")])
 def test_the_loss_of_the_same_records_is_the_same_packed_or_not(name, kind, mesh):
     """NUMERICS 3: through loader and update, several turns among them, also with microbatches."""
