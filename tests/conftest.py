@@ -27,6 +27,7 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
 RunTrain = Callable[..., "subprocess.CompletedProcess[str]"]
 GIB = 2**30
 
@@ -35,6 +36,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Returns the workers of `-n auto`: two at most, and one where there is no memory for a second."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(2, os.cpu_count() or 1, memory // (5 * GIB)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets LLVM leave the fast tests' programs as they are: they compile for longer than they run.
+
+    What XLA makes of a program is the same. Training that tests start in a process of its own, and the slow
+    tests, are compiled as users' programs are.
+    """
+    if config.option.markexpr == "not slow":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
 
 
 @pytest.hookimpl(trylast=True)
@@ -87,7 +98,9 @@ def run_train() -> RunTrain:
         timeout: float = 600,
     ) -> subprocess.CompletedProcess[str]:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | dict(env or {})
+        flags = os.environ.get("XLA_FLAGS", "").replace(QUICK_TO_COMPILE, "").strip()
+        variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "XLA_FLAGS": flags}
+        variables |= dict(env or {})
         return subprocess.run(
             [sys.executable, "-m", "rlhf_jax.train", *map(str, args)],
             env={name: value for name, value in variables.items() if value is not None},
