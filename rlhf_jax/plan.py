@@ -43,7 +43,7 @@ from rlhf_jax.programs import Parts, part_shardings, role_parts, role_shardings,
 from rlhf_jax.reward_origin import External, external_reward
 from rlhf_jax.rewards.functions import RewardFunction, load_function
 from rlhf_jax.run_tokenizer import check_vocabulary
-from rlhf_jax.sharding import check_batch
+from rlhf_jax.sharding import check_batch, compute_capability
 from rlhf_jax.unread import unread
 
 
@@ -338,8 +338,10 @@ def check_mesh(plans: Sequence[Plan], mesh: Mesh) -> None:
         lack = flash_lack(
             mesh.devices.flat[0].platform,
             jnp.dtype(model_section.dtype),
+            head_dim=plan.architecture.head_dim,
             softcap=plan.architecture.attention_softcap,
             is_packed=plan.stage.data.packing,
+            capability=compute_capability(),
         )
         if model_section.attention == "flash" and lack:
             problems.append(f"model.attention is 'flash', but {lack}; set it to auto")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,14 @@ from jax.experimental import multihost_utils
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax.axes import LOGICAL_AXES, MESH_AXES, Table, axis_problems, axis_table, collisions
+from rlhf_jax.axes import LOGICAL_AXES, MESH_AXES, WHOLE, Table, axis_problems, axis_table, collisions
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.distributed import num_processes
 from rlhf_jax.options import did_you_mean
+
+Memory = Literal["device", "host"]
+HOST_MEMORY = "pinned_host"
+"""JAX's name of the host's memory that a device copies from."""
 
 _TABLE: ContextVar[Table] = ContextVar("axis_table", default=LOGICAL_AXES)
 
@@ -137,7 +141,8 @@ def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
         ValueError: every parameter that the mesh cannot hold, with its shape, its logical axes, the mesh axes
             that they are on, and the mesh's sizes.
     """
-    problems = []
+    problems: list[str] = []
+    odd: set[str] = set()
 
     def place(path: Any, names: tuple[str, ...], shape: Any) -> NamedSharding:
         parameter = f"{jax.tree_util.keystr(path, simple=True, separator='/')} {shape.shape}"
@@ -149,6 +154,7 @@ def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
             parts = _num_parts(mesh, part)
             if size % parts:
                 over = _product(mesh, part)
+                odd.add(name)
                 wrong.append(f"{name!r} of size {size} is not a multiple of {parts}, the size of {over}")
         if wrong:
             problems.append(f"{parameter}, axes {_listed(names)} on {spec}: {'; '.join(wrong)}")
@@ -158,6 +164,9 @@ def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     shardings = jax.tree.map_with_path(place, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
     if problems:
         sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        if odd:
+            whole = ", ".join(f"{name}: {WHOLE}" for name in sorted(odd))
+            problems.append(f"what does not divide can be whole on every device: mesh.axes: {{{whole}}}")
         raise ValueError("the model does not fit the mesh ({}):\n  {}".format(sizes, "\n  ".join(problems)))
     return shardings
 
@@ -218,6 +227,13 @@ def gathered(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def in_memory(shardings: Any, memory: Memory) -> Any:
+    """Returns the shardings of a tree, on the devices as they are, or of the host's memory of each."""
+    if memory == "device":
+        return shardings
+    return jax.tree.map(lambda at: at.with_memory_kind(HOST_MEMORY), shardings)
+
+
 def placed_structs(shapes: Any, shardings: Any) -> Any:
     """Returns the shape structs of a tree with the shardings of another."""
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
@@ -273,6 +289,14 @@ def device_platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def compute_capability() -> tuple[int, ...]:
+    """Returns the compute capability of this process's GPUs, such as (9, 0); () where it has none of CUDA."""
+    device = jax.local_devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return ()
+    return tuple(map(int, device.compute_capability.split(".")))
+
+
 def lookup(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
     """Returns table[tokens] in a dtype, [B, T, D]; no device gets words of the vocabulary that others have.
 
@@ -305,6 +329,24 @@ def lookup(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
         out_specs=spec,
         axis_names={*over_tokens, *vocab},
     )(table, tokens)
+
+
+def on_shards(
+    function: Callable[..., Array], arguments: Sequence[Sequence[str]], result: Sequence[str]
+) -> Callable[..., Array]:
+    """Returns the function, each device running it on its part of the arrays; for what XLA cannot divide.
+
+    Args:
+        function: a part of its result depends on no more than the same part of its arguments, of which some
+            may be None.
+        arguments: the logical axes of each.
+        result: those of the result.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    in_specs = tuple(map(partition_spec, arguments))
+    # check_vma: a kernel does not say over which axes its results vary.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=partition_spec(result), check_vma=False)
 
 
 class Peers(NamedTuple):

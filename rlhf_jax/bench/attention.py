@@ -20,6 +20,7 @@ from jax import Array
 
 from rlhf_jax.bench.harness import commit
 from rlhf_jax.models.row_attention import flash_lack, row_attention
+from rlhf_jax.sharding import compute_capability
 
 
 def passes(q: Array, k: Array, v: Array, towards: Array, **options: Any) -> tuple[Array, ...]:
@@ -59,7 +60,14 @@ def main() -> None:
         expected = jax.jit(partial(passes, **options, implementation="xla"))(*inputs)
     inputs = [x.astype(args.dtype) for x in inputs]
     pairs = args.rows * args.heads * args.length * min(args.window or args.length, args.length) / 2
-    lack = flash_lack(jax.default_backend(), jnp.dtype(args.dtype), softcap=0.0, is_packed=False)
+    lack = flash_lack(
+        jax.default_backend(),
+        jnp.dtype(args.dtype),
+        head_dim=args.head_dim,
+        softcap=0.0,
+        is_packed=False,
+        capability=compute_capability(),
+    )
     for implementation in ("xla",) if lack else ("xla", "flash"):
         run = jax.jit(partial(passes, **options, implementation=implementation)).lower(*inputs).compile()
         found = run(*inputs)

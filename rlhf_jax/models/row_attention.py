@@ -8,7 +8,7 @@ the result by another. Source: arXiv:2309.14509 (Ulysses).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Literal, cast
 
@@ -20,18 +20,16 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from rlhf_jax.models.attention import causal_attention
-from rlhf_jax.sharding import constrain, device_platform, num_parts, partition_spec
+from rlhf_jax.sharding import compute_capability, constrain, device_platform, num_parts, on_shards
 
 Implementation = Literal["auto", "xla", "flash"]
 FLASH_LENGTH = 2048
 """Rows from which on `auto` takes a kernel: XLA holds the scores of all pairs of tokens."""
 _BLOCKS = (512, 256, 128)
+_HOPPER = (9, 0)
 _OF_TOKENS = ("batch", "length", "heads", "head_dim")
 _KV_OF_TOKENS = ("batch", "length", "kv_heads", "head_dim")
 _OF_HEADS = ("batch", "whole_length", "attention_heads", "head_dim")
-
-# Of q, k, v and segments.
-_Attend = Callable[[Array, Array, Array, Array | None], Array]
 
 
 def row_attention(
@@ -67,13 +65,22 @@ def row_attention(
     # Said on both sides of the change of places: else XLA gathers the tokens of all devices somewhere before.
     q, k, v = constrain(q, _OF_TOKENS), constrain(k, _KV_OF_TOKENS), constrain(v, _KV_OF_TOKENS)
     q, k, v = (constrain(x, _OF_HEADS) for x in (q, k, v))
-    lack = flash_lack(device_platform(), q.dtype, softcap=softcap, is_packed=segments is not None)
+    lack = flash_lack(
+        device_platform(),
+        q.dtype,
+        head_dim=q.shape[3],
+        softcap=softcap,
+        is_packed=segments is not None,
+        capability=compute_capability(),
+    )
     if implementation == "flash" and lack:
         raise ValueError(f"model.attention is 'flash', but {lack}; set model.attention: auto")
     if implementation == "flash" or (implementation == "auto" and q.shape[1] >= FLASH_LENGTH and not lack):
         kernel = splash_attention if device_platform() == "tpu" else cudnn_attention
+        axes = (_OF_HEADS, _OF_HEADS, _OF_HEADS, _OF_HEADS[:2])  # of segments the last
         branches = [
-            _on_shards(partial(kernel, window=window, scale=scale, softcap=softcap)) for window in windows
+            on_shards(partial(kernel, window=window, scale=scale, softcap=softcap), axes, _OF_HEADS)
+            for window in windows
         ]
         number = 0 if which is None else which
         out = jax.lax.switch(number, branches, q, k, v, segments)
@@ -98,14 +105,39 @@ def fitting_heads(q: Array, k: Array, v: Array, parts: int) -> tuple[Array, Arra
     return q, k, v
 
 
-def flash_lack(platform: str, dtype: jnp.dtype, *, softcap: float, is_packed: bool) -> str:
-    """Returns why a device of this platform has no kernel for attention of this kind; empty: it has one."""
+def flash_lack(
+    platform: str,
+    dtype: jnp.dtype,
+    *,
+    head_dim: int,
+    softcap: float,
+    is_packed: bool,
+    capability: tuple[int, ...] = (),
+) -> str:
+    """Returns why a device of this platform has no kernel for attention of this kind; empty: it has one.
+
+    Args:
+        platform: cpu, gpu or tpu.
+        dtype: of queries, keys and values.
+        head_dim: of them.
+        softcap: of the scores.
+        is_packed: whether rows hold several sequences.
+        capability: of the GPU, such as (9, 0); () where this process has none of CUDA.
+    """
     if platform == "tpu":
         return ""
     if platform != "gpu":
         return f"there is no kernel for a {platform}"
+    if not capability:
+        return "this process has no GPU with CUDA, and so no cuDNN"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN has no kernel for model.dtype {dtype}"
+    largest = 256 if capability >= _HOPPER else 128  # see jax._src.cudnn.fused_attention_stablehlo
+    if head_dim > largest or head_dim % 8:
+        return (
+            f"cuDNN's kernel takes heads of up to {largest} numbers, in multiples of 8, on this GPU, and "
+            f"this model's have {head_dim}"
+        )
     if softcap:
         return f"cuDNN has no kernel that caps scores, as this model does at {softcap}"
     return "cuDNN has no kernel for rows of several sequences (data.packing)" if is_packed else ""
@@ -176,13 +208,3 @@ def cudnn_attention(
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=True, scale=scale, local_window_size=local, implementation="cudnn"
     )
-
-
-def _on_shards(kernel: _Attend) -> _Attend:
-    """Returns the kernel, each device running it on its rows and heads: XLA cannot divide it."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return kernel
-    heads, tokens = partition_spec(_OF_HEADS), partition_spec(_OF_HEADS[:2])
-    in_specs = (heads, heads, heads, tokens)
-    # check_vma: a kernel does not say over which axes its results vary.
-    return jax.shard_map(kernel, in_specs=in_specs, out_specs=heads, check_vma=False)

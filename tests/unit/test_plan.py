@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,6 +20,7 @@ from rlhf_jax.data.tokenize import Losses, text_difference, text_settings
 from rlhf_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.row_attention import flash_lack
 from rlhf_jax.models.scorers import save_scorer
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.origins import stored_architecture
@@ -77,6 +80,19 @@ def test_a_kernel_that_the_devices_do_not_have_is_told_with_what_does_not_divide
     ):
         check_mesh(planned, tiny.mesh())
     check_mesh(plans(), tiny.mesh())
+
+
+def test_heads_that_the_kernel_does_not_take_are_told_before_devices_compute(plans, monkeypatch):
+    of_gpu = partial(flash_lack, "gpu", jnp.dtype("bfloat16"))
+    monkeypatch.setattr("rlhf_jax.plan.compute_capability", lambda: (8, 0))
+    monkeypatch.setattr("rlhf_jax.plan.flash_lack", lambda *device, **model: of_gpu(**model))
+    planned = plans(rewards="model: {attention: flash}\nrewards:")
+    check_mesh(planned, tiny.mesh())
+    odd = [plan._replace(architecture=dataclasses.replace(ARCHITECTURE, head_dim=136)) for plan in planned]
+    with pytest.raises(
+        ValueError, match="'flash', but cuDNN's kernel takes heads of up to 128 numbers, .* 136"
+    ):
+        check_mesh(odd, tiny.mesh())
 
 
 def test_an_unfinished_stage_is_told(plans, tmp_path, caplog):

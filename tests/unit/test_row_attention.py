@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from rlhf_jax.models import row_attention as module
 from rlhf_jax.models.attention import causal_attention
@@ -109,18 +110,67 @@ def test_the_kernel_runs_on_the_rows_and_heads_of_each_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "platform, dtype, softcap, is_packed, lack",
+    "platform, changes, lack",
     [
-        ("tpu", jnp.float32, 2.0, True, ""),
-        ("gpu", jnp.bfloat16, 0.0, False, ""),
-        ("gpu", jnp.float32, 0.0, False, "cuDNN has no kernel for model.dtype float32"),
-        ("gpu", jnp.bfloat16, 2.0, False, "cuDNN has no kernel that caps scores, as this model does at 2.0"),
-        ("gpu", jnp.bfloat16, 0.0, True, "cuDNN has no kernel for rows of several sequences (data.packing)"),
-        ("cpu", jnp.float32, 0.0, False, "there is no kernel for a cpu"),
+        ("tpu", {"dtype": jnp.float32, "softcap": 2.0, "is_packed": True, "head_dim": 300}, ""),
+        ("gpu", {}, ""),
+        ("gpu", {"capability": ()}, "this process has no GPU with CUDA, and so no cuDNN"),
+        ("gpu", {"dtype": jnp.float32}, "cuDNN has no kernel for model.dtype float32"),
+        (
+            "gpu",
+            {"head_dim": 12},
+            "cuDNN's kernel takes heads of up to 128 numbers, in multiples of 8, on this ",
+        ),
+        ("gpu", {"softcap": 2.0}, "cuDNN has no kernel that caps scores, as this model does at 2.0"),
+        ("gpu", {"is_packed": True}, "cuDNN has no kernel for rows of several sequences (data.packing)"),
+        ("cpu", {}, "there is no kernel for a cpu"),
     ],
 )
-def test_what_no_kernel_computes(platform, dtype, softcap, is_packed, lack):
-    assert flash_lack(platform, jnp.dtype(dtype), softcap=softcap, is_packed=is_packed) == lack
+def test_what_no_kernel_computes(platform, changes, lack):
+    found = gpu_lack(platform=platform, **changes)
+    assert found.startswith(lack) and bool(found) == bool(lack)
+
+
+def gpu_lack(platform="gpu", dtype=jnp.bfloat16, **changes):
+    of = {"head_dim": 64, "softcap": 0.0, "is_packed": False, "capability": (8, 0)}
+    return flash_lack(platform, jnp.dtype(dtype), **of | changes)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)])
+def test_heads_that_cudnn_refuses_are_those_that_jax_refuses(capability, monkeypatch):
+    """As jax's own check of a forward pass that is differentiated, on GPUs of each kind."""
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda of: False)
+    monkeypatch.setattr(
+        cudnn, "check_compute_capability", lambda least: capability >= tuple(map(int, least.split(".")))
+    )
+
+    def is_refused(head_dim):
+        x = jax.ShapeDtypeStruct((1, 8, 2, head_dim), jnp.bfloat16)
+        try:
+            cudnn.check_is_flash_attention(x, x, x, cudnn.AttentionLayout.BTNH.value, 90000, False, True)
+        except NotImplementedError:
+            return True
+        return False
+
+    for head_dim in range(1, 300):
+        assert is_refused(head_dim) == bool(gpu_lack(head_dim=head_dim, capability=capability))
+
+
+def test_heads_that_cudnn_refuses_are_left_to_xla(monkeypatch):
+    """With model.attention auto; the kernel has those that it takes, and flash is refused."""
+    monkeypatch.setattr(module, "device_platform", lambda: "gpu")
+    monkeypatch.setattr(module, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(module, "FLASH_LENGTH", 4)
+    monkeypatch.setattr(module, "cudnn_attention", lambda q, *rest, **options: jnp.full_like(q, 7))
+    fits, odd = (random(1, 4, 2, head_dim).astype(jnp.bfloat16) for head_dim in (256, 12))
+    attend = partial(row_attention, scale=1.0, windows=(0,))
+    assert np.all(np.asarray(attend(fits, fits, fits)) == 7)
+    found = attend(odd, odd, odd)
+    np.testing.assert_array_equal(found, attend(odd, odd, odd, implementation="xla"))
+    with pytest.raises(
+        ValueError, match="'flash', but cuDNN's kernel takes heads of up to 256 numbers, in m"
+    ):
+        attend(odd, odd, odd, implementation="flash")
 
 
 def test_a_kernel_that_is_not_there_is_refused():

@@ -153,7 +153,11 @@ def test_all_parameters_that_do_not_fit_are_named(mesh):
     model = make_model(Architecture(**SIZES | {"num_heads": 3, "num_kv_heads": 3, "vocab_size": 31}))
     with pytest.raises(ValueError, match="does not fit the mesh") as caught:
         param_shardings(mesh, model.policy_axes, model.policy_shapes)
-    title, *lines = str(caught.value).splitlines()
+    title, *lines, remedy = str(caught.value).splitlines()
+    whole = "{heads: none, kv_heads: none, vocab: none}"
+    assert remedy.strip() == f"what does not divide can be whole on every device: mesh.axes: {whole}"
+    with axis_rules({"heads": "none", "kv_heads": "none", "vocab": "none"}):
+        param_shardings(mesh, model.policy_axes, model.policy_shapes)
     assert title == "the model does not fit the mesh (data=2, fsdp=2, tensor=2):"
     assert sorted(line.split()[0] for line in lines) == [
         "lm_head/kernel",
