@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, cast
 
 import jax
@@ -15,9 +14,9 @@ from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params, Prompts, Rows
 from rlhf_jax.config import StageConfig
 from rlhf_jax.data.loader import Loader
-from rlhf_jax.models.transformer import POLICY, Model
+from rlhf_jax.models.transformer import Model
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import Parts, Programs, part_shardings
+from rlhf_jax.programs import Parts, Programs, part_structs
 from rlhf_jax.sharding import batch_sharding, replicated
 from rlhf_jax.stage import stage_programs
 
@@ -73,21 +72,16 @@ def lower_programs(
 
 def abstract_roles(stage: StageConfig, parts: Parts, model: Model, mesh: Mesh) -> tuple[Params, Params]:
     """Returns (trained, frozen): each role's parameters as they are loaded, as placed shape structs."""
-    trains = ALGORITHMS[stage.algorithm].trains
+    trains, cfg = ALGORITHMS[stage.algorithm].trains, stage.model
 
-    def weights(role: str) -> Params:
-        dtype = stage.model.base_dtype if role == "base" else stage.model.role_dtype
-        dtypes = dict.fromkeys(() if role in trains else POLICY, jax.numpy.dtype(dtype))
-        shapes, shardings = model.shapes_of(parts[role]), part_shardings(model, mesh, parts[role])
-        return {
-            part: jax.tree.map(partial(_placed, dtype=dtypes.get(part)), shapes[part], shardings[part])
-            for part in shapes
-        }
+    def frozen(role: str) -> Params:
+        if role == "base":
+            return part_structs(model, mesh, parts[role], cfg.base_dtype)
+        return part_structs(model, mesh, parts[role], cfg.role_dtype, cfg.frozen_memory)
 
-    of_roles = {role: weights(role) for role in parts}
-    trained = {role: of_roles.pop(role) for role in trains}
-    return trained, of_roles
+    trained = {role: part_structs(model, mesh, parts[role]) for role in trains}
+    return trained, {role: frozen(role) for role in parts if role not in trains}
 
 
-def _placed(x: Any, sharding: NamedSharding, dtype: np.dtype | None = None) -> ShapeDtypeStruct:
-    return ShapeDtypeStruct(np.shape(x), dtype or x.dtype, sharding=sharding)
+def _placed(x: Any, sharding: NamedSharding) -> ShapeDtypeStruct:
+    return ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)

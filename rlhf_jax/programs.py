@@ -26,8 +26,10 @@ from rlhf_jax.optim import make_optimizer, map_moments
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.scoring import score_rollout
 from rlhf_jax.sharding import (
+    Memory,
     batch_sharding,
     decode_shardings,
+    in_memory,
     param_shardings,
     placed_structs,
     replicated,
@@ -100,6 +102,31 @@ def part_shardings(model: Model, mesh: Mesh, parts: Iterable[str]) -> Params:
     """Returns the sharding of every parameter of these parts, of those that the model has."""
     parts = tuple(parts)
     return param_shardings(mesh, model.axes_of(parts), model.shapes_of(parts))
+
+
+def part_structs(
+    model: Model, mesh: Mesh, parts: Iterable[str], dtype: str = "float32", memory: Memory = "device"
+) -> Params:
+    """Returns shape structs of the parameters of these parts, of those that the model has, with shardings.
+
+    Args:
+        model: the transformer.
+        mesh: where they lie.
+        parts: see `Parts`.
+        dtype: of trunk and LM head; heads of scores and adapters are float32.
+        memory: where they lie if a trunk is among them; adapters and heads alone are on the devices.
+    """
+    shapes = model.shapes_of(parts)
+    shardings = part_shardings(model, mesh, shapes)
+    if "trunk" in shapes:
+        shardings = in_memory(shardings, memory)
+
+    def structs(part: str) -> Params:
+        to = dtype if part in POLICY else "float32"
+        typed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, to), shapes[part])
+        return placed_structs(typed, shardings[part])
+
+    return {part: structs(part) for part in shapes}
 
 
 def role_shardings(model: Model, mesh: Mesh, role: str) -> Params:
@@ -197,8 +224,7 @@ def build_programs(
         return rollout.rows.sequence_mask & (rollout.ended if algorithm.leaves_out(settings) else True)
 
     def score(params: Params, frozen: Params, rollout: Rollout) -> tuple[Scored, Metrics]:
-        if stage.model.frozen_memory == "host":  # copied for this pass alone
-            frozen = jax.device_put(frozen, jax.memory.Space.Device)
+        frozen = _on_devices(frozen, stage.model.frozen_memory)
         scored = constrain(score_rollout(forward, params, frozen, rollout))
         return scored, rollout_metrics(scored, counted(rollout))
 
@@ -236,9 +262,27 @@ def build_programs(
     )
 
 
-def reward_program(model: Model, mesh: Mesh) -> Callable[[Params, Params, Rows], Array]:
-    """Returns the program that scores rows with a frozen reward model of its own architecture, f32[B]."""
-    return _compiled(mesh, make_forward(model, num_completion=1).scores)
+def reward_program(
+    model: Model, mesh: Mesh, memory: Memory = "device"
+) -> Callable[[Params, Params, Rows], Array]:
+    """Returns the program that scores rows with a frozen reward model of its own architecture, f32[B].
+
+    Args:
+        model: the reward model.
+        mesh: where everything lies.
+        memory: where the parameters lie between its passes.
+    """
+    forward = make_forward(model, num_completion=1)
+
+    def scores(params: Params, frozen: Params, rows: Rows) -> Array:
+        return forward.scores(params, _on_devices(frozen, memory), rows)
+
+    return _compiled(mesh, scores)
+
+
+def _on_devices(frozen: Params, memory: Memory) -> Params:
+    """Returns frozen models on the devices, copied there for a pass alone where they lie elsewhere."""
+    return frozen if memory == "device" else jax.device_put(frozen, jax.memory.Space.Device)
 
 
 def _compiled(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:

@@ -14,7 +14,7 @@ from rlhf_jax import keys
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Params
 from rlhf_jax.checkpoint import load_aux, load_info, load_params
-from rlhf_jax.config import StageConfig
+from rlhf_jax.config import ModelConfig, StageConfig
 from rlhf_jax.models import hf
 from rlhf_jax.models.heads import fold_normalizer, init_score_head, zero_score_head
 from rlhf_jax.models.lora import merge
@@ -29,8 +29,8 @@ from rlhf_jax.origins import (
     reward_adapter_info,
     stored_adapters,
 )
-from rlhf_jax.programs import part_shardings, role_parts, role_shardings
-from rlhf_jax.sharding import placed_structs
+from rlhf_jax.programs import part_shardings, part_structs, role_parts, role_shardings
+from rlhf_jax.sharding import Memory, in_memory
 
 
 def load_roles(
@@ -50,17 +50,21 @@ def load_roles(
     Raises:
         ValueError: adapters of a model that has changed, or of another than this stage's base.
     """
-    policy = load_policy(where.policy, model, mesh) if where.policy else _fresh(model, mesh, root)
-    width = model.architecture.hidden_size
-    reward, is_whole = None, True
-    if where.reward is not None:
-        if model.lora is not None and reward_adapter_info(where.reward):
-            check_base(stage, where, model.lora)
-            reward, is_whole = _fold(*load_adapter(where.reward, "reward", model, mesh)), False
-        else:
-            reward = load_reward(where.reward, model, mesh)
-    parts = role_parts(stage, algorithm, reward_is_whole=is_whole)
-    start = None
+    cfg, width = stage.model, model.architecture.hidden_size
+    # Beside adapters it is the base and nothing else, and never in the host's memory in a wider type.
+    policy_dtype = "float32" if model.lora is None else cfg.base_dtype
+    policy = (
+        load_policy(where.policy, model, mesh, policy_dtype) if where.policy else _fresh(model, mesh, root)
+    )
+    lora = model.lora if reward_adapter_info(where.reward) else None  # of the reward model
+    parts = role_parts(stage, algorithm, reward_is_whole=lora is None)
+    start, reward = None, None
+    if where.reward is not None and lora is not None:
+        check_base(stage, where, lora)
+        reward = _fold(*load_adapter(where.reward, "reward", model, mesh))
+    elif where.reward is not None:
+        is_copied = "trunk" in parts.get("value", ())  # what is trained starts unrounded
+        reward = load_reward(where.reward, model, mesh, "float32" if is_copied else cfg.role_dtype)
     if where.adapter is not None:
         adapters = part_shardings(model, mesh, ("adapter",))["adapter"]
         start = read_adapter(where.adapter, model.architecture, adapters)
@@ -89,21 +93,18 @@ def load_roles(
             if part in model.shapes
         }
 
-    def placed(role: str, dtype: str, memory: str = "device") -> Params | None:
+    def placed(role: str, dtype: str, memory: Memory = "device") -> Params | None:
         weights = made(role)
         if weights is None:
             return None
         shardings = part_shardings(model, mesh, weights)
         # These are what was loaded, the other roles copies, so that the trained ones can be donated.
         is_loaded = "trunk" in weights and (
-            role == "policy" or (role == "reward" and role in algorithm.reads)
+            role in ("policy", "base") or (role == "reward" and role in algorithm.reads)
         )
-        own = weights if is_loaded and dtype == "float32" else _copy(weights, shardings, dtype)
-        if memory == "host" and "trunk" in weights:
-            own = jax.device_put(own, jax.tree.map(lambda at: at.with_memory_kind("pinned_host"), shardings))
-        return own
+        is_ready = is_loaded and jax.tree.leaves(weights["trunk"])[0].dtype == jnp.dtype(dtype)
+        return _moved(weights if is_ready else _copy(weights, shardings, dtype), memory)
 
-    cfg = stage.model
     trained = {role: placed(role, "float32") for role in algorithm.trains}
     frozen = {
         role: placed(role, cfg.role_dtype, cfg.frozen_memory) for role in algorithm.reads if role in parts
@@ -113,14 +114,14 @@ def load_roles(
     return trained, {role: weights for role, weights in frozen.items() if weights is not None}
 
 
-def load_policy(path: Path, model: Model, mesh: Mesh) -> Params:
+def load_policy(path: Path, model: Model, mesh: Mesh, dtype: hf.Dtype = "float32") -> Params:
     """Returns the policy of a stage's newest checkpoint or of a Hugging Face directory, on the mesh.
 
-    An adapter is merged with the model that it belongs to.
+    An adapter is merged with the model that it belongs to, in float32, and the sum is rounded to the dtype.
     """
     if is_stage_dir(path):
-        return _load_whole(path, "policy", model, mesh)
-    return hf.load_policy(path, model.architecture, role_shardings(model, mesh, "policy"))
+        return _load_whole(path, "policy", model, mesh, dtype)
+    return hf.load_policy(path, model.architecture, role_shardings(model, mesh, "policy"), dtype)
 
 
 def _fresh(model: Model, mesh: Mesh, root: Array) -> Params:
@@ -128,28 +129,35 @@ def _fresh(model: Model, mesh: Mesh, root: Array) -> Params:
     return init(keys.named(root, "init"))
 
 
-def load_reward(path: Path, model: Model, mesh: Mesh) -> Params:
-    """Returns the reward model of a stage or Hugging Face directory, its normaliser folded into the head."""
+def load_reward(path: Path, model: Model, mesh: Mesh, dtype: hf.Dtype = "float32") -> Params:
+    """Returns the reward model of a stage or Hugging Face directory, its normaliser folded into the head.
+
+    The trunk is of the dtype, the head float32.
+    """
     if not is_stage_dir(path):
-        return load_scorer(path, read_scorer(path), role_shardings(model, mesh, "reward"))
-    return _fold(*load_trained_scorer(path, "reward", model, mesh))
+        return load_scorer(path, read_scorer(path), role_shardings(model, mesh, "reward"), dtype)
+    return _fold(*load_trained_scorer(path, "reward", model, mesh, dtype))
 
 
-def load_trained_scorer(path: Path, role: Role, model: Model, mesh: Mesh) -> tuple[Params, Normalizer]:
+def load_frozen_reward(cfg: ModelConfig, path: Path, model: Model, mesh: Mesh) -> Params:
+    """Returns the reward model in the type, and in the memory, of frozen models of their own."""
+    return _moved(load_reward(path, model, mesh, cfg.role_dtype), cfg.frozen_memory)
+
+
+def load_trained_scorer(
+    path: Path, role: Role, model: Model, mesh: Mesh, dtype: hf.Dtype = "float32"
+) -> tuple[Params, Normalizer]:
     """Returns a stage's reward or value model as it was trained, on the mesh, and its scores' normaliser."""
-    return _load_whole(path, role, model, mesh), _normalizer(path, role)
+    return _load_whole(path, role, model, mesh, dtype), _normalizer(path, role)
 
 
 def load_adapter(path: Path, role: str, model: Model, mesh: Mesh) -> tuple[Params, Normalizer]:
     """Returns the adapter of a stage's role, with a scorer's head, and its scores' normaliser.
 
-    Raises:
-        ValueError: the model that they belong to has changed.
+    The model that they belong to is not read, and need not be there.
     """
-    checked_base(path, load_info(path))
     parts = ("adapter",) if role == "policy" else ("adapter", "score_head")
-    abstract = placed_structs(model.shapes_of(parts), part_shardings(model, mesh, parts))
-    return load_params(path, role, abstract), _normalizer(path, role)
+    return load_params(path, role, part_structs(model, mesh, parts)), _normalizer(path, role)
 
 
 def _normalizer(path: Path, role: str) -> Normalizer:
@@ -166,41 +174,42 @@ def _fold(weights: Params, normalizer: Normalizer) -> Params:
     return weights | {"score_head": jax.device_put(fold(head), shardings)}
 
 
-def _load_whole(path: Path, role: str, model: Model, mesh: Mesh) -> Params:
+def _load_whole(path: Path, role: str, model: Model, mesh: Mesh, dtype: hf.Dtype) -> Params:
     """Returns a role of a stage as a model of its own: what its tree lacks comes from its base."""
     info, shardings = load_info(path), role_shardings(model, mesh, role)
     lora = stored_adapters(info)
     model = make_model(model.architecture, lora=lora)
     parts = info["parts"][role] if "parts" in info else tuple(shardings)
-    own = load_params(path, role, placed_structs(model.shapes_of(parts), part_shardings(model, mesh, parts)))
+    own = load_params(path, role, part_structs(model, mesh, parts, dtype))
     if "trunk" in own:
         return own
     if lora is None:  # a head on the policy
-        return {"trunk": load_policy(path, model, mesh)["trunk"]} | own
-    base = load_policy(checked_base(path, info), model, mesh)
-    base = _copy(base, part_shardings(model, mesh, base), info["base"]["dtype"])
+        return {"trunk": load_policy(path, model, mesh, dtype)["trunk"]} | own
+    base = load_policy(checked_base(path, info), model, mesh, info["base"]["dtype"])
 
     def merged(base: Params, own: Params) -> Params:
         whole = base | own | {"trunk": merge(base["trunk"], own["adapter"], lora)}
-        return {part: jax.tree.map(jnp.float32, whole[part]) for part in shardings}
+        return _typed({part: whole[part] for part in shardings}, dtype)
 
     return jax.jit(merged, out_shardings=shardings)(base, own)
 
 
-def _copy(params: Params, shardings: Params, dtype: str = "float32") -> Params:
-    """Returns the parameters in buffers of their own, so that the trained role can be donated.
+def _copy(params: Params, shardings: Params, dtype: str) -> Params:
+    """Returns the parameters, see `_typed`, in buffers of their own, so that the trained can be donated."""
+    return jax.jit(partial(_typed, dtype=dtype), out_shardings=shardings)(params)
 
-    Args:
-        params: of a role.
-        shardings: of the parameters.
-        dtype: of trunk and LM head; heads of scores and adapters are float32.
-    """
 
-    def copied(params: Params) -> Params:
-        types = {part: dtype if part in POLICY else "float32" for part in params}
-        return {
-            part: jax.tree.map(lambda leaf, to=types[part]: jnp.array(leaf, to, copy=True), weights)
-            for part, weights in params.items()
-        }
+def _typed(params: Params, dtype: str) -> Params:
+    """Returns copies of a role's parameters: trunk and LM head of the dtype, the rest float32."""
+    types = {part: dtype if part in POLICY else "float32" for part in params}
+    return {
+        part: jax.tree.map(lambda leaf, to=types[part]: jnp.array(leaf, to, copy=True), weights)
+        for part, weights in params.items()
+    }
 
-    return jax.jit(copied, out_shardings=shardings)(params)
+
+def _moved(params: Params, memory: Memory) -> Params:
+    """Returns a role's parameters in that memory; of the host only a model of its own, which has a trunk."""
+    if memory == "device" or "trunk" not in params:
+        return params
+    return jax.device_put(params, in_memory(jax.tree.map(lambda x: x.sharding, params), memory))

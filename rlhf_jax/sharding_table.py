@@ -10,20 +10,21 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.lowering import abstract_roles
-from rlhf_jax.models.transformer import make_model
+from rlhf_jax.models.transformer import SCORER, make_model
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import role_shardings
-from rlhf_jax.sharding import placed_structs
+from rlhf_jax.programs import part_structs
+from rlhf_jax.sharding import HOST_MEMORY
 from rlhf_jax.stage import stage_programs
 
 HEADER = ("role", "parameter", "shape", "type", "axes", "on the mesh", "bytes", "a device")
 
 
 class Bytes(NamedTuple):
-    """What arrays need on all devices together if each is counted once, and on one device."""
+    """What arrays need in all if each is counted once, on a device, and in the host's memory of a device."""
 
     whole: int
     device: int
+    host: int
 
 
 class Layout(NamedTuple):
@@ -43,9 +44,9 @@ def layout(plan: Plan, mesh: Mesh) -> Layout:
     state = cast(Any, programs.init_state).eval_shape(trained)
     roles = {role: (model.axes_of(parts[role]), of) for role, of in (state.params | frozen).items()}
     if plan.external is not None:
-        other = make_model(plan.external.architecture)
-        shardings = role_shardings(other, mesh, "reward")
-        roles["reward model"] = (other.score_axes, placed_structs(other.score_shapes, shardings))
+        other, cfg = make_model(plan.external.architecture), plan.stage.model
+        structs = part_structs(other, mesh, SCORER, cfg.role_dtype, cfg.frozen_memory)
+        roles["reward model"] = (other.axes_of(structs), structs)
     return Layout(roles, state.opt_state)
 
 
@@ -78,11 +79,12 @@ def sharding_line(plan: Plan, mesh: Mesh) -> str:
     }
     trained = sum(count for role, count in counts.items() if role in of.optimizer)
     frozen = sum(counts.values()) - trained
-    device = sum(_bytes(structs).device for _, structs in of.roles.values()) + _bytes(of.optimizer).device
+    needs = _bytes([of.optimizer, *(structs for _, structs in of.roles.values())])
+    beside = f", {readable(needs.host)} in the host's memory of each" if needs.host else ""
     over = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     return (
         f"[{plan.stage.name}] {trained:,} parameters are trained, {frozen:,} only read; with the optimiser's "
-        f"state {readable(device)} on each device ({over})"
+        f"state {readable(needs.device)} on each device ({over}){beside}"
     )
 
 
@@ -100,7 +102,7 @@ def _rows(role: str, axes: Any, structs: Any) -> Iterator[tuple[str, ...]]:
     paths, _ = jax.tree.flatten_with_path(structs)
     names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
     for (path, struct), logical in zip(paths, names, strict=True):
-        whole, device = _bytes(struct)
+        of = _bytes(struct)
         yield (
             role,
             jax.tree_util.keystr(path, simple=True, separator="/"),
@@ -108,8 +110,8 @@ def _rows(role: str, axes: Any, structs: Any) -> Iterator[tuple[str, ...]]:
             str(struct.dtype),
             ", ".join(logical),
             ", ".join(map(_part, struct.sharding.spec)),
-            readable(whole),
-            readable(device),
+            readable(of.whole),
+            "host" if of.host else readable(of.device),
         )
 
 
@@ -119,17 +121,21 @@ def _part(part: str | tuple[str, ...] | None) -> str:
 
 
 def _needs(of: Layout, role: str) -> str:
-    whole, device = _bytes(of.roles[role][1])
-    text = f"parameters {readable(whole)}, {readable(device)} on each device"
+    needs = _bytes(of.roles[role][1])
+    if needs.host:
+        return f"parameters {readable(needs.whole)}, {readable(needs.host)} of each device on the host"
+    text = f"parameters {readable(needs.whole)}, {readable(needs.device)} on each device"
     if role in of.optimizer:
-        whole, device = _bytes(of.optimizer[role])
-        text += f"; optimiser {readable(whole)}, {readable(device)} on each device"
+        needs = _bytes(of.optimizer[role])
+        text += f"; optimiser {readable(needs.whole)}, {readable(needs.device)} on each device"
     return text
 
 
 def _bytes(tree: Any) -> Bytes:
-    leaves = jax.tree.leaves(tree)
-    return Bytes(
-        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves),
-        sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves),
-    )
+    whole = device = host = 0
+    for leaf in jax.tree.leaves(tree):
+        whole += math.prod(leaf.shape) * leaf.dtype.itemsize
+        part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        is_on_host = leaf.sharding.memory_kind == HOST_MEMORY
+        device, host = device + (not is_on_host) * part, host + is_on_host * part
+    return Bytes(whole, device, host)

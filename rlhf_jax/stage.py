@@ -29,7 +29,7 @@ from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.rewards.external import ExternalReward
 from rlhf_jax.rewards.once import scored_once
-from rlhf_jax.roles import load_reward, load_roles
+from rlhf_jax.roles import load_frozen_reward, load_roles
 from rlhf_jax.sharding import gathered, place, place_rows, row_holders
 from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
@@ -187,7 +187,8 @@ def _external_reward(plan: Plan, mesh: Mesh) -> ExternalReward | None:
     path, architecture, reader = plan.external
     options = plan.stage.model
     model = make_model(architecture, options.dtype, attention=options.attention)
-    return ExternalReward(reader, reward_program(model, mesh), load_reward(path, model, mesh), mesh)
+    program = reward_program(model, mesh, options.frozen_memory)
+    return ExternalReward(reader, program, load_frozen_reward(options, path, model, mesh), mesh)
 
 
 def _normalized(plan: Plan, programs: Programs, state: TrainState, frozen: Params, mesh: Mesh) -> TrainState:

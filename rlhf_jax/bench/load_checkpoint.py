@@ -1,9 +1,9 @@
 """Measures the host's memory while a checkpoint is loaded: `python -m rlhf_jax.bench.load_checkpoint`.
 
 A random Llama in several files, 1 GiB of float32, is written to a temporary directory and read in a process
-of its own, on one device. On a CPU device the parameters themselves are in the memory that is measured; of
-float16 and bfloat16 files they are twice the files, being kept in float32. The files were just written,
-so that the rate is one of memory, not of a disk.
+of its own, on one device, in float32 or (--kept) as the base of adapters is. On a CPU device the parameters
+themselves are in the memory that is measured. The files were just written, so that the rate is one of memory,
+not of a disk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from math import prod
 from pathlib import Path
 from typing import get_args
 
@@ -40,15 +39,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--dtype", choices=get_args(hf.Dtype), default="float32", help="of the files")
+    parser.add_argument("--kept", choices=get_args(hf.Dtype), default="float32", help="type in memory")
     parser.add_argument("--shard_mib", type=int, default=300, help="size of a file")
     parser.add_argument("--read", default="", help=argparse.SUPPRESS)  # what the process of its own is given
     args = parser.parse_args()
     if args.read:
-        print(json.dumps(measure(Path(args.read))), flush=True)
+        print(json.dumps(measure(Path(args.read), args.kept)), flush=True)
         return
     with tempfile.TemporaryDirectory() as directory:
         write(Path(directory), args)
         command = [sys.executable, "-m", "rlhf_jax.bench.load_checkpoint", "--read", directory]
+        command += ["--kept", args.kept]
         sys.exit(subprocess.run(command, check=False).returncode)
 
 
@@ -71,7 +72,7 @@ def write(directory: Path, args: argparse.Namespace) -> None:
     hf.save_policy(directory, architecture, params, args.dtype, shard_bytes=args.shard_mib * MIB)
 
 
-def measure(directory: Path) -> dict[str, object]:
+def measure(directory: Path, kept: hf.Dtype) -> dict[str, object]:
     """Returns the JSON line of loading a directory.
 
     `baseline_mib` is the process with JAX and a mesh before it loads, `growth_mib` the peak above that,
@@ -82,7 +83,7 @@ def measure(directory: Path) -> dict[str, object]:
     shardings = role_shardings(make_model(architecture), mesh, "policy")
     baseline = memory_mib("VmRSS")
     start = time.perf_counter()
-    params = jax.block_until_ready(hf.load_policy(directory, architecture, shardings))
+    params = jax.block_until_ready(hf.load_policy(directory, architecture, shardings, kept))
     seconds = time.perf_counter() - start
     peak = memory_mib("VmHWM")
     files = [path.stat().st_size for path in directory.glob("*.safetensors")]
@@ -92,7 +93,8 @@ def measure(directory: Path) -> dict[str, object]:
         "device": jax.devices()[0].device_kind,
         "files": len(files),
         "files_mib": round(sum(files) / MIB),
-        "parameters_mib": round(sum(4 * prod(leaf.shape) for leaf in jax.tree.leaves(params)) / MIB),
+        "kept": kept,
+        "parameters_mib": round(sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / MIB),
         "baseline_mib": round(baseline),
         "growth_mib": round(peak - baseline),
         "peak_mib": round(peak),

@@ -34,7 +34,7 @@ from rlhf_jax.bench.aot import stage_of_shape, tpu_devices
 from rlhf_jax.bench.harness import NEVER, SHAPES, commit, make_architecture
 from rlhf_jax.lowering import abstract_roles, lower_programs
 from rlhf_jax.programs import Programs, build_programs, role_parts
-from rlhf_jax.sharding import make_mesh, place_rows
+from rlhf_jax.sharding import HOST_MEMORY, make_mesh, place_rows
 from rlhf_jax.stage import stage_model
 
 MODES = ("separate", "trunk", "hydra")
@@ -88,8 +88,12 @@ def iterate(built: Programs, trained: Params, frozen: Params, prompts: Prompts, 
 
 
 def of_one_device(tree: Any) -> int:
-    """Returns the bytes that each of its devices has of arrays or shape structs with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Returns the bytes that each of its devices has of arrays or shape structs with shardings.
+
+    What waits in the host's memory is not counted.
+    """
+    there = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST_MEMORY]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in there)
 
 
 def live_bytes() -> int:

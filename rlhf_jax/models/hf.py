@@ -55,8 +55,13 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return read_json(path)
 
 
-def load_policy(directory: str | os.PathLike[str], architecture: Architecture, shardings: Params) -> Params:
-    """Returns the policy parameters of a checkpoint, float32, each device holding and reading only its part.
+def load_policy(
+    directory: str | os.PathLike[str],
+    architecture: Architecture,
+    shardings: Params,
+    dtype: Dtype = "float32",
+) -> Params:
+    """Returns the policy parameters of a checkpoint, each device holding and reading only its part.
 
     The host holds the parts of one parameter at a time; those of CPU devices stay where they were read to. A
     checkpoint with tied embeddings may store the matrix as either of the two, or as both if they are equal.
@@ -65,12 +70,14 @@ def load_policy(directory: str | os.PathLike[str], architecture: Architecture, s
         directory: config.json and model.safetensors, or several safetensors with their index.
         architecture: the checkpoint's; see `read_architecture`.
         shardings: of the policy parameters, in their tree.
+        dtype: of the parameters, to which they are rounded as they are read: the host never has them wider.
     Raises:
         ValueError: no safetensors, a file that is damaged or outside the directory, or tensors that are
             missing, not expected, of another shape or not of floats; these all in one table.
     """
     files = open_tensors(Path(directory))
-    return read_parameters(directory, checked_tensors(directory, architecture, files), files, shardings)
+    expected = checked_tensors(directory, architecture, files)
+    return read_parameters(directory, expected, files, shardings, dtype)
 
 
 def check_policy(directory: str | os.PathLike[str], architecture: Architecture) -> None:
@@ -164,16 +171,18 @@ def read_parameters(
     expected: Mapping[str, list[Piece]],
     files: Mapping[str, StoredTensor],
     shardings: Params,
+    dtype: Dtype,
 ) -> Params:
     """Returns the parameters of a tree of shardings, read one after the other."""
     flat, tree = jax.tree.flatten_with_path(shardings)
+    stored_as = FLOAT_TYPES[STORED_AS[dtype]]
 
     def load(path: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         parts = expected[jax.tree_util.keystr(path, simple=True, separator="/")]
         shape = (*(n + 1 for n in parts[-1].at), *parts[0].ours)  # the last piece is that of the last layer
-        read = _reader(parts, shape, files)
+        read = _reader(parts, shape, files, stored_as)
         # Waited for, so that the host does not hold many parameters that are on their way to the devices.
-        return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read, dtype=np.float32))
+        return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read, dtype=stored_as))
 
     return jax.tree.unflatten(tree, [load(*leaf) for leaf in watched(flat, f"reading {directory}")])
 
@@ -195,7 +204,7 @@ def _by_parameter(of: list[Piece]) -> dict[str, list[Piece]]:
 
 
 def _reader(
-    parts: list[Piece], shape: tuple[int, ...], files: Mapping[str, StoredTensor]
+    parts: list[Piece], shape: tuple[int, ...], files: Mapping[str, StoredTensor], dtype: np.dtype
 ) -> Callable[[Any], np.ndarray]:
     """Returns what reads a part of a parameter; a part that several devices hold is read once."""
     of_place = {piece.at: piece for piece in parts}
@@ -204,7 +213,7 @@ def _reader(
     @cache
     def read(index: Slices) -> np.ndarray:
         places = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-        out = tensor_files.empty([len(place) for place in places])
+        out = tensor_files.empty([len(place) for place in places], dtype)
         for here, at in zip(
             np.ndindex(*out.shape[:num_leading]), product(*places[:num_leading]), strict=True
         ):

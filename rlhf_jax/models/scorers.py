@@ -101,19 +101,22 @@ def check_scorer(directory: str | os.PathLike[str], scorer: Scorer) -> None:
     hf.checked_tensors(directory, scorer.architecture, open_tensors(Path(directory)), _head_shape(scorer))
 
 
-def load_scorer(directory: str | os.PathLike[str], scorer: Scorer, shardings: Params) -> Params:
-    """Returns a trunk and a score head with the normaliser folded into it, float32, as `hf.load_policy` does.
+def load_scorer(
+    directory: str | os.PathLike[str], scorer: Scorer, shardings: Params, dtype: hf.Dtype = "float32"
+) -> Params:
+    """Returns a trunk and a score head with the normaliser folded into it, as `hf.load_policy` does.
 
     Args:
         directory: config.json and safetensors.
         scorer: see `read_scorer`.
         shardings: of the parameters, in their tree.
+        dtype: of the trunk; the head is float32.
     Raises:
         ValueError: see `hf.load_policy`.
     """
     files = open_tensors(Path(directory))
     expected = hf.checked_tensors(directory, scorer.architecture, files, _head_shape(scorer))
-    trunk = hf.read_parameters(directory, expected, files, {"trunk": shardings["trunk"]})
+    trunk = hf.read_parameters(directory, expected, files, {"trunk": shardings["trunk"]}, dtype)
     kernel = jnp.asarray(files[SCORE][0], jnp.float32)
     head = fold_normalizer({"kernel": kernel, "bias": jnp.zeros((), jnp.float32)}, *scorer.normalizer)
     return trunk | {"score_head": place(head, shardings["score_head"])}

@@ -93,12 +93,12 @@ def open_tensor_file(directory: Path, name: str) -> dict[str, StoredTensor]:
     return _open(directory / name)
 
 
-def empty(shape: Sequence[int]) -> np.ndarray:
-    """Returns an uninitialised float32 array that a CPU device can use where it lies."""
-    size = 4 * prod(shape)
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Returns an uninitialised array that a CPU device can use where it lies."""
+    size = dtype.itemsize * prod(shape)
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(np.float32).reshape(shape)
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def copy_in_blocks(out: np.ndarray, values: np.ndarray, release: Callable[[], None]) -> None:

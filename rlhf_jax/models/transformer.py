@@ -20,7 +20,7 @@ from rlhf_jax.models.heads import SCORE_HEAD_AXES, zero_score_head
 from rlhf_jax.models.lora import Lora, adapter_of
 from rlhf_jax.models.rope import rotation
 from rlhf_jax.models.row_attention import Implementation, row_attention
-from rlhf_jax.sharding import constrain, num_parts
+from rlhf_jax.sharding import HOST_MEMORY, constrain, num_parts
 
 POLICY = ("trunk", "lm_head")
 """The parts of a whole policy; with tied embeddings there is no LM head."""
@@ -36,7 +36,7 @@ _REMAT_POLICIES = {
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[RESIDUAL],
         offload_src="device",
-        offload_dst="pinned_host",
+        offload_dst=HOST_MEMORY,
     ),
 }
 

@@ -11,6 +11,7 @@ def test_the_table_of_every_stage_is_printed_and_nothing_is_written(run_train, t
     config = tmp_path / "short.yaml"
     config.write_text(SHORT.replace("num_kv_heads: 1", "num_kv_heads: 2").format(dir=tmp_path / "run"))
     flags = ["--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.axes.mlp", "none", "--print_sharding"]
+    flags += ["--stages.ppo.model.frozen_memory", "host", "--stages.ppo.model.frozen_dtype", "bfloat16"]
     done = run_train(["--config", config, *flags], env={"JAX_NUM_CPU_DEVICES": "8"})
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()
@@ -36,6 +37,16 @@ def test_the_table_of_every_stage_is_printed_and_nothing_is_written(run_train, t
         "reward",
     ]
     assert [line.count("optimiser") for line in ppo.splitlines()[-4:]] == [1, 1, 0, 0]
+    # Frozen models that wait in the host's memory take none of a device.
+    trained, frozen = (
+        {tuple(re.split(r"\s{2,}", line)[-2:]) for line in ppo.splitlines() if line.startswith(f"{role} ")}
+        for role in ("policy", "reference")
+    )
+    assert {device for _, device in frozen} == {"host"} and "host" not in {device for _, device in trained}
+    (reference,) = (line for line in ppo.splitlines() if line.startswith("reference: "))
+    assert reference.endswith(" of each device on the host")
+    assert "in the host's memory of each" in ppo.splitlines()[0]
+    assert "host" not in sft.splitlines()[0]
     assert reward.startswith("[reward] ")
     for stage in (sft, reward, ppo):  # as at the start of every run
         assert stage.splitlines()[0] in done.stderr

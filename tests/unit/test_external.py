@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import stage
 from rlhf_jax.batch import Rows
 from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.models import heads
+from rlhf_jax.models.scorers import save_scorer
 from rlhf_jax.programs import reward_program
+from rlhf_jax.reward_origin import External
 from rlhf_jax.rewards.external import ExternalReward, RewardReader, render
 from tests import tiny
 
@@ -118,6 +123,28 @@ def test_the_score_is_read_before_trailing_pads_as_in_transformers():
     assert rows.lengths.tolist() == [3, 1, 0, 0]
     rows, _ = reader(tokenizer=None, pad_id=None).rows(of_policy, records, completions, np.array([True] * 4))
     assert rows.lengths.tolist() == [4, 2, 0, 0]
+
+
+def test_it_is_stored_as_frozen_models_are(tmp_path):
+    """model.frozen_dtype and model.frozen_memory: read in bfloat16 and kept by the host, it says the same."""
+    mesh = tiny.mesh()
+    save_scorer(tmp_path, tiny.ARCHITECTURE, tiny.weights("reward", mesh, seed=3), "reward")
+    external = External(tmp_path, tiny.ARCHITECTURE, reader(tokenizer=None, pad_id=PAD))
+
+    def made(**options):
+        of = SimpleNamespace(external=external, stage=tiny.stage("ppo", model=options))
+        return stage._external_reward(of, mesh)
+
+    in_host = made(frozen_dtype="bfloat16", frozen_memory="host")
+    frozen = in_host._frozen["reward"]
+    kinds = {(leaf.dtype.name, leaf.sharding.memory_kind) for leaf in jax.tree.leaves(frozen["trunk"])}
+    assert kinds == {("bfloat16", "pinned_host")}
+    assert frozen["score_head"]["kernel"].dtype == jnp.float32
+    rows = rollout_rows([BOS, 7, 8, EOS], [BOS, 9, 10, 11, 12])
+    given = rows, [PromptOnly("")] * 2, [""] * 2, np.array([True] * 4)
+    found, rounded, whole = (of(*given)[0] for of in (in_host, made(frozen_dtype="bfloat16"), made()))
+    np.testing.assert_array_equal(found, rounded)
+    assert 1e-4 < np.max(np.abs(found - whole)) < 0.1
 
 
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2}])

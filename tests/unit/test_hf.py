@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from rlhf_jax.config import MeshConfig
 from rlhf_jax.models import hf, tensor_files
 from rlhf_jax.models.families import from_hf
 from rlhf_jax.models.transformer import make_model
+from rlhf_jax.programs import role_shardings
 from rlhf_jax.sharding import make_mesh
 from tests import random_llama, tiny
 from tests.random_llama import CONFIG, SHAPES, random_tensors
@@ -41,6 +43,19 @@ def test_save_and_load_keeps_every_bit(tmp_path, one_device_mesh, tied):
     files = sorted((tmp_path / "out").iterdir())
     assert [path.name for path in files] == ["config.json", "generation_config.json", "model.safetensors"]
     assert len({path.stat().st_mode for path in files}) == 1  # who may read the one may read the others
+
+
+@pytest.mark.parametrize("stored", get_args(hf.Dtype))
+def test_what_is_read_in_bfloat16_is_rounded_as_jax_rounds(tmp_path, one_device_mesh, stored):
+    """Of float16 too, which has more digits and fewer exponents."""
+    architecture, model = from_hf(CONFIG), make_model(from_hf(CONFIG))
+    params = jax.jit(model.init_policy)(jax.random.key(0))
+    hf.save_policy(tmp_path, architecture, params, stored)
+    shardings = role_shardings(model, one_device_mesh, "policy")
+    loaded = hf.load_policy(tmp_path, architecture, shardings, "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype("bfloat16")}
+    wide = hf.load_policy(tmp_path, architecture, shardings)
+    assert_trees_equal(loaded, jax.tree.map(jnp.bfloat16, wide))
 
 
 def test_transformers_generates_with_our_token_ids(tmp_path):
