@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import Array
 
 Params = dict  # a pure dict pytree of arrays with string keys
+ADAPTER = "_adapter"
+"""Ends the name of an adapter, a tree {a, b}, after that of the weight beside which it stands."""
 
 
 class Mean(NamedTuple):

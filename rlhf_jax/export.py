@@ -33,7 +33,7 @@ from rlhf_jax.models.peft import write_adapter
 from rlhf_jax.models.scorers import Role, save_scorer
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.options import did_you_mean
-from rlhf_jax.origins import is_stage_dir, stored_adapters, stored_architecture
+from rlhf_jax.origins import base_dir, checked_base, is_of_stage, stored_adapters, stored_architecture
 from rlhf_jax.roles import load_adapter, load_policy, load_trained_scorer
 from rlhf_jax.sharding import make_mesh
 
@@ -175,19 +175,15 @@ def export_adapter(
 ) -> None:
     """Writes a stage's adapter as a directory of PEFT's, which appears when it is whole.
 
+    The model that it is for is not read, and need not be there. Other arguments, and errors, are those of
+    `export_stage`; an adapter of a reward or value model has a score head with it.
+
     Args:
-        run_dir: of the run.
-        config: of the run.
-        name: of the stage.
-        out: to be made.
-        mesh: where the parameters are put on their way.
         base: name or path of the model that it is for; by default the one that the stage started from.
-        role: see `export_stage`; an adapter of a reward or value model has a score head with it.
-        dtype: of the weights.
 
     Raises:
-        ValueError: no such stage or role, it has no adapters, or they are for a stage and not for a model
-            that PEFT could load.
+        ValueError: the stage has no adapters; they are for a stage and not for a model that PEFT could load;
+            or what lies where that model was is another one now.
     """
     found = _find(run_dir, config, name, role)
     lora = stored_adapters(found.info)
@@ -197,11 +193,14 @@ def export_adapter(
             "--adapter out"
         )
     start = found.chain[-1].start_from or found.chain[-1].model.path
-    if not base and (start in {stage.name for stage in config.stages} or is_stage_dir(Path(start))):
+    if not base and is_of_stage(found.info):
         raise ValueError(
             f"--adapter: it is for the model of the stage {start}, which PEFT cannot load; export that as "
             "well, and name the directory, or where it will be found, with --base"
         )
+    there = base_dir(found.directory, found.info)
+    if not base and there is not None and there.is_dir():
+        checked_base(found.directory, found.info)
     base = base or start
     adapted, revision = split_name(base) if is_hub(base) else (base, "")
     revision = read_commits(run_dir).get(base, revision)

@@ -116,11 +116,16 @@ def adapters_of(stage: StageConfig, architecture: Architecture) -> Lora | None:
     return Lora(cfg.rank, cfg.alpha, choose_targets(architecture, cfg.targets), cfg.rslora)
 
 
-def check_start(where: Origins, lora: Lora, architecture: Architecture) -> None:
+def check_start(stage: StageConfig, where: Origins, lora: Lora, architecture: Architecture) -> None:
     """Raises ValueError where the adapter that a stage goes on with cannot be read, or is of another kind."""
     if where.adapter is None:
         return
-    stored = check_adapter(where.adapter, architecture)
+    stored, has_head = check_adapter(where.adapter, architecture)
+    if has_head and "reward" not in ALGORITHMS[stage.algorithm].trains:
+        raise ValueError(
+            f"lora.path: the adapter in {where.adapter} has a score head, which a stage that runs "
+            f"{stage.algorithm} would drop: it is a reward model's; name an adapter of a language model"
+        )
     if stored != lora:
         raise ValueError(
             f"lora.path: the adapter in {where.adapter} has rank: {stored.rank}, alpha: {stored.alpha}, "
@@ -168,12 +173,24 @@ def _sum_of_parts(file: Path, num_parts: int = 256, part: int = 2**16) -> tuple[
     return size, crc
 
 
+def is_same_base(stored: dict[str, Any] | None, here: dict[str, Any] | None) -> bool:
+    """Returns whether two of `adapter_info`'s bases are one model in one type, wherever it lies."""
+    if stored is None or here is None:
+        return stored is here
+    return all(stored[key] == here[key] for key in ("fingerprint", "dtype"))
+
+
 def base_dir(path: Path, info: dict[str, Any]) -> Path | None:
     """Returns the directory of the model that a stage's adapters belong to; None where it has no adapters."""
     base = info.get("base")
     if base is None:
         return None
     return path.parent / base["stage"] if "stage" in base else Path(base["path"])
+
+
+def is_of_stage(info: dict[str, Any]) -> bool:
+    """Returns whether a checkpoint's adapters belong to the model of a stage, be it there or not."""
+    return info["base"]["fingerprint"].startswith("step ")  # see checkpoint.fingerprint
 
 
 def reward_adapter_info(path: Path | None) -> dict[str, Any] | None:
@@ -190,12 +207,11 @@ def check_base(stage: StageConfig, where: Origins, lora: Lora) -> None:
     if info is None:
         return
     assert where.policy is not None and where.reward is not None
-    of_reward = base_dir(where.reward, info)
-    assert of_reward is not None
-    if of_reward.resolve() != where.policy.resolve():
+    if not where.policy.is_dir() or fingerprint(where.policy) != info["base"]["fingerprint"]:
         raise ValueError(
-            f"{where.reward} holds adapters of {of_reward}, but the base of this stage is {where.policy}; "
-            "train the reward model from the same, or with lora.rank 0: it then is a model of its own"
+            f"{where.reward} holds adapters of {base_dir(where.reward, info)}, but the base of this stage is "
+            f"{where.policy}, which is another model, or has changed since; train the reward model from the "
+            "same, or with lora.rank 0: it then is a model of its own"
         )
     ours = {"lora": lora._asdict(), "dtype": stage.model.base_dtype}
     stored = stored_adapters(info)

@@ -177,7 +177,7 @@ def _plan(
         attempt(check_length, stage, algorithm, architecture)
         lora = attempt(adapters_of, stage, architecture)
         if lora is not None:
-            attempt(check_start, where, lora, architecture)
+            attempt(check_start, stage, where, lora, architecture)
     train, held_out = examples("train"), examples("eval")
     external = None
     if architecture is not None and train is not None:

@@ -23,7 +23,7 @@ from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import Model, make_model
-from rlhf_jax.origins import adapter_info, adapters_of, fingerprint
+from rlhf_jax.origins import adapter_info, adapters_of, fingerprint, is_same_base
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit
 from rlhf_jax.rewards.combine import Judge
@@ -118,11 +118,12 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
                     f"stage {stage.name}: the records of data.train are not those that it was trained on "
                     f"until step {newest}; restore them, or choose another run.dir"
                 )
-            if info.get("base") != base:
+            if not is_same_base(info.get("base"), base):
                 raise ValueError(
                     f"stage {stage.name}: {plan.origins.policy} is not the model any more to which its "
                     f"adapters belonged until step {newest}; put that back, or choose another run.dir"
                 )
+            info |= {} if base is None else {"base": base}  # it may have moved
             if distributed.is_first():
                 print(f"[{stage.name}] goes on after step {newest}", file=sys.stderr)
         writer.resume(0 if newest is None else newest + 1)

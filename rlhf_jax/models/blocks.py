@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from rlhf_jax.batch import Params
+from rlhf_jax.batch import ADAPTER, Params
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.experts import choose_experts, run_experts
-from rlhf_jax.models.lora import SUFFIX, Lora, with_adapter
+from rlhf_jax.models.lora import Lora, with_adapter
 from rlhf_jax.models.rope import Rotation, rotate
 from rlhf_jax.sharding import Peers, by_tokens, lookup
 
@@ -264,12 +264,12 @@ def _add_adapters(module: nnx.Module, rngs: nnx.Rngs, lora: Lora | None, num_inp
     """Puts adapters beside those of the module's weights that are targets; how many dimensions are inputs."""
     for name, count in num_inputs.items():
         if lora is not None and name in lora.targets:
-            setattr(module, f"{name}{SUFFIX}", Adapter(getattr(module, name), count, lora, rngs))
+            setattr(module, f"{name}{ADAPTER}", Adapter(getattr(module, name), count, lora, rngs))
 
 
 def _adapted(out: Array, module: nnx.Module, name: str, x: Array) -> Array:
     """Returns a weight's products with x plus its adapter's, where it has one."""
-    adapter = getattr(module, f"{name}{SUFFIX}", None)
+    adapter = getattr(module, f"{name}{ADAPTER}", None)
     return out if adapter is None else out + adapter(x)
 
 

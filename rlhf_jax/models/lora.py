@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rlhf_jax.batch import Params
+from rlhf_jax.batch import ADAPTER, Params
 from rlhf_jax.models.architecture import Architecture
 
-SUFFIX = "_adapter"
 ATTENTION = ("q", "k", "v", "o")
 FEED_FORWARD = ("gate", "up", "down")
 
@@ -71,7 +70,7 @@ def adapter_of(params: Params) -> Params:
     """Returns the adapter in a tree that `with_adapter` made, without the branches that have none."""
     found = {}
     for name, node in params.items():
-        if name.endswith(SUFFIX):
+        if name.endswith(ADAPTER):
             found[name] = node
         elif isinstance(node, dict) and (inner := adapter_of(node)):
             found[name] = inner
@@ -88,7 +87,7 @@ def merge(trunk: Params, adapter: Params, lora: Lora) -> Params:
     """
     merged = {}
     for name, node in trunk.items():
-        own = adapter.get(name + SUFFIX)
+        own = adapter.get(name + ADAPTER)
         if isinstance(node, dict):
             merged[name] = merge(node, adapter.get(name, {}), lora)
         else:

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.batch import Params
+from rlhf_jax.batch import ADAPTER, Params
 from rlhf_jax.models import hf, tensor_files
 from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.models.lora import ATTENTION, FEED_FORWARD, SUFFIX, Lora
+from rlhf_jax.models.lora import ATTENTION, FEED_FORWARD, Lora
 from rlhf_jax.models.scorers import SCORE
 from rlhf_jax.models.tensor_files import NewTensor, StoredTensor
 from rlhf_jax.models.tensor_tables import Layout
@@ -94,12 +94,16 @@ class _Stored(NamedTuple):
     """Of each target, which of its module's rank are its own."""
 
 
-def check_adapter(directory: str | os.PathLike[str], architecture: Architecture) -> Lora:
-    """Returns the rank, scale and targets that `read_adapter` would return, or raises what it would raise.
+def check_adapter(directory: str | os.PathLike[str], architecture: Architecture) -> tuple[Lora, bool]:
+    """Returns rank, scale and targets of what `read_adapter` would return, and whether it has a score head.
 
     Headers alone are read, and B where several parameters lie in one tensor.
+
+    Raises:
+        ValueError: see there.
     """
-    return _open(Path(directory), architecture).lora
+    stored = _open(Path(directory), architecture)
+    return stored.lora, _PREFIX + SCORE in stored.files
 
 
 def read_adapter(
@@ -125,7 +129,7 @@ def read_adapter(
         )
     layers: dict[str, Params] = {}
     for target, parts in stored.parts.items():
-        group, name = _GROUPS[target], target + SUFFIX
+        group, name = _GROUPS[target], target + ADAPTER
         factors = _stack(parts, stored.rows[target], stored, architecture.num_layers)
         at = {} if shardings is None else shardings["layers"][group][name]
         layers.setdefault(group, {})[name] = {key: _place(x, at.get(key)) for key, x in factors.items()}
@@ -399,9 +403,9 @@ def _place(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
 def _leaves(adapter: Params) -> dict[str, Params]:
     layers = adapter["layers"]
     return {
-        target: layers[group][target + SUFFIX]
+        target: layers[group][target + ADAPTER]
         for target, group in _GROUPS.items()
-        if target + SUFFIX in layers.get(group, {})
+        if target + ADAPTER in layers.get(group, {})
     }
 
 

@@ -91,7 +91,7 @@ def merged(params, adapter):
 def test_a_model_with_an_adapter_of_peft_has_its_logits_here(name, golden, base, tmp_path):
     theirs = write_theirs(tmp_path / "theirs", golden, name)
     adapter = read_adapter(theirs, architecture(name))
-    assert check_adapter(theirs, architecture(name)) == adapter.lora
+    assert check_adapter(theirs, architecture(name)) == (adapter.lora, name == "llama_scorer")
     assert (adapter.score_head is not None) == (name == "llama_scorer")
     ours = logits(name, merged(base(name), adapter), adapter.score_head)
     np.testing.assert_allclose(ours, golden[f"{name}/logits"], rtol=0, atol=1e-4)
@@ -318,10 +318,15 @@ def test_other_tensors_are_refused(theirs):
         check_adapter(theirs.parent, of)
 
 
-def test_experts_are_not_adapted_and_their_attention_is(theirs):
-    """The rows of Mixtral's attention are those of a Llama's."""
+def test_experts_are_not_adapted_and_their_attention_is(theirs, tmp_path):
+    """The rows of Mixtral's attention are those of a Llama's, and are written under the same names."""
     mixtral = from_hf(tiny_mixtral())
-    assert check_adapter(theirs, mixtral).targets == ("q", "v")
+    lora, params, _ = read_adapter(theirs, mixtral)
+    assert lora.targets == ("q", "v")
+    write_adapter(tmp_path / "ours", mixtral, lora, params, "base")
+    written, expected = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "ours", theirs))
+    assert written.keys() == expected.keys()
+    assert all(np.array_equal(written[name], expected[name]) for name in expected)
     change_tensors(
         theirs,
         lambda tensors: tensors.update(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import export
+from rlhf_jax.checkpoint import load_info
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.models import hf
 from rlhf_jax.models.lora import merge
@@ -81,6 +84,62 @@ def test_the_adapter_on_its_base_is_the_merged_export(finished, tmp_path):
     card = (adapter / "README.md").read_text()
     assert "library_name: peft\nbase_model: base\n" in card and "lora.rank 2, lora.alpha 3.0" in card
     assert (adapter / "tokenizer_config.json").is_file() and not (adapter / "config.json").exists()
+
+
+def test_an_adapter_is_exported_without_its_base(finished, tmp_path, capsys):
+    """What is written does not depend on it; where another model lies in its place, that is told."""
+    whole = exported(finished, tmp_path / "whole", "sft", "--adapter")
+    (finished / "base").rename(tmp_path / "base")
+    try:
+        alone = exported(finished, tmp_path / "alone", "sft", "--adapter")
+        hf.save_policy(finished / "base", ARCHITECTURE, MODEL.init_policy(jax.random.key(1)))
+        flags = ["--run", str(finished / "run"), "--stage", "sft", "--adapter", "--out", str(tmp_path / "x")]
+        assert export.main(flags) == 2
+        assert "base, which is not the model any more that it was; put that back" in capsys.readouterr().err
+        exported(finished, tmp_path / "named", "sft", "--adapter", "--base", "hub:owner/base")
+        shutil.rmtree(finished / "base")
+    finally:
+        (tmp_path / "base").rename(finished / "base")
+    assert sorted(path.name for path in whole.iterdir()) == sorted(path.name for path in alone.iterdir())
+    for path in whole.iterdir():
+        assert path.read_bytes() == (alone / path.name).read_bytes(), path.name
+    named = tmp_path / "named" / "adapter_model.safetensors"
+    assert named.read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_after_its_base_has_moved(finished, run_train, tmp_path):
+    """The same model in another place is its base from then on; another model in its place is refused."""
+    text = CONFIG.format(dir=".", adapters=ADAPTERS)
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(finished / "base", here / "base")
+    keep = [line for line in text.splitlines() if not re.search("name: (whole|reward),|^reward_model", line)]
+    (here / "config.yaml").write_text("\n".join([*keep, "checkpoint: {every: 1, keep: 9}"]))
+    command = ["--config", "config.yaml"]
+    done = run_train(command, cwd=here)
+    assert done.returncode == 0, done.stderr
+    here.rename(there)
+    stage = there / "run" / "sft"
+    metrics = (there / "run" / "metrics.jsonl").read_text()
+    (stage / "result.json").unlink()
+    shutil.rmtree(stage / "checkpoints" / "2")
+    (there / "base").rename(tmp_path / "base")
+    hf.save_policy(there / "base", ARCHITECTURE, MODEL.init_policy(jax.random.key(1)))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "base" / name, there / "base" / name)
+    refused = run_train(command, cwd=there)
+    assert refused.returncode == 2
+    assert "base is not the model any more to which its adapters belonged until step 1" in refused.stderr
+    shutil.rmtree(there / "base")
+    (tmp_path / "base").rename(there / "base")
+    done = run_train(command, cwd=there)
+    assert done.returncode == 0, done.stderr
+    assert "[sft] goes on after step 1" in done.stderr
+    losses = [
+        [json.loads(line)["loss/nll"] for line in text.splitlines() if "loss/nll" in line]
+        for text in (metrics, (there / "run" / "metrics.jsonl").read_text())
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0]
+    assert load_info(stage)["base"]["path"] == str(there / "base")
 
 
 def test_a_reward_models_adapter_has_its_head_and_names_the_export_that_it_is_for(finished, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Where the roles' parameters come from: the normaliser, the value model's start, buffers of their own."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ from rlhf_jax.data.collate import Row
 from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.records import Preference, PromptCompletion
 from rlhf_jax.data.token_rows import token_rows
+from rlhf_jax.lowering import abstract_roles
 from rlhf_jax.models.forward import make_forward
 from rlhf_jax.models.scorers import Normalizer, save_scorer
 from rlhf_jax.origins import Origins, adapter_info, check_base
 from rlhf_jax.plan import Plan
+from rlhf_jax.programs import role_parts
 from rlhf_jax.roles import load_policy, load_reward, load_roles
 from rlhf_jax.stage import _normalized
 from tests import tiny
@@ -170,15 +173,24 @@ def test_eight_devices_load_what_one_loads(tmp_path, programs, mesh):
         assert tiny.relative_difference(a, b) < 1e-6
 
 
+def kind_of(leaf):
+    return leaf.shape, leaf.dtype, leaf.sharding.memory_kind or "device"
+
+
 def test_frozen_models_in_host_memory_and_in_bfloat16_are_what_they_are_elsewhere(mesh):
     """They are copied to the device for the score pass; trained roles stay float32 on it."""
     options = {"frozen_memory": "host", "frozen_dtype": "bfloat16"}
     trained, frozen = roles_of("ppo", mesh, model=options)
+    stage = tiny.stage("ppo", model=options)
+    parts = {role: of for role, of in role_parts(stage, ALGORITHMS["ppo"]).items() if role != "reward"}
+    planned = abstract_roles(stage, parts, MODEL, mesh)
+    assert_alike = partial(jax.tree.map, lambda x, y: np.testing.assert_equal(kind_of(x), kind_of(y)))
+    assert_alike(planned, (trained, frozen))
     (leaf, *_) = jax.tree.leaves(frozen["reference"])
     assert (leaf.sharding.memory_kind, leaf.dtype) == ("pinned_host", jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
     assert {x.sharding.memory_kind for x in jax.tree.leaves(trained)} == {"device"}
-    in_host = tiny.programs(tiny.stage("ppo", model=options), mesh)
+    in_host = tiny.programs(stage, mesh)
     rollout = in_host.rollout(trained, frozen, tiny.prompts(), jax.random.key(0))
     found, _ = in_host.score(trained, frozen, rollout)
     rounded = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), frozen)
@@ -224,11 +236,17 @@ def test_a_hydra_starts_from_the_reward_model_s_adapter_on_the_same_base(tmp_pat
     merged = jax.jit(make_forward(MODEL, 8).scores)({"reward": whole}, {}, demonstrations)
     np.testing.assert_allclose(of_base, merged, rtol=1e-5, atol=1e-5)
 
-    other = Origins(tmp_path / "other", reward)
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    save_stage(other, "sft", "separate", mesh, {"policy": tiny.weights("policy", mesh, seed=9)}, {})
     with pytest.raises(ValueError, match="holds adapters of .*sft, but the base of this stage is .*other"):
-        check_base(stage, other, lora)
+        check_base(stage, Origins(other, reward), lora)
     with pytest.raises(ValueError, match="holds adapters of another kind"):
         check_base(stage, where, lora._replace(alpha=1.0))
+    sft.rename(moved)
+    again, _ = load_roles(stage, ALGORITHMS["ppo"], Origins(moved, reward), hydra, mesh, ROOT)
+    assert_equal(again["value"], trained["value"])
+    with pytest.raises(ValueError, match="base of this stage is .*sft, which is another model, or has"):
+        check_base(stage, where, lora)
 
 
 def examples(kind, rows):
