@@ -38,9 +38,10 @@ from rlhf_jax.rewards.functions import load_function
 
 MAY_DIFFER = re.compile(
     r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates)$|mesh\.|distributed\.|"
-    r"stages\.[^.]+\.checkpoint\.|stages\.[^.]+\.data\.cache_dir$|stages\.[^.]+\.model\.frozen_memory$",
+    r"stages\.[^.]+\.(checkpoint\.|data\.cache_dir$|"
+    r"model\.(frozen_memory|remat|attention|logprob_chunk)$)",
 )
-"""Options that may change between a run's start and its resumption."""
+"""Options that may change between a run's start and its resumption: what is computed stays the same."""
 
 KINDS: dict[str, Kind] = {"sft": "prompt_completion", "reward_model": "preference", "ppo": "prompt_only"}
 """What an algorithm reads (the registry of algorithms says so too; a test compares them)."""
@@ -324,7 +325,7 @@ def check_lora(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf
             f"{path('model', 'frozen_dtype')}: the adapters of {judge.name!r} belong to a base in "
             f"{judge.model.base_dtype}, this stage's is in {stage.model.base_dtype}; give both the same"
         )
-    if replace(judge.lora, path="") != replace(stage.lora, path=""):
+    if _are_other(judge.lora, stage.lora):
         yield (
             f"stages.{stage.name}.reward_from: {judge.name!r} has other adapters, {_told(judge.lora)} where "
             f"this stage has {_told(stage.lora)}; give both the same lora"
@@ -336,6 +337,15 @@ def _root(stage: StageConfig, earlier: dict[str, StageConfig]) -> str:
     while stage.start_from in earlier:
         stage = earlier[stage.start_from]
     return stage.start_from or stage.model.path or stage.name
+
+
+def _are_other(one: LoraConfig, other: LoraConfig) -> bool:
+    """Returns whether two sections make adapters that differ, whatever the model is.
+
+    Where one of them names no targets, these depend on the model, and the plan compares them.
+    """
+    targets = set(one.targets) != set(other.targets) if one.targets and other.targets else False
+    return targets or replace(one, path="", targets=()) != replace(other, path="", targets=())
 
 
 def _told(lora: LoraConfig) -> str:
@@ -502,9 +512,11 @@ def check_run_directory(cfg: Config) -> Iterator[str]:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns {path: value} of a tree; stages go by their names."""
+    """Returns {path: value} of a tree; stages go by their names, and lora.targets have one order."""
     if isinstance(tree, list) and prefix == "stages.":
         tree = {str(entry.get("name")): entry for entry in tree if isinstance(entry, dict)}
+    if isinstance(tree, list) and prefix.endswith(".lora.targets."):
+        tree = sorted(map(str, tree))
     if not isinstance(tree, dict):
         return {prefix.removesuffix("."): tree}
     return {

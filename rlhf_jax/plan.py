@@ -242,6 +242,12 @@ def _check_base(stage: StageConfig, where: Origins, lora: Lora, earlier: dict[st
             f"{stage.reward_from} holds adapters of {judge.origins.policy}, but the base of this stage is "
             f"{where.policy}; let both start from the same, or train that with lora: {{rank: 0}}"
         )
+    elif judge.stage.lora.rank and (theirs := adapters_of(judge.stage, judge.architecture)) != lora:
+        assert theirs is not None
+        raise ValueError(
+            f"{stage.reward_from} has adapters of {', '.join(theirs.targets)}, this stage of "
+            f"{', '.join(lora.targets)}; give both the same lora.targets"
+        )
 
 
 def _reward_is_whole(stage: StageConfig, where: Origins, earlier: dict[str, Plan]) -> bool:

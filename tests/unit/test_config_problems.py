@@ -653,6 +653,9 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
         "--checkpoint.every=7",
         "--stages.ppo.checkpoint.keep=9",
         "--run.log_every=1",
+        "--model.remat=full",
+        "--model.attention=xla",
+        "--model.logprob_chunk=64",
     ]
     assert problems(CHAIN, *may_differ, "--run.tensorboard=true", "--run.num_samples=0") == []
     with pytest.raises(SystemExit):  # what only shows a configuration runs into no directory

@@ -1,10 +1,17 @@
 """Options of adapters and sharing: which fit each other, and which would be ignored."""
 
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from rlhf_jax.command_line import read_config
 from rlhf_jax.config import LoraConfig
 from rlhf_jax.config_file import dump_config
+from rlhf_jax.origins import Origins, adapters_of
+from rlhf_jax.plan import _check_base
+from tests import tiny
 
 HYDRA = """
 run: {dir: RUN}
@@ -14,6 +21,7 @@ stages:
   - {name: ppo, algorithm: ppo, from: sft, reward_from: reward, model: {sharing: hydra}}
 lora: {rank: 4, targets: [q, v]}
 """
+OTHER_ORDER = HYDRA.replace("hydra}", "hydra}, lora: {targets: [v, q]}")
 CHOICES = "a list of 'q', 'k', 'v', 'o', 'gate', 'up', 'down'"
 
 
@@ -26,6 +34,36 @@ def test_a_chain_of_adapters_reads_and_round_trips(write):
     assert read_config(["--config", write(dump_config(cfg))]) == cfg
     by_flag = read_config(["--config", write(HYDRA), "--lora.targets", "[up]"])
     assert by_flag.stages[2].lora.targets == ("up",)
+
+
+def test_the_order_of_targets_does_not_matter(write, problems, tmp_path):
+    """Neither to the base that two stages share nor to a run that is resumed."""
+    assert problems(OTHER_ORDER) == []
+    (tmp_path / "run").mkdir()
+    cfg = read_config(["--config", write(HYDRA)])
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(cfg))
+    assert problems(HYDRA) == problems(OTHER_ORDER) == []
+    (line,) = problems(HYDRA, "--lora.targets=[q]")
+    assert "stages.ppo.lora.targets was ['q', 'v'], is ['q']" in line
+
+
+def test_targets_that_one_stage_leaves_open_are_compared_when_the_model_is_known(problems):
+    """Empty are all that the model has, which may be those that the other names."""
+    assert problems(HYDRA.replace("hydra}", "hydra}, lora: {targets: []}")) == []
+    reward, ppo = (tiny.stage(*of) for of in (("reward_model", "lora"), ("ppo", "hydra")))
+    ppo = dataclasses.replace(ppo, reward_from="reward")
+    where = Origins(Path("sft"), Path("reward"))
+
+    def check(targets):
+        judged = dataclasses.replace(reward, lora=dataclasses.replace(reward.lora, targets=targets))
+        judge = SimpleNamespace(stage=judged, origins=where, architecture=tiny.ARCHITECTURE)
+        _check_base(ppo, where, adapters_of(ppo, tiny.ARCHITECTURE), {"reward": judge})
+
+    check(("up", "down", "gate", "o", "v", "k", "q"))
+    with pytest.raises(
+        ValueError, match="reward has adapters of q, v, this stage of q, k, v, o, gate, up, d"
+    ):
+        check(("v", "q"))
 
 
 @pytest.mark.parametrize(
