@@ -266,7 +266,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
     """The optimiser. Adafactor's learning rate is relative to a matrix's root mean square. Muon is for the
-    blocks' matrices; embeddings, heads, norms, biases and adapters have AdamW, at the same learning rate."""
+    blocks' matrices and adapters; embeddings, heads, norms and biases have AdamW, at the same rate."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"

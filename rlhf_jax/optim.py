@@ -12,11 +12,11 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from rlhf_jax.batch import Params
+from rlhf_jax.batch import ADAPTER, Params
 from rlhf_jax.config import OptimizerConfig
 
-MATRICES = {"q": (1, 2), "k": (1, 2), "v": (1, 2), "o": (2, 1)}
-MATRICES |= dict.fromkeys(("gate", "up", "down", "router"), (1, 1))
+_MATRICES = {"q": (1, 2), "k": (1, 2), "v": (1, 2), "o": (2, 1)}
+_MATRICES |= dict.fromkeys(("gate", "up", "down", "router"), (1, 1))
 """Leaf names of the blocks' matrices, and over how many dimensions inputs and outputs go; these are the last,
 and before them stand the layers, and the experts of a mixture."""
 
@@ -78,7 +78,8 @@ def make_optimizer(
                 direction = m / (1 - beta1^n) / (sqrt(v / (1 - beta2^n)) + eps)
     lion        direction = sign(beta1 m + (1 - beta1) g);   m <- beta2 m + (1 - beta2) g
     adafactor   see `_adafactor`; the learning rate is relative to the size of what it changes
-    muon        see `_muon`, of the blocks' matrices; AdamW of norms, biases, embeddings, heads and adapters
+    muon        see `_muon`, of the blocks' matrices and their adapters'; AdamW of norms, biases, embeddings
+                and heads
 
     State, updates and what they are computed from are float32. Norms and biases are not decayed. A gradient
     that is not finite gives updates that are not finite: `step.py` skips those. The norm before clipping is
@@ -143,8 +144,8 @@ def _muon(momentum: float) -> optax.GradientTransformation:
     m <- beta m + (1 - beta) g
     direction = 0.2 sqrt(max(in, out)) NewtonSchulz5(beta m / (1 - beta^(n+1)) + (1 - beta) g / (1 - beta^n))
 
-    Stacked layers and experts are matrices of their own. The products have the platform's precision: on a TPU
-    bfloat16, as its authors compute them.
+    Stacked layers and experts are matrices of their own, and so are both factors of an adapter. The products
+    have the platform's precision: on a TPU bfloat16, as its authors compute them.
 
     Source: Jordan 2024, https://kellerjordan.github.io/posts/muon; the size is that of arXiv:2502.16982
         eq. 4, with which one learning rate serves matrices and AdamW.
@@ -158,7 +159,7 @@ def _muon(momentum: float) -> optax.GradientTransformation:
 
     def dimensions(params: optax.Params) -> Any:
         def of(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers:
-            inputs, outputs = MATRICES[path[-1].key]
+            inputs, outputs = _dimensions(path)
             split = leaf.ndim - outputs
             return optax.contrib.MuonDimensionNumbers(
                 tuple(range(split - inputs, split)), tuple(range(split, leaf.ndim))
@@ -206,12 +207,25 @@ def _adafactor() -> optax.GradientTransformation:
 
 
 def _kinds(params: optax.Params) -> Any:
-    return jax.tree.map_with_path(lambda path, _: "matrix" if path[-1].key in MATRICES else "other", params)
+    return jax.tree.map_with_path(lambda path, _: "matrix" if any(_dimensions(path)) else "other", params)
+
+
+def _dimensions(path: Any) -> tuple[int, int]:
+    """Returns over how many dimensions inputs and outputs of a matrix go; zeros of what is none.
+
+    Of an adapter's factors a [..., in, rank] and b [..., rank, out] the weight that they stand beside tells.
+    """
+    name = path[-1].key
+    weight = path[-2].key.removesuffix(ADAPTER) if len(path) > 1 else ""
+    if name in ("a", "b") and weight in _MATRICES:
+        inputs, outputs = _MATRICES[weight]
+        return (inputs, 1) if name == "a" else (1, outputs)
+    return _MATRICES.get(name, (0, 0))
 
 
 def _matrix_shape(path: Any, leaf: Array) -> tuple[int, ...]:
-    """Returns (..., in, out) of one of MATRICES, the heads and their dimensions being one."""
-    inputs, outputs = MATRICES[path[-1].key]
+    """Returns (..., in, out) of a matrix, the heads and their dimensions being one."""
+    inputs, outputs = _dimensions(path)
     split = leaf.ndim - outputs
     sizes = math.prod(leaf.shape[split - inputs : split]), math.prod(leaf.shape[split:])
     return (*leaf.shape[: split - inputs], *sizes)
@@ -219,7 +233,7 @@ def _matrix_shape(path: Any, leaf: Array) -> tuple[int, ...]:
 
 def _factored_shape(path: Any, leaf: Array) -> tuple[int, ...]:
     """Returns the shape in which a leaf's second moment is factored; its own where it is not."""
-    if path[-1].key not in MATRICES:
+    if not any(_dimensions(path)):
         return leaf.shape
     shape = _matrix_shape(path, leaf)
     return shape if min(shape[-2:]) >= FACTORED_FROM else leaf.shape
@@ -227,7 +241,7 @@ def _factored_shape(path: Any, leaf: Array) -> tuple[int, ...]:
 
 def _one_of_a_stack(path: Any, leaf: Array) -> tuple[int, ...]:
     """Returns the dimensions of one matrix or vector; those before are layers and experts."""
-    if path[-1].key in MATRICES:
-        return tuple(range(leaf.ndim - sum(MATRICES[path[-1].key]), leaf.ndim))
+    if any(dimensions := _dimensions(path)):
+        return tuple(range(leaf.ndim - sum(dimensions), leaf.ndim))
     is_stacked = any(part.key == "layers" for part in path)
     return tuple(range(int(is_stacked), leaf.ndim))

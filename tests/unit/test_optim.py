@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from rlhf_jax.config import OptimizerConfig
-from rlhf_jax.optim import decay_mask, make_optimizer, make_schedule
+from rlhf_jax.optim import _kinds, _matrix_shape, decay_mask, make_optimizer, make_schedule
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,12 @@ def test_two_steps_worked_by_hand():
 SHAPES = {  # two layers, two experts, two heads of three
     "embed": {"embedding": (5, 4)},
     "layers": {
-        "attention": {"q": (2, 4, 2, 3), "o": (2, 2, 3, 4), "q_bias": (2, 2, 3)},
+        "attention": {
+            "q": (2, 4, 2, 3),
+            "q_adapter": {"a": (2, 4, 5), "b": (2, 5, 2, 3)},
+            "o": (2, 2, 3, 4),
+            "q_bias": (2, 2, 3),
+        },
         "mlp": {"up": (2, 2, 4, 6), "down": (2, 2, 6, 4), "router": (2, 4, 2)},
         "norm": {"scale": (2, 4)},
     },
@@ -113,6 +119,8 @@ SHAPES = {  # two layers, two experts, two heads of three
 BLOCKS = {  # what is one matrix or vector
     "q": (2, 4, 6),
     "o": (2, 6, 4),
+    "a": (2, 4, 5),
+    "b": (2, 5, 6),
     "q_bias": (2, 6),
     "up": (4, 4, 6),
     "down": (4, 6, 4),
@@ -121,7 +129,7 @@ BLOCKS = {  # what is one matrix or vector
     "embedding": (1, 5, 4),
     "kernel": (1, 4, 5),
 }
-MATRICES = ("q", "o", "up", "down", "router")
+MATRICES = ("q", "o", "up", "down", "router", "a", "b")
 
 
 def random_tree(seed, scale):
@@ -216,6 +224,16 @@ def test_muon_s_update_of_each_matrix_is_nearly_orthogonal():
             values = np.linalg.svd(part, compute_uv=False) / (0.2 * np.sqrt(max(part.shape)))
             assert values.min() > 0.5 and values.max() < 1.3, name
             assert np.sqrt(np.mean(part**2)) == pytest.approx(0.2, rel=0.3)
+
+
+def test_muon_knows_both_factors_of_every_adapter_as_matrices():
+    """Of the model's own names: inputs and heads are one dimension, and layers are apart."""
+    adapter = tiny.model(tiny.stage("sft", "lora")).shapes["adapter"]
+    assert set(jax.tree.leaves(_kinds(adapter))) == {"matrix"}
+    shapes = jax.tree.map_with_path(_matrix_shape, adapter)["layers"]
+    assert shapes["attention"]["o_adapter"] == {"a": (2, 32, 3), "b": (2, 3, 32)}
+    assert shapes["attention"]["k_adapter"] == {"a": (2, 32, 3), "b": (2, 3, 16)}
+    assert shapes["mlp"]["down_adapter"] == {"a": (2, 48, 3), "b": (2, 3, 32)}
 
 
 @pytest.mark.parametrize("name, betas", [("adamw", (0.9, 0.999)), ("lion", (0.9, 0.99))])
