@@ -11,11 +11,14 @@ import pytest
 from rlhf_jax.models.kv_cache import unstack
 from rlhf_jax.models.lora import Lora, choose_targets, merge
 from rlhf_jax.models.transformer import make_model
+from rlhf_jax.programs import part_shardings
+from rlhf_jax.sharding import batch_sharding, traced_on
 from tests import tiny
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 LORA = Lora(rank=3, alpha=6.0, targets=ALL)
 MODEL = make_model(tiny.ARCHITECTURE, lora=LORA)
+MIXTURE = dataclasses.replace(tiny.ARCHITECTURE, num_experts=4, experts_per_token=2)
 INIT = jax.jit(MODEL.init_adapter)
 HIDDEN = jax.jit(MODEL.hidden)
 ROWS = tiny.rows(4)
@@ -63,6 +66,30 @@ def test_roles_on_one_trunk_are_the_merged_models(trunk):
     assert float(jnp.max(jnp.abs(found[0] - found[1]))) > 0.01
 
 
+@pytest.mark.parametrize("sizes", [{}, pytest.param({"expert": 2}, marks=pytest.mark.slow)])
+def test_a_mixture_of_experts_has_adapters_on_its_attention_alone(sizes):
+    """Loss and gradients are those of the merged model, also where the experts are on several devices."""
+    lora = LORA._replace(targets=choose_targets(MIXTURE, ()))
+    model = make_model(MIXTURE, lora=lora)
+    assert set(model.shapes["adapter"]["layers"]) == {"attention"}
+    trunk = jax.jit(model.init_trunk)(jax.random.key(0))
+    trunk = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, trunk)
+    own = {"layers": {"attention": adapter(1)["layers"]["attention"]}}
+
+    def loss(hidden):
+        return jnp.mean(jnp.sin(hidden))
+
+    merged = jax.jit(jax.value_and_grad(lambda own: loss(model.hidden(merge(trunk, own, lora), ROWS.tokens))))
+    mesh = tiny.mesh(**sizes)
+    on_mesh = traced_on(
+        mesh, lambda own, trunk, tokens: loss(model.hidden_of_roles(trunk, (own,), tokens)[0])
+    )
+    shardings = part_shardings(model, mesh, ("adapter", "trunk"))
+    placed = jax.device_put((own, trunk), (shardings["adapter"], shardings["trunk"]))
+    found = jax.jit(jax.value_and_grad(on_mesh))(*placed, jax.device_put(ROWS.tokens, batch_sharding(mesh)))
+    assert tiny.relative_difference(found, merged(own)) < 1e-5
+
+
 def test_gradients_of_an_adapter_are_those_through_the_merged_model(trunk):
     """dL/dA and dL/dB of every target, under remat as well."""
     own = adapter(1)
@@ -89,15 +116,14 @@ def test_targets_alone_have_adapters():
 
 def test_all_targets_are_those_that_a_model_has():
     ungated = dataclasses.replace(tiny.ARCHITECTURE, gated=False)
-    mixture = dataclasses.replace(tiny.ARCHITECTURE, num_experts=4, experts_per_token=2)
     assert choose_targets(tiny.ARCHITECTURE, ()) == ALL
     assert choose_targets(tiny.ARCHITECTURE, ("v", "q")) == ("q", "v")
     assert choose_targets(ungated, ()) == ("q", "k", "v", "o", "up", "down")
-    assert choose_targets(mixture, ()) == ("q", "k", "v", "o")
+    assert choose_targets(MIXTURE, ()) == ("q", "k", "v", "o")
     with pytest.raises(ValueError, match="'gate': this model's MLP has no gate; choose of q, k, v, o, up"):
         choose_targets(ungated, ("q", "gate"))
     with pytest.raises(ValueError, match="'up': experts have no adapters; choose of q, k, v, o"):
-        choose_targets(mixture, ("up",))
+        choose_targets(MIXTURE, ("up",))
 
 
 def test_small_adapters_are_not_lost_while_decoding_in_bfloat16():
