@@ -51,6 +51,15 @@ def fresh_adapter(stage: StageConfig, stages: Container[str]) -> str:
     return ""
 
 
+def _has_whole_judge(stage: StageConfig, stages: Mapping[str, StageConfig]) -> bool:
+    """Returns whether a stage's reward model may be a model of its own, and not an adapter of its base."""
+    judge = stages.get(stage.reward_from)
+    if judge is None or judge.lora.rank == 0:
+        return bool(stage.reward_from)
+    ours, theirs = (of.start_from or of.model.path for of in (stage, judge))
+    return ours != theirs
+
+
 def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, str]:
     """Returns {section, or section.option: why} of what a stage does not read.
 
@@ -85,7 +94,7 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         reasons["model.frozen_memory"] = "only a ppo stage has models that are not needed all the time"
         if not has_base:
             reasons["model.frozen_dtype"] = "the stage has no frozen model, for lora.rank is 0"
-    elif stage.model.sharing == "hydra" and not stage.reward_from:
+    elif stage.model.sharing == "hydra" and not _has_whole_judge(stage, stages):
         reasons["model.frozen_memory"] = "the base of model.sharing 'hydra' is needed all the time"
 
     data = stage.data

@@ -111,6 +111,12 @@ def test_targets_that_one_stage_leaves_open_are_compared_when_the_model_is_known
             "both start from the same, or train reward with lora: {rank: 0}: it then is a model of its own",
         ),
         (
+            "sharing: hydra}",
+            "sharing: hydra, frozen_memory: host}",
+            "stages.ppo.model.frozen_memory: would be ignored: the base of model.sharing 'hydra' is needed "
+            "all the time",
+        ),
+        (
             "from: sft}",
             "from: sft, model: {sharing: trunk}}",
             "stages.reward.model.sharing: would be ignored: only a ppo stage has roles that could share",
