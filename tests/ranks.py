@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import subprocess
@@ -14,6 +15,18 @@ from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ("-m", "rlhf_jax.train")
+
+
+_started: list[subprocess.Popen[str]] = []
+
+
+@atexit.register
+def kill_all() -> None:
+    """Kills what is left of all processes: a test that fails does not wait for its own."""
+    for process in _started:
+        process.kill()
+        process.wait()
+    _started.clear()
 
 
 class Result(NamedTuple):
@@ -36,6 +49,7 @@ class Ranks:
         *,
         devices: int = 2,
         env: Mapping[str, str] | Sequence[Mapping[str, str]] = (),
+        flags: Sequence[Sequence[str | Path]] = (),
     ) -> None:
         """Starts them.
 
@@ -44,11 +58,13 @@ class Ranks:
             args: of Python, such as [*TRAIN, "--config", path].
             devices: CPU devices of each.
             env: further variables, of all or of each.
+            flags: further arguments, of each.
         """
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         own = [env] * count if isinstance(env, Mapping) else list(env) or [{}] * count
+        more = list(flags) or [()] * count
         self.started = time.monotonic()
         self.processes: list[subprocess.Popen[str]] = []
         self._files: list[tuple[IO[str], IO[str]]] = []
@@ -64,7 +80,7 @@ class Ranks:
             }
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, *map(str, args)],
+                    [sys.executable, *map(str, args), *map(str, more[rank])],
                     env=os.environ | variables | own[rank],
                     cwd=ROOT,
                     stdin=subprocess.DEVNULL,
@@ -74,6 +90,7 @@ class Ranks:
                 )
             )
             self._files.append(files)
+            _started.append(self.processes[-1])
 
     def said(self, rank: int) -> str:
         """Returns what a process has written to stderr until now."""
@@ -90,8 +107,7 @@ class Ranks:
                 if rank not in seconds and process.poll() is not None
             }
             if now > timeout:
-                for process in self.processes:
-                    process.kill()
+                kill_all()
                 told = "\n".join(f"--- rank {rank}:\n{self.said(rank)}" for rank in range(len(self._files)))
                 raise AssertionError(f"only ranks {sorted(seconds)} ended within {timeout} s\n{told}")
             time.sleep(0.02)
@@ -107,10 +123,11 @@ def launch(
     *,
     devices: int = 2,
     env: Mapping[str, str] | Sequence[Mapping[str, str]] = (),
+    flags: Sequence[Sequence[str | Path]] = (),
     timeout: float = 300,
 ) -> list[Result]:
     """Returns how each process of a run ended; see `Ranks`."""
-    return Ranks(count, args, devices=devices, env=env).wait(timeout)
+    return Ranks(count, args, devices=devices, env=env, flags=flags).wait(timeout)
 
 
 def _text(file: IO[str]) -> str:
