@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rlhf_jax import watchdog
 from rlhf_jax.distributed import num_processes, process_id
 
 TOLD = (ValueError, OSError)
@@ -23,10 +24,11 @@ def exchanged(value: Any) -> list[Any]:
     if num_processes() == 1:
         return [value]
     told = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(told.size)).tolist()
-    padded = np.zeros(max(sizes), np.uint8)
-    padded[: told.size] = told
-    every = multihost_utils.process_allgather(padded)
+    with watchdog.waiting():
+        sizes = multihost_utils.process_allgather(np.int32(told.size)).tolist()
+        padded = np.zeros(max(sizes), np.uint8)
+        padded[: told.size] = told
+        every = multihost_utils.process_allgather(padded)
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
 
 

@@ -28,10 +28,15 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from jax.errors import JaxRuntimeError
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.multihost import multihost as orbax_multihost
+from orbax.checkpoint.experimental.v1._src.synchronization import multihost as orbax_multihost_v1
 
+from rlhf_jax import watchdog
 from rlhf_jax.agreement import on_first, together
 from rlhf_jax.batch import Params
+from rlhf_jax.config import DistributedConfig
 from rlhf_jax.distributed import num_processes, process_id
 from rlhf_jax.files import replace_file, to_json
 
@@ -104,7 +109,7 @@ class CheckpointReader:
         }
         _check_match(self._path(step), stored, {name: _kind(leaf) for name, leaf in wanted.items()})
         target = {name: _abstract_leaf(leaf) for name, leaf in wanted.items()}
-        with _partial_load():
+        with watchdog.paused(), _partial_load():
             loaded = ocp.load(str(self._path(step)), target)
         return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
 
@@ -145,11 +150,19 @@ class Checkpointer(CheckpointReader):
     as a context manager.
     """
 
-    def __init__(self, directory: Path | str, keep: int) -> None:
-        """Names the directory, and how many of the newest checkpoints stay."""
+    def __init__(
+        self, directory: Path | str, keep: int, timeout: int = DistributedConfig.save_timeout
+    ) -> None:
+        """Makes nothing yet.
+
+        Args:
+            directory: of the checkpoints.
+            keep: how many of the newest ones stay.
+            timeout: seconds after which a save that is not done has failed.
+        """
         super().__init__(directory)
         assert keep >= 1, keep
-        self.keep = keep
+        self.keep, self._timeout = keep, timeout
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[int] | None = None
         self._newest: int | None = None  # once known to be good
@@ -165,6 +178,10 @@ class Checkpointer(CheckpointReader):
         Raises:
             ValueError: the step is already saved.
         """
+        with watchdog.paused():
+            self._save(step, state, info)
+
+    def _save(self, step: int, state: Any, info: dict[str, Any]) -> None:
         self.wait()
         path = self._path(step)
         on_first(partial(self._clear, path))
@@ -175,7 +192,8 @@ class Checkpointer(CheckpointReader):
             "info": json.loads(json.dumps(info)),  # a copy, and an error here rather than in the background
             "leaves": {name: _kind(leaf) for name, leaf in leaves.items()},
         }
-        written = ocp.save_async(str(path), leaves)
+        with _patient(self._timeout):
+            written = ocp.save_async(str(path), leaves)
         self._pending = self._thread.submit(self._finish, written, path, manifest)
 
     def latest(self) -> int | None:
@@ -189,7 +207,8 @@ class Checkpointer(CheckpointReader):
         """Returns when the save in progress is finished; raises its error if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._newest = together(pending.result)
+            with watchdog.paused():
+                self._newest = together(pending.result)
 
     def close(self) -> None:
         """Waits for the save in progress and gives up the background thread."""
@@ -213,7 +232,10 @@ class Checkpointer(CheckpointReader):
             if error is None:
                 self.wait()
             elif self._pending is not None:  # other processes may not have met the error, and not come here
-                with suppress(OSError, TimeoutError):  # the error that brought us here is to be told
+                with (
+                    watchdog.paused(),
+                    suppress(OSError, TimeoutError),
+                ):  # the error that brought us here is to be told
                     self._pending.result(None if num_processes() == 1 else PATIENCE)
         finally:
             self._thread.shutdown(wait=error is None or num_processes() == 1)
@@ -224,6 +246,11 @@ class Checkpointer(CheckpointReader):
             written.result()
         except ValueError as error:  # TensorStore raises nothing else where a file cannot be written
             raise OSError(errno.EIO, f"cannot be saved: {error}", str(path)) from error
+        except (TimeoutError, JaxRuntimeError) as error:
+            if not isinstance(error, TimeoutError) and "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            why = f"is not saved after {self._timeout} s (distributed.save_timeout): {error}"
+            raise TimeoutError(errno.ETIMEDOUT, why, str(path)) from error
         if process_id() == 0:  # Orbax is done when all processes have written
             replace_file(path / MANIFEST, to_json(manifest | {"files": _files(path)}, indent=1))
             older = [step for step in self._steps() if step < manifest["step"]]
@@ -280,6 +307,12 @@ def fingerprint(stage_dir: Path | str) -> str:
     return f"step {step}, {zlib.crc32(to_json(files).encode()):08x}"
 
 
+def saved_step(stage_dir: Path | str) -> int | None:
+    """Returns the newest step of a stage that has been saved, by its manifest's name; None: there is none."""
+    reader = CheckpointReader(Path(stage_dir) / "checkpoints")
+    return max((step for step in reader._steps() if (reader._path(step) / MANIFEST).is_file()), default=None)
+
+
 def write_result(stage_dir: Path | str, step: int, figures: dict[str, Any]) -> None:
     """Marks a stage as done: writes its result.json atomically.
 
@@ -323,6 +356,16 @@ def _newest(stage_dir: Path | str) -> tuple[CheckpointReader, int]:
             "run: it then trains the steps after it again"
         )
     return reader, step
+
+
+def _patient(timeout: int) -> ocp.Context:
+    """Returns Orbax's settings for a save that may take so many seconds."""
+    # How long processes wait for each other in it is no setting of Orbax's, but a constant of two modules.
+    for module in (orbax_multihost, orbax_multihost_v1):
+        vars(module)["_DEFAULT_BARRIER_TIMEOUT"] = timeout
+    context = ocp.Context()
+    context.async_options.timeout_secs = timeout
+    return context
 
 
 def _partial_load() -> ocp.Context:
@@ -423,4 +466,5 @@ def _crc(path: Path) -> int:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
+            watchdog.beat()
     return crc

@@ -256,8 +256,11 @@ class DistributedConfig:
     shutdown_timeout: PositiveInt = 60
     """Until a process that is done no longer waits for the others to be done as well."""
     step_timeout: Count = 1800
-    """Until a run whose steps make no progress, compiling and saving aside, counts as hung and is ended with
-    the stacks of all threads, also where it has one process; 0: never."""
+    """Until a stage in which neither a step nor the loading of its models makes progress on any process,
+    compiling and saving aside, counts as hung and is ended with the stacks of all threads; 0: never."""
+    save_timeout: PositiveInt = 1200
+    """Until a checkpoint that is not written by then, on all processes, counts as failed, which ends the
+    run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,11 @@ What is not public in JAX is read here alone.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,24 +32,57 @@ MARGIN = 15
 PATIENCE = 10.0
 """Seconds of waiting for the other processes that are not mentioned."""
 WEEK = 7 * 24 * 3600
+OF_ONE_HOST = ("rlhf_jax.data.token_cache", "rlhf_jax.stop_signals")
+"""Modules whose warnings are not those that process 0 gives as well."""
 
 _lifeline: Lifeline | None = None
 
 
-def initialize(cfg: DistributedConfig, *, stops_together: bool = True) -> None:
+def initialize(cfg: DistributedConfig, idle: Callable[[], float] = lambda: 0.0) -> None:
     """Connects this process with the others of the run, if there are any; a second call does nothing.
 
-    Must come before any device is touched. From then on a failure of one process ends all of them.
+    Must come before any device is touched. From then on a failure of one process ends all of them, and what
+    all would warn of, process 0 does.
 
     Args:
-        cfg: reads the timeouts but step_timeout.
-        stops_together: SIGTERM waits for `stop_is_due`; else it ends the process, and that the others.
+        cfg: reads the timeouts of the beginning, the end and the signs of life.
+        idle: returns for how many seconds this process has made no progress.
     Raises:
         ValueError: the environment is wrong, or JAX does not find the others.
     """
-    global _lifeline
     if jax.distributed.is_initialized():
         return
+    _connect(cfg)
+    if _lifeline is None:
+        return
+    _lifeline.idle = idle
+    if not is_first():
+        logging.getLogger("rlhf_jax").setLevel(logging.ERROR)
+        for name in OF_ONE_HOST:
+            logging.getLogger(name).setLevel(logging.WARNING)
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is no line of ours, such as gloo's words on connections, is no result
+    jax.devices()  # are made by all processes together: none may wait for another before
+
+
+def fail(text: str, code: int, *, may_follow: bool = False, is_told: bool = False) -> None:
+    """Ends every process of the run, if there are several; returns where this one is alone.
+
+    Where they are not yet connected, they are now: else the others would wait for this one, and hear of no
+    reason. See `Lifeline.fail` for the arguments.
+    """
+    if not jax.distributed.is_initialized():
+        try:
+            _connect(DistributedConfig())
+        except ValueError as error:  # wrong, or nobody is there to be told
+            print(f"rlhf_jax: the other processes are not told: {error}", file=sys.stderr)
+    if _lifeline is not None:
+        _lifeline.fail(text, code, may_follow=may_follow, is_told=is_told)
+
+
+def _connect(cfg: DistributedConfig) -> None:
+    """Connects with the other processes, if there are any, but touches no device. Raises ValueError."""
+    global _lifeline
     arguments = _of_environment()
     if arguments is None:
         return
@@ -55,7 +90,7 @@ def initialize(cfg: DistributedConfig, *, stops_together: bool = True) -> None:
     told_late = threading.Timer(PATIENCE, _tell_of_waiting, [told, cfg.initialization_timeout])
     told_late.daemon = True
     told_late.start()
-    jax.config.update("jax_enable_preemption_service", stops_together)
+    jax.config.update("jax_enable_preemption_service", False)  # it would have the handler of SIGTERM
     try:
         jax.distributed.initialize(
             **arguments,
@@ -64,15 +99,17 @@ def initialize(cfg: DistributedConfig, *, stops_together: bool = True) -> None:
             shutdown_timeout_seconds=cfg.shutdown_timeout,
         )
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the processes of the run did not find each other ({told}): {error}") from error
+        raise ValueError(
+            f"the processes of the run did not find each other ({told}) in {cfg.initialization_timeout} s "
+            "(distributed.initialization_timeout). Look whether every one of them was started, each with a "
+            "process_id of its own, at what the others' logs end with, and whether the coordinator, which is "
+            f"in process 0, can be reached from this host: {error}"
+        ) from error
     finally:
         told_late.cancel()
     if num_processes() > 1:
         _lifeline = Lifeline(_client(), process_id(), num_processes(), cfg.heartbeat_timeout)
         _lifeline.start()
-        sys.stdout = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what is no line of ours, such as gloo's words on connections, is no result
-        jax.devices()  # are made by all processes together: none may wait for another before
 
 
 def lifeline() -> Lifeline | None:
@@ -99,16 +136,6 @@ def wait_for_all(name: str) -> None:
     """Returns when every process of the run has come here; each name may be used once."""
     if num_processes() > 1:
         _client().wait_at_barrier(f"rlhf_jax/{name}", WEEK * 1000)
-
-
-def stop_is_due(count: int) -> bool:
-    """Returns whether SIGTERM came to a process, and all of them have agreed to stop at this count.
-
-    Args:
-        count: of the calls, the same in all processes, growing by one.
-    """
-    manager = _jax_distributed.global_state.preemption_sync_manager
-    return manager is not None and manager.reached_sync_point(count)
 
 
 def _client() -> Any:

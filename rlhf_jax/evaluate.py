@@ -49,7 +49,14 @@ ALGORITHM_OF: dict[Role, str] = {"policy": "sft", "reward": "reward_model"}
 """The algorithm whose held-out figures are those of a role."""
 SECTIONS = ("data", "model", "tokenizer", "mesh", "distributed")
 """Sections of the configuration that a measurement reads."""
-UNREAD = ("data.length_buckets", "data.train", "data.eval", "model.remat", "distributed.step_timeout")
+UNREAD = (
+    "distributed.step_timeout",
+    "distributed.save_timeout",
+    "data.length_buckets",
+    "data.train",
+    "data.eval",
+    "model.remat",
+)
 """Options of these sections that it does not read."""
 CHUNK = 4096  # tokens whose logits exist at once, unless a flag says otherwise
 
@@ -83,9 +90,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found = measure(args.model, args.data, args.batch_size, others)
     except (ValueError, OSError) as error:
-        if (lifeline := distributed.lifeline()) is not None:
-            lifeline.fail(f"rlhf_jax: {error}", 2, may_follow=is_of_another(error) or is_of_runtime(error))
-        print(f"rlhf_jax: {error}", file=sys.stderr)
+        message = f"rlhf_jax: {error}"
+        may_follow = is_of_another(error) or is_of_runtime(error)
+        if is_early := distributed.lifeline() is None:
+            print(message, file=sys.stderr, flush=True)
+        distributed.fail(message, 2, may_follow=may_follow, is_told=is_early)
         return 2
     distributed.wait_for_all("done")
     if not distributed.is_first():
@@ -117,7 +126,7 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
     """
     model = str(local_directory(model))
     first = read_stage("reward", model, data, batch_size, flags)
-    distributed.initialize(first.distributed, stops_together=False)
+    distributed.initialize(first.distributed)
     subject = find_subject(Path(model), data, first.data)
     architecture = stored_architecture(subject.path, subject.role)
     text = load_info(subject.path)["text"] if is_stage_dir(subject.path) else {}
@@ -131,7 +140,7 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
     check_length(stage, algorithm, architecture)
     examples = load_examples(stage.data, algorithm.records, "eval", tokenizer, stage.run.seed)
     ours = text_settings(tokenizer, stage.data, has_conversations=examples.has_conversations)
-    if text and (differing := text_difference(text, ours, TEXT_OF_MODEL)):
+    if distributed.is_first() and text and (differing := text_difference(text, ours, TEXT_OF_MODEL)):
         logger.warning("%s was trained on text that is treated otherwise: %s", subject.path, differing)
     check_alike(
         "models, records or their tokens", lambda: (fingerprint(subject.path), examples.fingerprint, ours)

@@ -36,6 +36,8 @@ GRACE = 8.0
 LINGER = 10.0
 """Seconds that process 0, and one that fails, stays for the others to read the note."""
 MOST_CHARACTERS = 100_000
+WATCHERS = ("lifeline", "watchdog")
+"""Threads without which a process would not hear of the others' failures."""
 KILLED = "it was killed, or its host or network is gone"
 
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
@@ -57,10 +59,29 @@ def is_of_runtime(error: BaseException | None) -> bool:
 
 def stacks() -> str:
     """Returns where every thread of this process is."""
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read()
+    try:
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read()
+    except OSError as error:
+        return f"(cannot be written to a temporary file: {error})\n"
+
+
+def tell(text: str, seconds: float = 5.0) -> None:
+    """Writes to stderr, as far as that is possible within some seconds.
+
+    It is not where a pipe is full that nobody reads any more, or closed; what ends a process goes on then.
+    """
+
+    def write() -> None:
+        with suppress(OSError, ValueError):
+            print(text.rstrip(), file=sys.stderr, flush=True)
+            sys.stdout.flush()
+
+    writer = threading.Thread(target=write, name="last words", daemon=True)
+    writer.start()
+    writer.join(seconds)
 
 
 class Store(Protocol):
@@ -115,7 +136,9 @@ class Lifeline:
         self.host = socket.gethostname()
         self.idle: Callable[[], float] = lambda: 0.0
         """Seconds since the last progress."""
-        self._store = store
+        self.errand: Callable[[], None] = lambda: None
+        """Called about once a second, as long as this process lives."""
+        self.store = store
         self._timeout = heartbeat_timeout
         self._seen: dict[int, tuple[Sign, float]] = {}  # rank -> its newest sign, and when it came
         self._number = 0
@@ -124,8 +147,13 @@ class Lifeline:
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
 
     def start(self) -> None:
-        """Watches until `stop`; from now on an exception that nothing handles ends every process."""
+        """Watches until `stop`; from now on an exception that nothing handles ends every process.
+
+        Also one in the threads that watch: without them, the others would wait for ever, or be told a wrong
+        reason.
+        """
         sys.excepthook = self._unhandled
+        threading.excepthook = self._unhandled_in_thread
         atexit.register(self.stop)  # before JAX's own hook, which was registered earlier, ends the service
         self._thread.start()
 
@@ -139,27 +167,31 @@ class Lifeline:
         others = [sign.idle for rank, (sign, _) in self._newest_signs().items() if rank != self.rank]
         return min([self.idle(), *others])
 
-    def fail(self, text: str, code: int, *, may_follow: bool = False) -> NoReturn:
-        """Prints the text, leaves it to the other processes, and ends this one.
+    def fail(self, text: str, code: int, *, may_follow: bool = False, is_told: bool = False) -> NoReturn:
+        """Prints the text, leaves it to the other processes, and ends this one, whatever happens meanwhile.
 
         Args:
             text: traceback or message.
             code: exit code of all processes.
             may_follow: the failure may be the consequence of another process's: that one is waited for, and
                 told instead.
+            is_told: the text has been printed already.
         """
         self._ending.acquire()
-        print(text.rstrip(), file=sys.stderr, flush=True)
-        own = Note(self.rank, self.host, f"failed:\n{text}", code)
-        cause = (may_follow and self._cause(GRACE)) or own
-        first = self._left(cause)
-        self._end(first, is_printed=first.text == own.text)
+        first = own = Note(self.rank, self.host, f"failed:\n{text}", code)
+        try:
+            if not is_told:
+                tell(text)
+            first = self._left((may_follow and self._cause(GRACE)) or own)
+        finally:
+            self._end(first, is_told=first.text == own.text)
 
     def _watch(self) -> None:
         unreachable_since, next_look = None, 0.0
         while not self._is_over.wait(PERIOD):
             try:
                 self._give_sign()
+                self.errand()
                 note = self._note()
                 if note is None and time.monotonic() > next_look:  # each process reads the signs of all
                     note = self._of_silent(self._timeout)
@@ -171,35 +203,38 @@ class Lifeline:
                     continue
                 note = self._of_unreachable()
             if note is not None and not self._is_over.is_set() and self._ending.acquire(blocking=False):
-                if note.code == HUNG:
-                    print(stacks(), file=sys.stderr)
-                self._end(self._left(note))
+                try:
+                    note = self._left(note)
+                    if note.code == HUNG:
+                        tell(stacks())
+                finally:
+                    self._end(note)
 
-    def _end(self, note: Note, *, is_printed: bool = False) -> NoReturn:
+    def _end(self, note: Note, *, is_told: bool = False) -> NoReturn:
         """Prints the note unless this process has said the same, and ends the process."""
-        if not is_printed:
-            print(note.told(), file=sys.stderr)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        with suppress(JaxRuntimeError):  # process 0 is gone: nobody is left to be told
-            self._mark("read")
-            if self.rank == 0:  # with it goes the store, and JAX aborts whoever is left
-                self._await("left")
-                time.sleep(PERIOD / 2)
-            elif self.rank == note.rank:  # with it goes what the others wait for, which makes noise
-                self._await("read")
-            self._mark("left")
-        os._exit(note.code)
+        try:
+            if not is_told:
+                tell(note.told())
+            with suppress(JaxRuntimeError):  # process 0 is gone: nobody is left to be told
+                self._mark("read")
+                if self.rank == 0:  # with it goes the store, and JAX aborts whoever is left
+                    self._await("left")
+                    time.sleep(PERIOD / 2)
+                elif self.rank == note.rank:  # with it goes what the others wait for, which makes noise
+                    self._await("read")
+                self._mark("left")
+        finally:
+            os._exit(note.code)
 
     def _mark(self, state: str) -> None:
-        self._store.key_value_set(f"{STATES}{self.rank}", state, allow_overwrite=True)
+        self.store.key_value_set(f"{STATES}{self.rank}", state, allow_overwrite=True)
 
     def _await(self, state: str) -> None:
         """Returns when the other processes are in this state or beyond, or are gone, or it takes too long."""
         deadline = time.monotonic() + LINGER
         while time.monotonic() < deadline:
             done = {
-                _rank(key) for key, found in self._store.key_value_dir_get(STATES) if found in (state, "left")
+                _rank(key) for key, found in self.store.key_value_dir_get(STATES) if found in (state, "left")
             }
             if len(done | {self.rank} | self._silent(SILENCE).keys()) >= self.num_processes:
                 return
@@ -209,14 +244,14 @@ class Lifeline:
         """Returns the note that the processes read: this one, or the one that was there before it."""
         cut = dataclasses.replace(note, text=note.text[-MOST_CHARACTERS:])
         try:
-            self._store.key_value_set(f"{NOTE}note", json.dumps(dataclasses.asdict(cut)))
+            self.store.key_value_set(f"{NOTE}note", json.dumps(dataclasses.asdict(cut)))
         except JaxRuntimeError:  # there is one already, or process 0 is gone
             with suppress(JaxRuntimeError):
                 return self._note() or note
         return note
 
     def _note(self) -> Note | None:
-        found = self._store.key_value_dir_get(NOTE)
+        found = self.store.key_value_dir_get(NOTE)
         return Note(**json.loads(found[0][1])) if found else None
 
     def _cause(self, seconds: float) -> Note | None:
@@ -235,14 +270,14 @@ class Lifeline:
     def _give_sign(self) -> None:
         self._number += 1
         sign = Sign(self.host, self._number, self.idle())
-        self._store.key_value_set(
+        self.store.key_value_set(
             f"{SIGNS}{self.rank}", json.dumps(dataclasses.asdict(sign)), allow_overwrite=True
         )
 
     def _newest_signs(self) -> Mapping[int, tuple[Sign, float]]:
         """Returns each process's newest sign, and when this process saw it first."""
         now = time.monotonic()
-        for key, value in self._store.key_value_dir_get(SIGNS):
+        for key, value in self.store.key_value_dir_get(SIGNS):
             rank, sign = _rank(key), Sign(**json.loads(value))
             if rank not in self._seen or self._seen[rank][0].number != sign.number:
                 self._seen[rank] = (sign, now)
@@ -271,6 +306,14 @@ class Lifeline:
     def _unhandled(self, kind: type[BaseException], error: BaseException, tb: Any) -> None:
         text = "".join(traceback.format_exception(kind, error, tb))
         self.fail(text, 1, may_follow=is_of_runtime(error))
+
+    def _unhandled_in_thread(self, args: threading.ExceptHookArgs) -> None:
+        name = args.thread.name if args.thread is not None else ""
+        if name not in WATCHERS or args.exc_value is None:
+            threading.__excepthook__(args)
+            return
+        text = "".join(traceback.format_exception(args.exc_value))
+        self.fail(f"{text}rlhf_jax: the thread {name!r} failed, so the run is ended", 1)
 
 
 def _rank(key: str) -> int:

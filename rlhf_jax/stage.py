@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax import distributed, keys
+from rlhf_jax import distributed, keys, watchdog
 from rlhf_jax.agreement import check_alike, on_first
 from rlhf_jax.batch import Params, Prompts, Rows, TrainState
 from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
@@ -71,7 +71,7 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     done = on_first(lambda: read_result(plan.directory))
     if done is not None:
         return done[1]
-    stage, algorithm = plan.stage, plan.algorithm
+    stage = plan.stage
     demonstrations = plan.demonstrations and plan.demonstrations.fingerprint
     check_alike(
         f"stage {stage.name}: the records of data.train and data.eval, or their tokens",
@@ -82,6 +82,13 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
         f"stage {stage.name}: the models that it starts from",
         lambda: [fingerprint(directory) for directory in directories if directory],
     )
+    with watchdog.watching(stage.distributed.step_timeout):
+        return _trained(plan, mesh, signals)
+
+
+def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
+    """Returns what a stage measured that was not done."""
+    stage, algorithm = plan.stage, plan.algorithm
     root = keys.stage_root(stage.run.seed, plan.number)
     is_online = algorithm.records == "prompt_only"
     model, programs = stage_programs(plan, mesh)
@@ -90,7 +97,9 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
         _online(plan, programs, frozen, mesh, root) if is_online else _offline(plan, programs, mesh)
     )
     with (
-        Checkpointer(plan.directory / "checkpoints", stage.checkpoint.keep) as checkpointer,
+        Checkpointer(
+            plan.directory / "checkpoints", stage.checkpoint.keep, stage.distributed.save_timeout
+        ) as checkpointer,
         MetricWriter(stage.run.dir, stage.name, stage.run.tensorboard) as writer,
     ):
         state = programs.init_state(trained)
@@ -128,13 +137,15 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
                 print(f"[{stage.name}] goes on after step {newest}", file=sys.stderr)
         writer.resume(0 if newest is None else newest + 1)
         trainer = Trainer(stage, programs, source, evaluate, writer, checkpointer, info, signals)
-        state = trainer.train(state, frozen, root)
-        if plan.demonstrations is not None and newest != int(state.step):
-            state = _normalized(plan, programs, state, frozen, mesh)
-        if checkpointer.latest() != int(state.step):
-            trainer.save(state)
-    result = _result(plan, trainer.info)
-    write_result(plan.directory, int(state.step), result)
+        with signals.deferred():
+            state = trainer.train(state, frozen, root)
+            if plan.demonstrations is not None and newest != int(state.step):
+                state = _normalized(plan, programs, state, frozen, mesh)
+            if checkpointer.latest() != int(state.step):
+                trainer.save(state)
+            checkpointer.wait()
+            result = _result(plan, trainer.info)
+            write_result(plan.directory, int(state.step), result)
     return result
 
 
@@ -204,6 +215,7 @@ def _normalized(plan: Plan, programs: Programs, state: TrainState, frozen: Param
     for batch, _ in loader.eval_batches():
         found = gathered(programs.scores(state.params, frozen, place_rows(mesh, batch)))
         scores.append(found[np.asarray(batch.sequence_mask)][:: of.rows_per_record])
+        watchdog.beat()
     every = np.concatenate(scores)
     std = every.std() if settings.normalizer == "mean_std" else 1.0
     aux = {"normalizer_mean": np.float32(every.mean()), "normalizer_std": np.float32(max(std, 1e-6))}

@@ -2,16 +2,19 @@
 
 The same command resumes an interrupted run. Exit codes: 0 done; 2 the configuration, the data or a checkpoint
 is wrong, or nothing can be written to the run directory, and each problem is named; 1 the run itself failed;
-87 it hung; 130 or 143 it was stopped by SIGINT or SIGTERM. Several processes of a run end with the same code.
+87 it hung; 130 or 143 it was stopped by SIGINT or SIGTERM: at once, or after a step where one is trained.
+Several processes of a run end with the same code.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +29,12 @@ if TYPE_CHECKING:
 
     from rlhf_jax.data.tokenizer import Tokenizer
     from rlhf_jax.plan import Plan
+    from rlhf_jax.stop_signals import StopSignals
 
-STOPPED = "stopped; the same command goes on from what is saved"
+OF_SEVERAL = ("RLHF_JAX_COORDINATOR", "RLHF_JAX_DISTRIBUTED", "TPU_WORKER_HOSTNAMES")
+"""Variables that are set where a process may be one of several, which takes importing JAX to know."""
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio")
+"""The same of files."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,9 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return _main(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt as error:  # or SIGTERM, while a stage is trained
-        print(file=sys.stderr)
-        return _failed(STOPPED, 128 + getattr(error, "signum", 2))
+    except KeyboardInterrupt:  # before anything was begun
+        return _failed("interrupted", 130)
 
 
 def _main(argv: list[str]) -> int:
@@ -45,20 +51,23 @@ def _main(argv: list[str]) -> int:
     try:
         config, wants_json = read_command_line(argv)
         shows_sharding = parse(argv).print_sharding
-    except ConfigError as error:
-        print(error, file=sys.stderr)
+    except (ConfigError, OSError) as error:
+        message = str(error) if isinstance(error, ConfigError) else f"rlhf_jax: {_reason(error, '--config')}"
+        print(message, file=sys.stderr, flush=True)
+        if any(name in os.environ for name in OF_SEVERAL) or any(map(os.path.exists, TPU_DEVICES)):
+            from rlhf_jax import distributed
+
+            distributed.fail(message, 2, is_told=True)
         return 2
-    except OSError as error:
-        return _failed(_reason(error, "--config"), 2)
 
     # Only now, so that a wrong configuration is told at once, and before any device is touched.
-    from rlhf_jax import distributed
+    from rlhf_jax import distributed, watchdog
     from rlhf_jax.agreement import is_of_another
     from rlhf_jax.failures import is_of_runtime
     from rlhf_jax.rewards.functions import RewardError
     from rlhf_jax.sharding import axis_rules
     from rlhf_jax.sharding_table import sharding_table
-    from rlhf_jax.stop_signals import Stopped
+    from rlhf_jax.stop_signals import Stopped, StopSignals
     from rlhf_jax.trainer import NotFiniteError
 
     has_begun, results = False, {}
@@ -73,15 +82,15 @@ def _main(argv: list[str]) -> int:
         return _failed(message, code)
 
     try:
-        distributed.initialize(config.stages[0].distributed)
-        with axis_rules(config.stages[0].mesh.axes):
+        distributed.initialize(config.stages[0].distributed, watchdog.idle)
+        with StopSignals() as signals, axis_rules(config.stages[0].mesh.axes):
             plans, mesh = prepare(config, writes=not shows_sharding)
             if shows_sharding:
                 if distributed.is_first():
                     print("\n\n".join(sharding_table(plan, mesh) for plan in plans))
             else:
                 has_begun = True
-                results = run(config, plans, mesh)
+                results = run(config, plans, mesh, signals)
         distributed.wait_for_all("done")
     except RewardError as error:
         return failed(f"{error}\nWhat was trained before is saved; the same command goes on.", 1, error)
@@ -96,12 +105,13 @@ def _main(argv: list[str]) -> int:
         return failed(error, 2, error)
     except OSError as error:
         return failed(_reason(error, config.run.dir), 1 if has_begun else 2, error)
-    except Stopped:
-        raise
-    except KeyboardInterrupt as error:
-        if distributed.lifeline() is None:
-            raise
-        return failed("interrupted", 130, error)
+    except KeyboardInterrupt as error:  # or SIGTERM
+        message = f"stopped by {error if isinstance(error, Stopped) else 'SIGINT'}; {_saved(config)}"
+        print(file=sys.stderr)
+        if isinstance(error, Stopped) and error.by_all:
+            return _failed(message, 128 + error.signum)
+        has_begun = False  # where it was says nothing
+        return failed(message, 128 + error.signum if isinstance(error, Stopped) else 130, error)
     if wants_json and not shows_sharding and distributed.is_first():
         print(to_json({"run": config.run.dir, "summary": results}))
     return 0
@@ -172,9 +182,14 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
     return plans, mesh
 
 
-def run(config: Config, plans: Sequence[Plan], mesh: Mesh) -> dict[str, dict]:
+def run(config: Config, plans: Sequence[Plan], mesh: Mesh, signals: StopSignals) -> dict[str, dict]:
     """Returns the figures of every stage by name; trains those that are not yet done, and exports the policy.
 
+    Args:
+        config: of the run.
+        plans: of its stages.
+        mesh: where everything lies.
+        signals: that stop it.
     Raises:
         ValueError: a checkpoint does not fit.
         RewardError: a reward function failed; what was trained is saved.
@@ -184,15 +199,13 @@ def run(config: Config, plans: Sequence[Plan], mesh: Mesh) -> dict[str, dict]:
     from rlhf_jax.agreement import on_first
     from rlhf_jax.export import export_stage, last_policy
     from rlhf_jax.stage import run_stage
-    from rlhf_jax.stop_signals import StopSignals
     from rlhf_jax.summary import comparisons, render_table, write_summary
 
     results, run_dir = {}, Path(config.run.dir)
-    with StopSignals() as signals:
-        for plan in plans:
-            results[plan.stage.name] = run_stage(plan, mesh, signals)
-            on_first(partial(write_summary, run_dir, results))
-            signals.check()
+    for plan in plans:
+        results[plan.stage.name] = run_stage(plan, mesh, signals)
+        on_first(partial(write_summary, run_dir, results))
+        signals.check()
     if (policy := last_policy(config)) and not on_first((run_dir / "export").exists):
         export_stage(run_dir, config, policy, run_dir / "export", mesh)
 
@@ -202,6 +215,21 @@ def run(config: Config, plans: Sequence[Plan], mesh: Mesh) -> dict[str, dict]:
 
     on_first(tell)
     return results
+
+
+def _saved(config: Config) -> str:
+    """Returns how far the stages have come that the same command need not repeat."""
+    from rlhf_jax.checkpoint import read_result, saved_step
+
+    told = []
+    for stage in config.stages:
+        directory = Path(config.run.dir) / stage.name
+        with suppress(OSError, ValueError):
+            if read_result(directory) is not None:
+                told.append(f"stage {stage.name} is done")
+            elif (step := saved_step(directory)) is not None:
+                told.append(f"stage {stage.name} is saved until step {step}")
+    return f"{', '.join(told) or 'nothing was trained yet'}; the same command goes on from there"
 
 
 def _failed(message: object, code: int) -> int:

@@ -102,10 +102,6 @@ class Trainer:
             RewardError: a reward function failed; what was trained until then is logged and saved.
             Stopped: SIGINT or SIGTERM came; the same.
         """
-        with watchdog.watching(self._stage.distributed.step_timeout):
-            return self._train(state, frozen, root)
-
-    def _train(self, state: TrainState, frozen: Params, root: Array) -> TrainState:
         num_steps = self._stage.settings.num_updates
         start, position = int(state.step), int(state.position)
         self._signals.check()
@@ -146,8 +142,7 @@ class Trainer:
                 self._log_pending(progress)
                 if int(state.step) > 0 and self._checkpointer.latest() != int(state.step):
                     self.save(state)
-                with watchdog.paused():
-                    self._checkpointer.wait()
+                self._checkpointer.wait()
                 raise
         return state
 
@@ -160,8 +155,7 @@ class Trainer:
         now = time.perf_counter()
         self.info["seconds"] += now - self._clock
         self._clock = now
-        with watchdog.paused():
-            self._checkpointer.save(int(state.step), state, self.info)
+        self._checkpointer.save(int(state.step), state, self.info)
 
     def _evaluated(self, state: TrainState, frozen: Params, step: int) -> dict[str, float]:
         start = time.perf_counter()

@@ -1,7 +1,9 @@
-"""Ends a step that hangs: JAX waits for ever where one process of several does not come.
+"""Ends a stage that hangs: JAX waits for ever where one process of several does not come.
 
 There is one watchdog in a process. It watches while `watching` is entered; whatever makes progress says so by
-`beat`. Where a run has several processes, it hangs when none of them makes progress.
+`beat`. Where a run has several processes, it hangs when none of them makes progress: one that is not among
+the steps, or not yet, is expected to come too. What may take as long as it takes, on any of them, is
+compiling, and what is done while the watchdog is `paused`, but for waiting for the others meanwhile.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 import jax
 
 from rlhf_jax import distributed
-from rlhf_jax.failures import HUNG, PERIOD, stacks
+from rlhf_jax.failures import HUNG, PERIOD, stacks, tell
 
 JAX, OURS = str(Path(jax.__file__).parent), str(Path(__file__).parent)
 COMPILERS = tuple(
@@ -29,11 +31,12 @@ COURTESY = 3 * PERIOD
 """Seconds in which a process that only waits lets another one, which hangs by itself, speak first."""
 
 _progress_at = time.monotonic()
-_num_pauses = 0
+_num_pauses = _num_waits = 0
+_thread = threading.main_thread().ident  # does the work
 
 
 def beat() -> None:
-    """Says that the step makes progress."""
+    """Says that the stage makes progress."""
     global _progress_at
     _progress_at = time.monotonic()
 
@@ -51,10 +54,27 @@ def paused() -> Iterator[None]:
 
 
 @contextmanager
+def waiting() -> Iterator[None]:
+    """While it is entered, the process waits for the others: that counts, also where the watchdog is paused.
+
+    Else one that waits while it saves would hide that another one hangs.
+    """
+    global _num_waits
+    if _num_pauses:
+        beat()
+    _num_waits += 1
+    try:
+        yield
+    finally:
+        _num_waits -= 1
+
+
+@contextmanager
 def watching(timeout: float) -> Iterator[None]:
     """While it is entered, so many seconds without a beat end the run, with the stacks of all threads.
 
     Time in which the thread that enters it compiles, or in which the watchdog is paused, does not count.
+    Where there are other processes, they are watched from here as well, wherever they are.
 
     Args:
         timeout: seconds; 0: it does not watch.
@@ -62,40 +82,42 @@ def watching(timeout: float) -> Iterator[None]:
     if timeout <= 0:
         yield
         return
+    global _thread
+    is_over, before = threading.Event(), _thread
+    _thread = threading.get_ident()
     beat()
-    is_over, lifeline = threading.Event(), distributed.lifeline()
-    watched = threading.get_ident()
-    watcher = threading.Thread(target=_watch, args=(timeout, watched, is_over), name="watchdog", daemon=True)
-    if lifeline is not None:
-        lifeline.idle = lambda: _idle(watched)
+    watcher = threading.Thread(target=_watch, args=(timeout, is_over), name="watchdog", daemon=True)
     watcher.start()
     try:
         yield
     finally:
         is_over.set()
         watcher.join()
-        if lifeline is not None:
-            lifeline.idle = lambda: 0.0
+        _thread = before
+        beat()
 
 
-def _idle(thread: int) -> float:
-    """Returns the seconds since the last beat; 0 while the thread compiles."""
-    if _num_pauses or any(name.startswith(COMPILERS) for name in _files(thread)):
+def idle() -> float:
+    """Returns the seconds since this process made progress, watched or not; 0 while it compiles or saves."""
+    is_busy = any(name.startswith(COMPILERS) for name in _files(_thread))
+    if is_busy or (_num_pauses and not _num_waits):
         beat()
     return time.monotonic() - _progress_at
 
 
-def _watch(timeout: float, thread: int, is_over: threading.Event) -> None:
+def _watch(timeout: float, is_over: threading.Event) -> None:
     while not is_over.wait(min(PERIOD, timeout / 4)):
-        if _idle(thread) < timeout:
+        if idle() < timeout:
             continue
         lifeline = distributed.lifeline()
         if lifeline is None:
-            print(_told(timeout), file=sys.stderr, flush=True)
-            os._exit(HUNG)
+            try:
+                tell(_told(timeout))
+            finally:
+                os._exit(HUNG)
         if lifeline.idle_of_all() < timeout:
             continue
-        waits = next(_files(thread), "").startswith((JAX, OURS))  # for a program, not in a user's function
+        waits = next(_files(_thread), "").startswith((JAX, OURS))  # for a program, not in a user's function
         if waits and is_over.wait(COURTESY):
             return
         if lifeline.idle_of_all() >= timeout:
@@ -109,9 +131,9 @@ def _told(timeout: float) -> str:
     )
 
 
-def _files(thread: int) -> Iterator[str]:
+def _files(thread: int | None) -> Iterator[str]:
     """Yields the files of the functions that a thread is in, the innermost first."""
-    frame = sys._current_frames().get(thread)
+    frame = sys._current_frames().get(thread or 0)
     while frame is not None:
         yield frame.f_code.co_filename
         frame = frame.f_back

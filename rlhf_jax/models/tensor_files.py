@@ -21,6 +21,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from rlhf_jax import watchdog
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_TYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 SHARD_BYTES = 5 * 10**9  # what transformers takes as the limit of a file
@@ -113,6 +115,7 @@ def copy_in_blocks(out: np.ndarray, values: np.ndarray, release: Callable[[], No
         block = (*[slice(None)] * axis, slice(start, start + step))
         out[block] = values[block]
         release()
+        watchdog.beat()
 
 
 def are_equal(one: StoredTensor, other: StoredTensor) -> bool:

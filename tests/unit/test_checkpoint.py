@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.errors import JaxRuntimeError
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint.experimental.v1._src.context import context
 
+from rlhf_jax import checkpoint
 from rlhf_jax.batch import TrainState
 from rlhf_jax.checkpoint import (
     Checkpointer,
@@ -180,6 +184,39 @@ def test_an_error_in_the_background_reaches_the_caller(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         checkpointer.save(2, state, {})
     checkpointer.close()
+
+
+def test_a_save_may_take_as_long_as_was_asked_for(tmp_path, monkeypatch):
+    """Orbax is given the time, also for processes that wait for each other, which it keeps in two places."""
+    modules = (checkpoint.orbax_multihost, checkpoint.orbax_multihost_v1)
+    for module in modules:
+        assert module.coordination_timeout() == module._DEFAULT_BARRIER_TIMEOUT
+        monkeypatch.setattr(module, "_DEFAULT_BARRIER_TIMEOUT", module._DEFAULT_BARRIER_TIMEOUT)
+    seen, real = [], checkpoint.ocp.save_async
+
+    def save_async(*args):
+        seen.append(context.get_context().async_options.timeout_secs)
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint.ocp, "save_async", save_async)
+    with Checkpointer(tmp_path, keep=1, timeout=77) as checkpointer:
+        checkpointer.save(1, make_state(make_mesh(1)), {})
+    assert seen == [77] and [module.coordination_timeout() for module in modules] == [77, 77]
+
+
+@pytest.mark.parametrize(
+    "error", [TimeoutError("Overall save timeout exceeded."), JaxRuntimeError("DEADLINE_EXCEEDED: barrier")]
+)
+def test_a_save_that_takes_too_long_fails_and_names_the_option(tmp_path, monkeypatch, error):
+    def result():
+        raise error
+
+    late = SimpleNamespace(result=result)
+    monkeypatch.setattr(checkpoint.ocp, "save_async", lambda *args: late)
+    checkpointer = Checkpointer(tmp_path, keep=1, timeout=1200)
+    checkpointer.save(1, make_state(make_mesh(1)), {})
+    with pytest.raises(OSError, match="not saved after 1200 s .distributed.save_timeout.*/1'"):
+        checkpointer.close()
 
 
 def test_a_mismatch_is_a_table_of_leaf_checkpoint_and_run(tmp_path):

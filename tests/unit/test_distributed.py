@@ -1,5 +1,8 @@
 """How a process learns that it is one of several."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 
 from rlhf_jax import distributed
@@ -93,6 +96,69 @@ def test_jax_finds_the_others_on_a_pod(monkeypatch, calls, variables, found_by_j
 def test_a_wrong_environment_is_told(monkeypatch, calls, change, message):
     with pytest.raises(ValueError, match=message):
         initialize(monkeypatch, THREE | change)
+
+
+def test_whoever_does_not_find_the_others_says_where_it_looked_and_what_to_look_at(monkeypatch, calls):
+    def refuse(**arguments):
+        raise RuntimeError("DEADLINE_EXCEEDED")
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", refuse)
+    with pytest.raises(ValueError) as error:
+        initialize(monkeypatch, THREE, DistributedConfig(initialization_timeout=17))
+    told = "coordinator_address host:1234, num_processes 2, process_id 1"
+    assert f"did not find each other ({told}) in 17 s (distributed.initialization_timeout)" in str(
+        error.value
+    )
+    assert "DEADLINE_EXCEEDED" in str(error.value) and "each with a process_id of its own" in str(error.value)
+
+
+def test_a_failure_before_the_processes_are_connected_is_told_to_the_others(monkeypatch, calls):
+    told = []
+
+    class Told:
+        def __init__(self, client, rank, num_processes, heartbeat_timeout):
+            assert (rank, num_processes) == (1, 2)
+
+        def start(self):
+            pass
+
+        def fail(self, text, code, *, may_follow, is_told):
+            told.append((text, code, may_follow, is_told))
+
+    monkeypatch.setattr(distributed, "_lifeline", None)
+    distributed.fail("of one process", 2)
+    monkeypatch.setattr(distributed, "Lifeline", Told)
+    monkeypatch.setattr(distributed, "_client", lambda: None)
+    monkeypatch.setattr(distributed, "num_processes", lambda: 2)
+    monkeypatch.setattr(distributed, "process_id", lambda: 1)
+    for name, value in THREE.items():
+        monkeypatch.setenv(name, value)
+    distributed.fail("data.train: there is no such file", 2, is_told=True)
+    assert told == [("data.train: there is no such file", 2, False, True)]
+
+
+def test_what_all_would_warn_of_process_0_warns_of(monkeypatch, calls, caplog):
+    monkeypatch.setattr(distributed, "_lifeline", None)
+    monkeypatch.setattr(
+        distributed, "_connect", lambda cfg: setattr(distributed, "_lifeline", SimpleNamespace())
+    )
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed.os, "dup2", lambda *files: None)
+    monkeypatch.setattr(distributed.sys, "stdout", distributed.sys.stdout)
+    loggers = [logging.getLogger(name) for name in ("rlhf_jax", "rlhf_jax.trainer", *distributed.OF_ONE_HOST)]
+    levels = [logger.level for logger in loggers]
+    try:
+        initialize(monkeypatch, {})
+        for logger in loggers:
+            logger.warning("of %s", logger.name)
+        loggers[1].error("an error")
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    assert [record.getMessage() for record in caplog.records] == [
+        *(f"of {name}" for name in distributed.OF_ONE_HOST),
+        "an error",
+    ]
 
 
 def test_a_wrong_word_for_detection_is_told(monkeypatch, calls):

@@ -1,5 +1,9 @@
 """What a process says when it fails, and how it hears that another one has."""
 
+import io
+import os
+import sys
+import threading
 import time
 
 import pytest
@@ -146,6 +150,73 @@ def test_a_hung_run_shows_the_stacks_of_all(capsys):
     said = capsys.readouterr().err
     assert "test_a_hung_run_shows_the_stacks_of_all" in said
     assert said.endswith("failed:\nstacks of process 1\n")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.fixture
+def full_pipe():
+    """Returns stderr as a pipe that nobody reads, without room for another byte."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(write, bytes(1000))
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(write, b"0")
+    os.set_blocking(write, True)
+    yield open(write, "w")  # noqa: SIM115
+    os.set_blocking(write, False)
+    os.close(read)  # the thread that writes gets an error
+
+
+@pytest.mark.parametrize("is_full", [False, True], ids=["closed", "full"])
+def test_a_process_ends_and_tells_the_others_where_its_stderr_takes_nothing(is_full, request, monkeypatch):
+    stream = request.getfixturevalue("full_pipe") if is_full else closed()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(failures.tell, "__defaults__", (0.2,))
+    store = Store()
+    first, second = pair(store)
+    assert end(second.fail, "the cause", 3) == 3
+    assert first._note().text == "failed:\nthe cause"
+    assert end(first._watch) == 3
+
+
+def test_a_process_ends_where_its_last_words_fail_in_an_unforeseen_way(monkeypatch):
+    first, _ = pair(Store())
+    monkeypatch.setattr(first, "_left", lambda note: {}["unforeseen"])
+    assert end(first.fail, "the cause", 3) == 3
+
+
+def test_stacks_are_asked_for_where_no_file_can_be_written(monkeypatch):
+    def refuse(mode):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(failures.tempfile, "TemporaryFile", refuse)
+    assert "No space left on device" in failures.stacks()
+
+
+@pytest.mark.parametrize("name", failures.WATCHERS)
+def test_an_error_in_a_thread_that_watches_ends_the_run(name, capsys, monkeypatch):
+    """pytest has a hook of its own, so the thread is imitated."""
+    lifeline, codes = pair(Store())[0], []
+    monkeypatch.setattr(failures.os, "_exit", codes.append)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    lifeline.start()
+    lifeline.stop()
+    thread = threading.Thread(name=name)
+    error = KeyError("unforeseen")
+    threading.excepthook(threading.ExceptHookArgs((KeyError, error, None, thread)))
+    assert codes[:1] == [1]
+    said = capsys.readouterr().err
+    assert "KeyError: 'unforeseen'" in said and f"the thread {name!r} failed, so the run is ended" in said
+    assert "unforeseen" in lifeline._note().text
 
 
 def chained(error, cause):

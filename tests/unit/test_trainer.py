@@ -62,8 +62,8 @@ class Run:
                 self.trainer = Trainer(
                     self.stage, programs, self.source, self.evaluate, writer, checkpointer, info, signals
                 )
-                state = self.trainer.train(state, {}, jax.random.key(0))
-                signals.check()  # as between two stages
+                with signals.deferred():
+                    state = self.trainer.train(state, {}, jax.random.key(0))
             return state
 
     def source(self, state, position, key):
