@@ -8,7 +8,8 @@ import time
 import pytest
 import yaml
 
-from tests.ranks import TRAIN, Ranks, launch
+from rlhf_jax.checkpoint import CheckpointReader
+from tests.ranks import TRAIN, Ranks, kill_all, launch
 from tests.smoke.test_quickstart import SHORT
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,12 @@ def at_iteration(root, iteration, real=keys.at_iteration):
 keys.at_iteration = at_iteration
 sys.exit(train.main(sys.argv[1:]))
 """
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    kill_all()
 
 
 def wrapped(act="pass", faulty=1, step=0.0):
@@ -192,3 +199,95 @@ def test_what_is_wrong_with_the_data_is_told_by_all(tmp_path, name):
     for result in launch(2, [*TRAIN, *arguments], devices=1):
         assert result.returncode == 2
         assert name in result.stderr
+
+
+# A training whose process 1 does what is put for ACT as soon as it comes to the function NAME of MODULE.
+HELD = """
+import os, sys, time
+from rlhf_jax import MODULE, train
+
+def held(*args, real=MODULE.NAME, **kwargs):
+    if os.environ["RLHF_JAX_PROCESS_ID"] == "1":
+        print("fault at", time.monotonic(), file=sys.stderr, flush=True)
+        time.sleep(1000)
+    found = real(*args, **kwargs)
+    print("through", file=sys.stderr, flush=True)
+    return found
+
+MODULE.NAME = held
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def held_at(module, name):
+    return ["-c", HELD.replace("MODULE", module).replace("NAME", name)]
+
+
+def test_a_process_that_hangs_before_its_first_step_ends_both(tmp_path):
+    """The other one has loaded its models, and waits to hear which checkpoint they go on from."""
+    program = held_at("stage", "load_roles")
+    ranks = Ranks(2, [*program, "--config", config(tmp_path), "--distributed.step_timeout", "6"], devices=1)
+    results = ranks.wait()
+    assert_ended_together(ranks, results, 87, fault_at(results))
+    assert "in held\n" in results[1].stderr
+    assert all("no step made progress in 6 s" in result.stderr for result in results)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_sigterm_before_the_training_ends_both_at_once(tmp_path, victim):
+    """Process 1 sleeps while it plans, where Python can be interrupted; process 0 waits for it in JAX."""
+    ranks = Ranks(2, [*held_at("plan", "plan_stages"), "--config", config(tmp_path)], devices=1)
+    deadline = time.monotonic() + MINUTE
+    while "fault at" not in ranks.said(1) or "through" not in ranks.said(0):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(2)
+    ranks.processes[victim].send_signal(signal.SIGTERM)
+    sent_at = time.monotonic()
+    results = ranks.wait()
+    assert [result.returncode for result in results] == [143, 143], results
+    assert max(result.seconds for result in results) + ranks.started - sent_at < MINUTE / 2
+    said = "stopped at once by SIGTERM" if victim == 0 else "stopped by SIGTERM; nothing was trained yet"
+    assert all(said in result.stderr for result in results), results
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("--sft.num_steps", "the configurations are not the same on process 0 and on 1"),
+        ("--sft.num_stepz", "--sft.num_stepz: no such option"),  # told to process 0, which waits for this one
+    ],
+)
+def test_a_configuration_of_its_own_is_refused_by_all(tmp_path, flag, said):
+    results = launch(
+        2, [*TRAIN, "--config", config(tmp_path)], devices=1, flags=[[], [flag, "7"]], timeout=MINUTE
+    )
+    assert [result.returncode for result in results] == [2, 2]
+    assert all(said in result.stderr for result in results), results
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_while_a_checkpoint_is_being_saved_is_told_and_the_same_command_goes_on(tmp_path):
+    """Process 1 fails in its third step. It waits for its own part of the save, and for no other one's."""
+    slow_save = """
+real_finish = checkpoint.Checkpointer._finish
+def finish(*args):
+    time.sleep(float(os.environ["SECONDS"]))
+    return real_finish(*args)
+checkpoint.Checkpointer._finish = finish
+"""
+    flag, code = wrapped("raise RuntimeError('deliberate')")
+    code = code.replace("keys.at_iteration =", slow_save + "keys.at_iteration =")
+    arguments = ["--config", config(tmp_path), "--checkpoint.every", "2"]
+    for seconds, saved in ((("1000", "0"), None), (("0", "8"), 2)):
+        env = [{"SECONDS": each} for each in seconds]
+        ranks = Ranks(2, [flag, code, *arguments], devices=1, env=env)
+        results = ranks.wait()
+        assert_ended_together(ranks, results, 1, fault_at(results))
+        assert all(result.stderr.endswith("RuntimeError: deliberate\n") for result in results)
+        assert CheckpointReader(tmp_path / "run/sft/checkpoints").latest() == saved
+    again = launch(2, [*TRAIN, *arguments], devices=1)
+    assert [result.returncode for result in again] == [0, 0], again[0].stderr + again[1].stderr
+    assert "[sft] goes on after step 2\n" in again[0].stderr
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(7))
