@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
+from rlhf_jax import evaluate, train
 from rlhf_jax.checkpoint import CheckpointReader
 from tests.contract.test_devices import CHAIN, TOLERANCE, assert_close, figures
 from tests.ranks import TRAIN, launch
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.slow
 REWARDS = 'function: "tests.recorded_rewards:vowels", function_weight: 0.5'
 TEXT = CHAIN.replace("rewards: {{", f"rewards: {{{{{REWARDS}, ").replace("iterations: 4", "iterations: 3")
 assert REWARDS in TEXT and "iterations: 3" in TEXT
+OTHER_DATA = '{"prompt": "a b", "completion": "c d"}\n'
 BATCHES = 3 + 3 * 2  # of prompts: three iterations, and three evaluations of two batches
 
 # Processes, CPU devices of each, and the mesh over them.
@@ -136,6 +139,51 @@ def test_what_one_number_of_processes_saved_another_goes_on_from(one, tmp_path, 
         assert result.returncode == 0, result.stderr
     assert_close(figures(tmp_path / "run", "ppo"), figures(one.directory, "ppo"))
     assert (tmp_path / "run" / "export").is_dir()
+
+
+def test_where_the_parameters_lie_is_printed_once_and_as_by_one(tmp_path, capsys):
+    tree = yaml.safe_load(TEXT.format(dir=""))
+    tree["stages"] = tree["stages"][:1]
+    for section in ("reward_model", "ppo", "rollout", "rewards"):
+        del tree[section]
+    tree["run"]["dir"] = "{dir}"
+    flags = ["--print_sharding", "--mesh.data", "2", "--mesh.fsdp", "4"]
+    first, second = start(tmp_path, 2, 4, yaml.safe_dump(tree, default_flow_style=False), flags)
+    assert (first.returncode, second.returncode, second.stdout) == (0, 0, ""), first.stderr + second.stderr
+    assert not (tmp_path / "run").exists()
+    assert train.main(["--config", str(tmp_path / "chain.yaml"), *flags]) == 0
+    assert first.stdout == capsys.readouterr().out
+    assert "trunk/embed/embedding" in first.stdout
+
+
+def test_a_model_is_measured_by_two_processes_as_by_one(one):
+    run = one.directory / "sft"
+    flags = ["--data.max_eval_records", "30"]
+    arguments = ["--model", run, "--data", "synthetic", "--batch_size", "8", *flags, "--json"]
+    first, second = launch(2, ["-m", "rlhf_jax.evaluate", *arguments])
+    assert (first.returncode, second.returncode, second.stdout) == (0, 0, ""), first.stderr + second.stderr
+    assert "perplexity" in first.stderr and "perplexity" not in second.stderr
+    expected = evaluate.measure(str(run), "synthetic", 8, flags)
+    found = json.loads(first.stdout)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
+
+
+@pytest.mark.parametrize(
+    "text, said", [(OTHER_DATA, "models, records or their tokens are not the same"), ("", "own.jsonl")]
+)
+def test_records_that_one_process_alone_has_are_not_measured(one, tmp_path, text, said):
+    """Process 1 reads others, or finds none."""
+    run = one.directory / "sft"
+    (tmp_path / "all.jsonl").write_text(OTHER_DATA * 8)
+    if text:
+        (tmp_path / "own.jsonl").write_text(text)
+    own = [["--data", tmp_path / "all.jsonl"], ["--data", tmp_path / "own.jsonl"]]
+    arguments = ["-m", "rlhf_jax.evaluate", "--model", run, "--batch_size", "2"]
+    results = launch(2, arguments, devices=1, flags=own, timeout=60)
+    assert [result.returncode for result in results] == [2, 2], results
+    assert all(said in result.stderr for result in results)
 
 
 def test_parts_on_two_processes(tmp_path):
