@@ -20,7 +20,7 @@ import jax
 from jax._src import distributed as _jax_distributed
 
 from rlhf_jax.config import DistributedConfig
-from rlhf_jax.failures import Lifeline
+from rlhf_jax.failures import Lifeline, tell
 
 COORDINATOR = "RLHF_JAX_COORDINATOR"
 NUM_PROCESSES = "RLHF_JAX_NUM_PROCESSES"
@@ -28,7 +28,7 @@ PROCESS_ID = "RLHF_JAX_PROCESS_ID"
 DETECTION = "RLHF_JAX_DISTRIBUTED"
 
 MARGIN = 15
-"""Seconds after which JAX ends a process that has lost another one, where we have not yet said so."""
+"""Seconds after which JAX aborts a process that finds no other one, or loses one, if we have not ended it."""
 PATIENCE = 10.0
 """Seconds of waiting for the other processes that are not mentioned."""
 WEEK = 7 * 24 * 3600
@@ -87,26 +87,27 @@ def _connect(cfg: DistributedConfig) -> None:
     if arguments is None:
         return
     told = ", ".join(f"{name} {value}" for name, value in arguments.items()) or "found by JAX"
-    told_late = threading.Timer(PATIENCE, _tell_of_waiting, [told, cfg.initialization_timeout])
-    told_late.daemon = True
-    told_late.start()
+    timeout = cfg.initialization_timeout
+    timers = [
+        threading.Timer(PATIENCE, _tell_of_waiting, [told, timeout]),
+        threading.Timer(timeout, _give_up, [told, timeout]),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     jax.config.update("jax_enable_preemption_service", False)  # it would have the handler of SIGTERM
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=cfg.initialization_timeout,
+            initialization_timeout=timeout + MARGIN,
             heartbeat_timeout_seconds=cfg.heartbeat_timeout + MARGIN,
             shutdown_timeout_seconds=cfg.shutdown_timeout,
         )
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the processes of the run did not find each other ({told}) in {cfg.initialization_timeout} s "
-            "(distributed.initialization_timeout). Look whether every one of them was started, each with a "
-            "process_id of its own, at what the others' logs end with, and whether the coordinator, which is "
-            f"in process 0, can be reached from this host: {error}"
-        ) from error
+        raise ValueError(f"the processes of the run did not find each other ({told}): {error}") from error
     finally:
-        told_late.cancel()
+        for timer in timers:
+            timer.cancel()
     if num_processes() > 1:
         _lifeline = Lifeline(_client(), process_id(), num_processes(), cfg.heartbeat_timeout)
         _lifeline.start()
@@ -150,6 +151,19 @@ def _tell_of_waiting(told: str, timeout: int) -> None:
         "(distributed.initialization_timeout)",
         file=sys.stderr,
     )
+
+
+def _give_up(told: str, timeout: int) -> None:
+    """Ends the process, which waits where no exception would reach it."""
+    try:
+        tell(
+            f"rlhf_jax: the processes of the run did not find each other ({told}) within {timeout} s "
+            "(distributed.initialization_timeout). Look whether all were started, each with a process_id of "
+            "its own; at what the others' logs end with; and whether the coordinator's port, which process 0 "
+            "listens on, can be reached from this host"
+        )
+    finally:
+        os._exit(2)
 
 
 def _of_environment() -> dict[str, Any] | None:

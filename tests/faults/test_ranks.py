@@ -268,6 +268,19 @@ def test_a_configuration_of_its_own_is_refused_by_all(tmp_path, flag, said):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_does_not_find_the_others_says_where_it_looked(tmp_path, rank):
+    arguments = ["--config", config(tmp_path), "--distributed.initialization_timeout", "3"]
+    alone = {"RLHF_JAX_NUM_PROCESSES": "2", "RLHF_JAX_PROCESS_ID": str(rank)}
+    (result,) = launch(1, [*TRAIN, *arguments], env=alone, timeout=MINUTE)
+    assert result.returncode == 2
+    said = (
+        rf"did not find each other \(coordinator_address localhost:\d+, num_processes 2, process_id {rank}\)"
+    )
+    assert re.search(rf"rlhf_jax: .*{said} within 3 s .distributed.initialization_timeout.", result.stderr)
+    assert result.stderr.endswith("can be reached from this host\n")
+
+
 def test_a_failure_while_a_checkpoint_is_being_saved_is_told_and_the_same_command_goes_on(tmp_path):
     """Process 1 fails in its third step. It waits for its own part of the save, and for no other one's."""
     slow_save = """

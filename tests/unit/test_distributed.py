@@ -47,7 +47,7 @@ def test_the_environment_names_the_others(monkeypatch, calls):
             "coordinator_address": "host:1234",
             "num_processes": 2,
             "process_id": 1,
-            "initialization_timeout": 1,
+            "initialization_timeout": 1 + distributed.MARGIN,
             "heartbeat_timeout_seconds": 17 + distributed.MARGIN,
             "shutdown_timeout_seconds": 3,
         }
@@ -98,18 +98,14 @@ def test_a_wrong_environment_is_told(monkeypatch, calls, change, message):
         initialize(monkeypatch, THREE | change)
 
 
-def test_whoever_does_not_find_the_others_says_where_it_looked_and_what_to_look_at(monkeypatch, calls):
+def test_what_jax_says_of_the_others_is_told_with_where_it_looked(monkeypatch, calls):
     def refuse(**arguments):
-        raise RuntimeError("DEADLINE_EXCEEDED")
+        raise RuntimeError("the port is in use")
 
     monkeypatch.setattr(distributed.jax.distributed, "initialize", refuse)
-    with pytest.raises(ValueError) as error:
-        initialize(monkeypatch, THREE, DistributedConfig(initialization_timeout=17))
     told = "coordinator_address host:1234, num_processes 2, process_id 1"
-    assert f"did not find each other ({told}) in 17 s (distributed.initialization_timeout)" in str(
-        error.value
-    )
-    assert "DEADLINE_EXCEEDED" in str(error.value) and "each with a process_id of its own" in str(error.value)
+    with pytest.raises(ValueError, match=f"did not find each other \\({told}\\): the port is in use"):
+        initialize(monkeypatch, THREE)
 
 
 def test_a_failure_before_the_processes_are_connected_is_told_to_the_others(monkeypatch, calls):
