@@ -140,12 +140,12 @@ def test_one_process_may_compile_or_save_for_long(tmp_path):
     """Longer than step_timeout, while the other one waits for it; compiling is told from its files."""
     act = "exec(compile('time.sleep(12)', watchdog.COMPILERS[0], 'exec'))"
     slow_save = """
-real_save = checkpoint.Checkpointer.save
+real_save = checkpoint.Checkpointer._save
 def save(*args):
     if os.environ["RLHF_JAX_PROCESS_ID"] == "0":
         time.sleep(12)
     return real_save(*args)
-checkpoint.Checkpointer.save = save
+checkpoint.Checkpointer._save = save
 """
     flag, code = wrapped(act)
     code = code.replace("keys.at_iteration =", slow_save + "keys.at_iteration =")
