@@ -90,13 +90,14 @@ class CheckpointReader:
         """
         return self.restore_subtree(step, "", abstract_state)
 
-    def restore_subtree(self, step: int, prefix: str, abstract: Any) -> Any:
+    def restore_subtree(self, step: int, prefix: str, abstract: Any, *, rounds: bool = False) -> Any:
         """Returns the part of a state below a prefix such as `params/policy`; reads nothing else.
 
         Args:
             step: see `restore`.
             prefix: names of fields and keys, joined with `/`; empty for the whole state.
             abstract: as in `restore`, the structure of the part.
+            rounds: types may differ from what was stored; numbers are rounded to them while they are read.
 
         Raises:
             ValueError: see `restore`.
@@ -107,7 +108,10 @@ class CheckpointReader:
             for name, kind in self._manifest(step)["leaves"].items()
             if not prefix or name == prefix or name.startswith(prefix + "/")
         }
-        _check_match(self._path(step), stored, {name: _kind(leaf) for name, leaf in wanted.items()})
+        kinds = {name: _kind(leaf) for name, leaf in wanted.items()}
+        if rounds:
+            kinds |= {name: [stored[name][0], kinds[name][1]] for name in kinds.keys() & stored.keys()}
+        _check_match(self._path(step), stored, kinds)
         target = {name: _abstract_leaf(leaf) for name, leaf in wanted.items()}
         with watchdog.paused(), _partial_load():
             loaded = ocp.load(str(self._path(step)), target)
@@ -278,14 +282,7 @@ def load_params(stage_dir: Path | str, role: str, abstract: Params) -> Params:
         raise ValueError(
             f"{reader.directory} has no parameters of role {role!r}; it has {', '.join(roles) or 'none'}"
         )
-
-    def as_stored(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        name = f"params/{role}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
-        dtype = stored[name][0] if name in stored else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
-
-    found = reader.restore_subtree(step, f"params/{role}", jax.tree.map_with_path(as_stored, abstract))
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), found, abstract)
+    return reader.restore_subtree(step, f"params/{role}", abstract, rounds=True)
 
 
 def load_aux(stage_dir: Path | str) -> dict[str, np.ndarray]:

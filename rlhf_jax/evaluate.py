@@ -56,6 +56,7 @@ UNREAD = (
     "data.train",
     "data.eval",
     "model.remat",
+    "model.param_dtype",
 )
 """Options of these sections that it does not read."""
 CHUNK = 4096  # tokens whose logits exist at once, unless a flag says otherwise
