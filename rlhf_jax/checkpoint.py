@@ -236,10 +236,8 @@ class Checkpointer(CheckpointReader):
             if error is None:
                 self.wait()
             elif self._pending is not None:  # other processes may not have met the error, and not come here
-                with (
-                    watchdog.paused(),
-                    suppress(OSError, TimeoutError),
-                ):  # the error that brought us here is to be told
+                # The error that brought us here is to be told, and no other.
+                with watchdog.paused(), suppress(OSError, JaxRuntimeError):
                     self._pending.result(None if num_processes() == 1 else PATIENCE)
         finally:
             self._thread.shutdown(wait=error is None or num_processes() == 1)

@@ -257,7 +257,8 @@ class DistributedConfig:
     """Until a process that is done no longer waits for the others to be done as well."""
     step_timeout: Count = 1800
     """Until a stage in which neither a step nor the loading of its models makes progress on any process,
-    compiling and saving aside, counts as hung and is ended with the stacks of all threads; 0: never."""
+    compiling, saving and reading checkpoints aside, counts as hung and is ended with the stacks of all
+    threads; 0: never."""
     save_timeout: PositiveInt = 1200
     """Until a checkpoint that is not written by then, on all processes, counts as failed, which ends the
     run."""

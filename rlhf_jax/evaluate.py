@@ -144,7 +144,8 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
     if distributed.is_first() and text and (differing := text_difference(text, ours, TEXT_OF_MODEL)):
         logger.warning("%s was trained on text that is treated otherwise: %s", subject.path, differing)
     check_alike(
-        "models, records or their tokens", lambda: (fingerprint(subject.path), examples.fingerprint, ours)
+        "models, records, their tokens or the flags",
+        lambda: (fingerprint(subject.path), examples.fingerprint, ours, repr(stage)),
     )
     counts = {
         "records": len(examples),

@@ -41,6 +41,7 @@ def evaluate_records(programs: Programs, loader: Loader[Rows, AnyRecord], mesh: 
         found = []
         for batch, _ in loader.eval_batches():
             found.append(programs.evaluate(params, frozen, place_rows(mesh, batch)))
+            jax.block_until_ready(found[-2:-1])  # one is under way while the next is made
             watchdog.beat()
         metrics = _over_batches(found)
         if "eval/nll" in metrics:

@@ -36,8 +36,8 @@ GRACE = 8.0
 LINGER = 10.0
 """Seconds that process 0, and one that fails, stays for the others to read the note."""
 MOST_CHARACTERS = 100_000
-WATCHERS = ("lifeline", "watchdog")
-"""Threads without which a process would not hear of the others' failures."""
+WATCHERS = ("lifeline", "watchdog", "signals")
+"""Threads without which a process would not hear of the others' failures, or of signals."""
 KILLED = "it was killed, or its host or network is gone"
 
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")

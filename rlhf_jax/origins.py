@@ -158,7 +158,8 @@ def fingerprint(path: Path) -> str:
     """Returns what changes when a model does: of a stage its files' sums, else sums of parts of its files."""
     if is_stage_dir(path):
         return stage_fingerprint(path)
-    files = sorted((*path.glob("*config.json"), *path.glob("*.safetensors")))
+    configs = (path / name for name in ("config.json", "adapter_config.json"))
+    files = sorted((*(file for file in configs if file.is_file()), *path.glob("*.safetensors")))
     sums = {file.name: _sum_of_parts(file) for file in files}
     return f"{sum(size for size, _ in sums.values())} bytes, {zlib.crc32(repr(sums).encode()):08x}"
 

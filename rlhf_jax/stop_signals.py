@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,6 +21,8 @@ CHECKS = "rlhf_jax/checks/"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 3.0
 """Seconds in which the main thread is to raise what stops the run at once, before the process is ended."""
+TOGETHER = 0.5
+"""Seconds in which several signals are one."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -89,11 +92,12 @@ class StopSignals:
         self._before = {}
 
     def _listen(self, pipe: int) -> None:
-        num_signals = 0
+        first: float | None = None
         while word := os.read(pipe, 1):
             if word[0] in SIGNALS:
-                num_signals += 1
-                is_due_now = num_signals > 1 or not self._is_deferred
+                first = time.monotonic() if first is None else first
+                # What comes with the first one is it again: a terminal's and a launcher's, or both signals.
+                is_due_now = time.monotonic() - first > TOGETHER or not self._is_deferred
                 if is_due_now and not self._is_over.wait(PATIENCE):
                     _end(word[0])
         os.close(pipe)

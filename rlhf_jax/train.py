@@ -138,7 +138,7 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
     from rlhf_jax.sharding_table import sharding_line
 
     run_dir = Path(config.run.dir)
-    check_alike("the configurations", lambda: dump_config(config))
+    check_alike("the configurations", lambda: (dump_config(config), writes))
     known = on_first(lambda: hub.read_commits(run_dir))
     found = on_first(lambda: hub.fetch_models(config, known))  # the others fetch the commits that it found
     fetched, commits = together(lambda: found if is_first() else hub.fetch_models(config, found[1]))

@@ -20,7 +20,7 @@ from rlhf_jax.models.rope import Rotation, rotate
 from rlhf_jax.sharding import Peers, by_tokens, lookup
 
 INIT_STD = 0.02
-ACTIVATIONS = {
+_ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": jax.nn.gelu,
@@ -145,7 +145,7 @@ class MLP(nnx.Module):
             out = y @ getattr(self, name)[...].astype(x.dtype)
             return _plus(_adapted(out, self, name, y), self, f"{name}_bias")
 
-        act, up = ACTIVATIONS[self.activation], times("up", x)
+        act, up = _ACTIVATIONS[self.activation], times("up", x)
         return times("down", act(times("gate", x)) * up if self.is_gated else act(up))
 
 
@@ -196,7 +196,7 @@ class Experts(nnx.Module):
             architecture.experts_per_token,
             normalize=architecture.normalize_expert_weights,
         )
-        act = ACTIVATIONS[architecture.activation]
+        act = _ACTIVATIONS[architecture.activation]
         flat, experts, weights = (peers.gather(each) for each in (flat, experts, weights))
         fed = run_experts(flat, experts - peers.index() * gate.shape[0], weights, gate, up, down, act)
         return peers.sum(fed).reshape(x.shape)

@@ -91,11 +91,6 @@ class Model(NamedTuple):
         return self.shapes_of(POLICY)
 
     @property
-    def score_axes(self) -> Params:
-        """Returns the axes of a trunk with a score head."""
-        return self.axes_of(SCORER)
-
-    @property
     def score_shapes(self) -> Params:
         """Returns the shapes of a trunk with a score head."""
         return self.shapes_of(SCORER)

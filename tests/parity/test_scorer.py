@@ -20,7 +20,7 @@ from rlhf_jax.models.scorers import (
     read_scorer,
     save_scorer,
 )
-from rlhf_jax.models.transformer import make_model
+from rlhf_jax.models.transformer import SCORER, make_model
 from rlhf_jax.sharding import param_shardings
 from tests import tiny
 from tests.parity.make_export_golden import digest
@@ -60,7 +60,9 @@ def load(directory, mesh):
     scorer = read_scorer(directory)
     check_scorer(directory, scorer)
     model = make_model(scorer.architecture)
-    return scorer, load_scorer(directory, scorer, param_shardings(mesh, model.score_axes, model.score_shapes))
+    return scorer, load_scorer(
+        directory, scorer, param_shardings(mesh, model.axes_of(SCORER), model.score_shapes)
+    )
 
 
 def scores(scorer, params):

@@ -97,7 +97,7 @@ def test_processes_agree_on_the_check_after_the_one_that_is_furthest():
     assert ahead.check() == signal.SIGTERM
 
 
-def test_two_signals_to_two_processes_are_one(monkeypatch):
+def test_two_signals_to_two_processes_are_one():
     store = Store()
     pair = [Agreement(store, rank, 2) for rank in (0, 1)]
     pair[0].wanted, pair[1].wanted = signal.SIGTERM, signal.SIGINT
