@@ -310,6 +310,11 @@ class RolloutConfig:
     """Longest completion in tokens, EOS included."""
     temperature: PositiveFloat = 1.0
     """Divides the logits in sampling and in every log-probability of RL."""
+    slots: Count = 0
+    """Completions that are sampled at once, over all devices; where one ends, another prompt's takes its
+    place. 0: all of the batch, until the longest has ended."""
+    refill_size: Count = 0
+    """Slots of a device that have to be free before prompts are put into them; 0: an eighth of its slots."""
 
 
 @dataclass(frozen=True, kw_only=True)

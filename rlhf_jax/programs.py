@@ -24,6 +24,7 @@ from rlhf_jax.ops.kl import log_ratio, sequence_kl
 from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
 from rlhf_jax.optim import make_optimizer, map_moments
 from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.sampling import Sampling
 from rlhf_jax.scoring import score_rollout
 from rlhf_jax.sharding import (
     Memory,
@@ -212,11 +213,11 @@ def build_programs(
             jax.lax.with_sharding_constraint(policy, for_decoding),
             prompts,
             key,
+            Sampling(temperature, stop_ids=jnp.asarray([ids.eos])),
             max_new_tokens=stage.rollout.max_new_tokens,
-            temperature=temperature,
-            greedy=False,
-            eos_id=ids.eos,
             pad_id=ids.pad,
+            num_slots=stage.rollout.slots,
+            refill_size=stage.rollout.refill_size,
         )
         return constrain(completed)
 

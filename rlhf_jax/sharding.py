@@ -270,14 +270,50 @@ def constrain(x: Array, axes: Sequence[str]) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = _dividing(mesh, partition_spec(axes), x.shape)
+    spec = _dividing(mesh, _automatic(mesh, axes), x.shape)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def row_axes() -> tuple[str, ...]:
+    """Returns the mesh axes of size above 1 that divide rows, and parameters not while decoding."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else _mesh_axes(partition_spec(("batch",))[0])
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1 and axis not in DECODE_AXES)
+
+
+def num_row_parts() -> int:
+    """Returns into how many parts `by_rows` divides rows."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in row_axes())
+
+
+def by_rows(function: Callable[..., Any], rows: Any, whole: Any) -> Any:
+    """Returns function(rows, whole), which each device, or group of them, computes of its own rows.
+
+    Args:
+        function: gives a tree like `rows`. Within it, `any_device` tells what holds on any of them.
+        rows: tree of arrays; those with dimensions have rows first, of which each gets its part.
+        whole: tree of arrays that all get, though axes that do not divide rows may divide them.
+    """
+    axes = row_axes()
+    if not axes:
+        return function(rows, whole)
+    specs = jax.tree.map(lambda x: PartitionSpec(axes) if x.ndim else PartitionSpec(), rows)
+    return jax.shard_map(function, in_specs=(specs, PartitionSpec()), out_specs=specs, axis_names=set(axes))(
+        rows, whole
+    )
+
+
+def any_device(condition: Array) -> Array:
+    """Returns bool[]: whether it holds on any device, within `by_rows`; elsewhere the condition itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else tuple(axis for axis in row_axes() if axis in mesh.manual_axes)
+    return jax.lax.psum(condition.astype(jnp.int32), axes) > 0 if axes else condition
 
 
 def num_parts(axis: str) -> int:
     """Returns into how many parts the mesh divides a logical axis; 1 where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _num_parts(mesh, partition_spec((axis,))[0])
+    return 1 if mesh.empty else _num_parts(mesh, _automatic(mesh, (axis,))[0])
 
 
 def device_platform() -> str:
@@ -309,10 +345,10 @@ def lookup(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
         dtype: of the result.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    vocab = () if mesh.empty else _mesh_axes(partition_spec(("vocab",))[0])
+    vocab = () if mesh.empty else _mesh_axes(_automatic(mesh, ("vocab",))[0])
     if all(mesh.shape[axis] == 1 for axis in vocab):
         return table[tokens].astype(dtype)
-    spec = _dividing(mesh, partition_spec(("batch", "length")), tokens.shape)
+    spec = _dividing(mesh, _automatic(mesh, ("batch", "length")), tokens.shape)
     over_tokens = tuple(axis for part in spec for axis in _mesh_axes(part))
 
     def on_device(table: Array, tokens: Array) -> Array:
@@ -395,8 +431,8 @@ def by_tokens(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(Peers(), x, *whole, *divided)
-    spec = _dividing(mesh, partition_spec(("batch", "length")), x.shape)
-    divided_by = tuple(name for name in _mesh_axes(partition_spec((axis,))[0]) if mesh.shape[name] > 1)
+    spec = _dividing(mesh, _automatic(mesh, ("batch", "length")), x.shape)
+    divided_by = tuple(name for name in _mesh_axes(_automatic(mesh, (axis,))[0]) if mesh.shape[name] > 1)
     of_tokens = tuple(name for part in spec for name in _mesh_axes(part))
     peers = Peers(divided_by, tuple(name for name in divided_by if name in of_tokens))
     manual = (*of_tokens, *(name for name in divided_by if name not in of_tokens))
@@ -416,6 +452,12 @@ def by_tokens(
         out_specs=spec,
         axis_names=set(manual),
     )(x, whole, divided)
+
+
+def _automatic(mesh: AbstractMesh, axes: Sequence[str]) -> PartitionSpec:
+    """Returns partition_spec(axes) without the mesh axes of the `shard_map` that this is within."""
+    parts = partition_spec(axes)
+    return PartitionSpec(*(tuple(a for a in _mesh_axes(part) if a not in mesh.manual_axes) for part in parts))
 
 
 def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:

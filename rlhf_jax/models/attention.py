@@ -75,7 +75,8 @@ def cached_attention(
     k: Array,
     v: Array,
     prompt_lengths: Array,
-    step: Array,
+    column: Array,
+    counts: Array,
     *,
     scale: float,
     window: int = 0,
@@ -83,16 +84,18 @@ def cached_attention(
 ) -> Array:
     """Returns the attention of one new token per row to its prompt and to its completion so far.
 
-    One softmax, in float32, over the scores of both regions; the new token is the completion's last.
+    One softmax, in float32, over the scores of both regions. The completions' region is a ring: the new token
+    is in `column`, the one before it in the column before, and column C - 1 comes before column 0.
 
     Args:
         q: [B, H, h].
-        prompt_k: [B, K, P, h].
-        prompt_v: [B, K, P, h].
+        prompt_k: [N, K, P, h]; the B rows are N groups, one behind the other, whose G rows share a prompt.
+        prompt_v: [N, K, P, h].
         k: [B, K, C, h].
         v: [B, K, C, h].
-        prompt_lengths: i32[B], real columns of the prompt's region.
-        step: i32[]; columns 0 .. step of the completion's region are real.
+        prompt_lengths: i32[N], real columns of the prompt's region.
+        column: i32[], where the new token is.
+        counts: i32[B], tokens of the row's own in its ring, the new one included; at most C.
         scale: as in causal_attention, like window and softcap.
         window: see there.
         softcap: see there.
@@ -100,24 +103,32 @@ def cached_attention(
         [B, H, h].
     """
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, prompt_size, completion_size = k.shape[1], prompt_k.shape[2], k.shape[2]
-    q_BKGh = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    num_kv_heads, prompt_size, num_columns = k.shape[1], prompt_k.shape[2], k.shape[2]
+    q_BKgh = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    q_NGKgh = q_BKgh.reshape(len(prompt_k), -1, *q_BKgh.shape[1:])
+    lengths_N11, counts_NG1 = prompt_lengths[:, None, None], counts.reshape(len(prompt_k), -1, 1)
 
-    def scores(keys: Array, is_seen: Array) -> Array:
-        products = jnp.einsum("bkgh,bksh->bkgs", q_BKGh, keys, preferred_element_type=jnp.float32)
+    prompt_columns, ages = (
+        jnp.arange(prompt_size),
+        jnp.remainder(column - jnp.arange(num_columns), num_columns),
+    )
+    prompt_seen, seen = prompt_columns < lengths_N11, ages < counts[:, None]
+    if window:
+        prompt_seen &= lengths_N11 + counts_NG1 - 1 - prompt_columns < window
+        seen &= ages < window
+
+    def scores(products: Array, is_seen: Array) -> Array:
         return jnp.where(is_seen, soft_capped(products * scale, softcap), -jnp.inf)
 
-    lengths_B1 = prompt_lengths[:, None]
-    prompt_columns, columns = jnp.arange(prompt_size), jnp.arange(completion_size)
-    prompt_seen, seen = prompt_columns < lengths_B1, columns <= step
-    if window:
-        prompt_seen &= lengths_B1 + step - prompt_columns < window
-        seen &= step - columns < window
-    both = [scores(prompt_k, prompt_seen[:, None, None, :]), scores(k, seen)]
+    of_prompt = jnp.einsum("nrkgh,nkph->nrkgp", q_NGKgh, prompt_k, preferred_element_type=jnp.float32)
+    of_ring = jnp.einsum("bkgh,bksh->bkgs", q_BKgh, k, preferred_element_type=jnp.float32)
+    of_prompt = scores(of_prompt, prompt_seen[:, :, None, None]).reshape(*q_BKgh.shape[:3], prompt_size)
+    both = [of_prompt, scores(of_ring, seen[:, None, None])]
     weights = jax.nn.softmax(jnp.concatenate(both, axis=-1), axis=-1).astype(v.dtype)
-    weights_prompt, weights_completion = jnp.split(weights, [prompt_size], axis=-1)
-    out = jnp.einsum("bkgs,bksh->bkgh", weights_prompt, prompt_v)
-    out += jnp.einsum("bkgs,bksh->bkgh", weights_completion, v)
+    weights_prompt, weights_ring = jnp.split(weights, [prompt_size], axis=-1)
+    weights_NGKgP = weights_prompt.reshape(*q_NGKgh.shape[:4], prompt_size)
+    out = jnp.einsum("nrkgp,nkph->nrkgh", weights_NGKgP, prompt_v).reshape(q_BKgh.shape)
+    out += jnp.einsum("bkgs,bksh->bkgh", weights_ring, v)
     return out.reshape(q.shape)
 
 

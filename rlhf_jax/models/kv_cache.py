@@ -3,7 +3,8 @@
 Caches are lists with one array per layer, [B, K, S, h], and decoding is unrolled over the layers: a stacked
 cache, or stacked weights sliced in a loop, would be copied whole at each step. All rows write the same column
 in a step, with one dynamic_update_slice; a scatter per row, or the length before the heads, makes a TPU copy
-the cache. Prompts have their own region, so there is no left padding.
+the cache. So a row may begin in any column, and the columns are a ring. Prompts have their own region, so
+there is no left padding.
 """
 
 from __future__ import annotations
@@ -28,14 +29,21 @@ from rlhf_jax.models.rope import Rotation, rotation
 from rlhf_jax.models.transformer import logits
 
 
-class KVCache(NamedTuple):
-    """Keys and values of every layer, in the compute dtype."""
+class PromptCache(NamedTuple):
+    """Keys and values of prompts, of every layer, in the compute dtype."""
 
-    prompt_k: list[Array]  # [B, K, P, h], rotated
-    prompt_v: list[Array]  # [B, K, P, h]
-    k: list[Array]  # [B, K, C, h], rotated; column s is the completion's token number s, of all rows alike
+    k: list[Array]  # [N, K, P, h], rotated
+    v: list[Array]  # [N, K, P, h]
+    lengths: Array  # i32[N]
+
+
+class KVCache(NamedTuple):
+    """Keys and values of rows that are being completed; the G rows of a group share their prompt."""
+
+    prompt: PromptCache  # of N groups
+    k: list[Array]  # [B, K, C, h], rotated; B = N * G
     v: list[Array]  # [B, K, C, h]
-    prompt_lengths: Array  # i32[B]
+    column: Array  # i32[]; of the ring of C columns, the one that the next token of every row is written to
 
 
 @partial(
@@ -84,24 +92,15 @@ def unstack(
     return DecodeWeights(params, layers, adapters, architecture, lora)
 
 
-def prefill(weights: DecodeWeights, tokens: Array, lengths: Array, num_steps: int) -> tuple[Array, KVCache]:
-    """Returns the hidden state of each prompt's last token, [B, D], and a cache with room for C more tokens.
+def prefill(weights: DecodeWeights, tokens: Array, lengths: Array) -> tuple[Array, PromptCache]:
+    """Returns the hidden state of each prompt's last token, [N, D], and the prompts' keys and values.
 
     Args:
         weights: of `unstack`.
-        tokens: i32[B, P], right-padded.
-        lengths: i32[B]; a filling row of length 0 gets finite numbers.
-        num_steps: C.
-    Raises:
-        ValueError: P + C is longer than the model's context.
+        tokens: i32[N, P], right-padded.
+        lengths: i32[N]; a filling row of length 0 gets finite numbers.
     """
-    limit = weights.architecture.context_length
-    if tokens.shape[1] + num_steps > limit:
-        raise ValueError(
-            f"prompts of up to {tokens.shape[1]} tokens and completions of up to {num_steps} do not fit the "
-            f"model's context length of {limit}; shorten one of them"
-        )
-    keys, values, empty_k, empty_v = [], [], [], []
+    keys, values = [], []
     scale, softcap = weights.architecture.score_scale, weights.architecture.attention_softcap
 
     def attend(window: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -109,53 +108,102 @@ def prefill(weights: DecodeWeights, tokens: Array, lengths: Array, num_steps: in
         return attended, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     positions = jnp.arange(tokens.shape[1])
-    x_BPD, turns = _embed(weights, tokens, positions), _rotations(weights, positions)
+    x_NPD, turns = _embed(weights, tokens, positions), _rotations(weights, positions)
     for block, kind in zip(weights.blocks(), weights.architecture.layer_kinds, strict=True):
-        x_BPD, (k_BKPh, v_BKPh) = block(x_BPD, turns[kind.rope], partial(attend, kind.window))
-        batch, num_kv_heads, _, head_dim = k_BKPh.shape
-        keys.append(k_BKPh)
-        values.append(v_BKPh)
-        empty_k.append(jnp.zeros((batch, num_kv_heads, num_steps, head_dim), k_BKPh.dtype))
-        empty_v.append(jnp.zeros((batch, num_kv_heads, num_steps, head_dim), v_BKPh.dtype))
-    hidden_BD = _final_norm(weights, last_hidden(x_BPD, lengths))
-    return hidden_BD, KVCache(keys, values, empty_k, empty_v, lengths)
+        x_NPD, (k_NKPh, v_NKPh) = block(x_NPD, turns[kind.rope], partial(attend, kind.window))
+        keys.append(k_NKPh)
+        values.append(v_NKPh)
+    hidden_ND = _final_norm(weights, last_hidden(x_NPD, lengths))
+    return hidden_ND, PromptCache(keys, values, lengths)
 
 
-def decode_step(weights: DecodeWeights, cache: KVCache, tokens: Array, step: Array) -> tuple[Array, KVCache]:
+def empty_prompts(weights: DecodeWeights, num_prompts: int, width: int) -> PromptCache:
+    """Returns room for N prompts of up to P tokens."""
+    architecture = weights.architecture
+    shape = (num_prompts, architecture.num_kv_heads, width, architecture.head_dim)
+    dtype = weights.params["trunk"]["embed"]["embedding"].dtype
+    layers = [jnp.zeros(shape, dtype)] * architecture.num_layers
+    return PromptCache(layers, layers, jnp.zeros(num_prompts, jnp.int32))
+
+
+def with_room(prompt: PromptCache, num_columns: int, group_size: int = 1) -> KVCache:
+    """Returns a cache with room for C tokens of each of the G rows of every prompt."""
+    num_prompts, num_kv_heads, _, head_dim = prompt.k[0].shape
+    shape = (num_prompts * group_size, num_kv_heads, num_columns, head_dim)
+    rings = [jnp.zeros(shape, k.dtype) for k in prompt.k]
+    return KVCache(prompt, rings, rings, jnp.int32(0))
+
+
+def put_prompts(cache: KVCache, new: PromptCache, slots: Array, is_put: Array) -> KVCache:
+    """Returns the cache with other prompts in some slots, written one by one: a scatter may copy the cache.
+
+    Args:
+        cache: of N slots.
+        new: R prompts.
+        slots: i32[R], where each goes; all differ.
+        is_put: bool[R]; the others are left out.
+    """
+    if len(new.lengths) == len(cache.prompt.lengths):  # then all slots are empty, and order is the queue's
+        return cache._replace(prompt=new)
+
+    def put(i: Array, prompt: PromptCache) -> PromptCache:
+        def one(old: Array, new: Array) -> Array:
+            size = (1, *old.shape[1:])
+            start = (slots[i], *(0 for _ in size[1:]))
+            there = jax.lax.dynamic_slice(old, start, size)
+            row = jax.lax.dynamic_slice_in_dim(new, i, 1)
+            return jax.lax.dynamic_update_slice(old, jnp.where(is_put[i], row, there), start)
+
+        return jax.tree.map(one, prompt, new)
+
+    return cache._replace(prompt=jax.lax.fori_loop(0, len(slots), put, cache.prompt))
+
+
+def decode_step(
+    weights: DecodeWeights, cache: KVCache, tokens: Array, counts: Array
+) -> tuple[Array, KVCache]:
     """Returns the hidden state [B, D] of a new token of each row, and the cache that holds it.
 
     Args:
         weights: of `unstack`.
-        cache: with the completions' tokens before `step`.
-        tokens: i32[B], the completions' token number `step`; its position is prompt_length + step.
-        step: i32[], less than C.
+        cache: with the tokens before.
+        tokens: i32[B], the newest token of each completion.
+        counts: i32[B], tokens of the completion, this one included, at most C; its position is
+            prompt_length + count - 1.
     """
 
     def attend(layer: int, window: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-        new_k = jax.lax.dynamic_update_slice_in_dim(cache.k[layer], k.swapaxes(1, 2), step, axis=2)
-        new_v = jax.lax.dynamic_update_slice_in_dim(cache.v[layer], v.swapaxes(1, 2), step, axis=2)
+        new_k = jax.lax.dynamic_update_slice_in_dim(cache.k[layer], k.swapaxes(1, 2), cache.column, axis=2)
+        new_v = jax.lax.dynamic_update_slice_in_dim(cache.v[layer], v.swapaxes(1, 2), cache.column, axis=2)
         attended = cached_attention(
             q[:, 0],
-            cache.prompt_k[layer],
-            cache.prompt_v[layer],
+            cache.prompt.k[layer],
+            cache.prompt.v[layer],
             new_k,
             new_v,
-            cache.prompt_lengths,
-            step,
+            cache.prompt.lengths,
+            cache.column,
+            counts,
             scale=weights.architecture.score_scale,
             window=window,
             softcap=weights.architecture.attention_softcap,
         )
         return attended[:, None], (new_k, new_v)
 
-    positions = (cache.prompt_lengths + step)[:, None]
+    group_size = len(tokens) // len(cache.prompt.lengths)
+    positions = (jnp.repeat(cache.prompt.lengths, group_size) + counts - 1)[:, None]
     x_B1D, turns = _embed(weights, tokens[:, None], positions), _rotations(weights, positions)
     columns = []
     for i, (block, kind) in enumerate(zip(weights.blocks(), weights.architecture.layer_kinds, strict=True)):
         x_B1D, written = block(x_B1D, turns[kind.rope], partial(attend, i, kind.window))
         columns.append(written)
     hidden_BD = _final_norm(weights, x_B1D[:, 0])
-    return hidden_BD, cache._replace(k=[k for k, _ in columns], v=[v for _, v in columns])
+    num_columns = cache.k[0].shape[2]
+    return hidden_BD, cache._replace(
+        k=[k for k, _ in columns],
+        v=[v for _, v in columns],
+        column=jnp.remainder(cache.column + 1, num_columns),
+    )
 
 
 def decode_logits(weights: DecodeWeights, hidden: Array) -> Array:

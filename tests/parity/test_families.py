@@ -72,10 +72,12 @@ def _logits(model, params):
     lengths = jnp.asarray(PROMPT_LENGTHS)
     weights = kv_cache.unstack(params, model.architecture, "float32")
     # Behind the shorter prompt stands its completion: the cache must not see it there.
-    first, cache = kv_cache.prefill(weights, rows[:, :prompt_size], lengths, num_steps)
+    first, prompts = kv_cache.prefill(weights, rows[:, :prompt_size], lengths)
+    cache = kv_cache.with_room(prompts, num_steps)
 
     def step(cache, number):
-        hidden, cache = kv_cache.decode_step(weights, cache, rows[jnp.arange(2), lengths + number], number)
+        counts = jnp.full(2, number + 1)
+        hidden, cache = kv_cache.decode_step(weights, cache, rows[jnp.arange(2), lengths + number], counts)
         return cache, kv_cache.decode_logits(weights, hidden)
 
     _, later = jax.lax.scan(step, cache, jnp.arange(num_steps))
@@ -197,7 +199,7 @@ def test_gradients_through_the_scan_are_those_through_each_layer(name, remat, lo
 
     def unrolled(params):
         weights = kv_cache.unstack(params, architecture, "float32")
-        return jnp.sum(jnp.sin(kv_cache.prefill(weights, rows, jnp.asarray([LENGTH, LENGTH]), 1)[0]))
+        return jnp.sum(jnp.sin(kv_cache.prefill(weights, rows, jnp.asarray([LENGTH, LENGTH]))[0]))
 
     ours, plain = (jax.jit(jax.grad(function))(params) for function in (scanned, unrolled))
     for path, leaf in jax.tree.leaves_with_path(plain):

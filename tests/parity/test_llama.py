@@ -48,9 +48,9 @@ def test_trained_llama_decodes_the_logits_of_transformers(test_data, golden, one
     weights = kv_cache.unstack(params, architecture, "float32")
     prompt = jnp.asarray(story[None, :6])
     step, logits_of = jax.jit(kv_cache.decode_step), jax.jit(kv_cache.decode_logits)
-    prefill = jax.jit(kv_cache.prefill, static_argnums=3)
-    hidden, cache = prefill(weights, prompt, jnp.asarray([6]), len(story) - 6)
+    hidden, prompts = jax.jit(kv_cache.prefill)(weights, prompt, jnp.asarray([6]))
+    cache = kv_cache.with_room(prompts, len(story) - 6)
     for number, token in enumerate(story[6:]):
         got = logits_of(weights, hidden)[0, columns]
         np.testing.assert_allclose(got, golden["story_logits"][5 + number], rtol=0, atol=1e-4)
-        hidden, cache = step(weights, cache, jnp.asarray([token]), jnp.int32(number))
+        hidden, cache = step(weights, cache, jnp.asarray([token]), jnp.asarray([number + 1]))

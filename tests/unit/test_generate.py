@@ -20,6 +20,7 @@ from rlhf_jax.ops.logprobs import (
     token_logprobs,
 )
 from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.sampling import Sampling
 
 V, P, C = 37, 6, 8
 PAD, NEVER = 0, V  # no word has the number V, so that no completion ends
@@ -54,19 +55,19 @@ def prompts():
 
 
 @partial(
-    jax.jit, static_argnames=("max_new_tokens", "greedy")
+    jax.jit, static_argnames=("max_new_tokens", "greedy", "num_slots", "refill_size", "group_size")
 )  # the rest is traced: fewer programs to compile
-def run(policy, prompts, key, *, max_new_tokens=C, temperature=1.0, greedy=False, eos_id=NEVER):
+def run(policy, prompts, key, *, max_new_tokens=C, temperature=1.0, greedy=False, eos_id=NEVER, **options):
     return generate(
         MODEL,
         policy,
         prompts,
         key,
+        Sampling(temperature, stop_ids=jnp.asarray([eos_id])),
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
         greedy=greedy,
-        eos_id=eos_id,
         pad_id=PAD,
+        **options,
     )
 
 
@@ -211,12 +212,15 @@ def test_the_loop_stops_when_all_rows_have_ended(policy, prompts, monkeypatch):
         jax.debug.callback(lambda: steps.append(1))
         return decode_step(*args)
 
-    monkeypatch.setattr("rlhf_jax.rollout.generate.decode_step", counted)
+    monkeypatch.setattr("rlhf_jax.rollout.slots.decode_step", counted)
     filled = prompts._replace(lengths=prompts.lengths.at[0].set(0))  # a filling row never ends
-    settings = {"max_new_tokens": C, "temperature": 1.0, "greedy": True, "pad_id": PAD}
-    complete = jax.jit(
-        lambda eos: generate(MODEL, all_alike(policy), filled, jax.random.key(0), eos_id=eos, **settings)
-    )
+    settings = {"max_new_tokens": C, "greedy": True, "pad_id": PAD}
+
+    @jax.jit
+    def complete(eos):
+        sampling = Sampling(1.0, stop_ids=jnp.asarray([eos]))
+        return generate(MODEL, all_alike(policy), filled, jax.random.key(0), sampling, **settings)
+
     for eos, expected in ((PAD, 0), (NEVER, C - 1)):
         steps.clear()
         jax.block_until_ready(complete(eos))
@@ -234,3 +238,24 @@ def test_frequencies_of_the_first_token(policy, prompts):
     counts = np.bincount(np.asarray(drawn.rows.tokens)[:, 3], minlength=V)
     deviations = np.sqrt(count * expected * (1 - expected)) + 1
     assert (abs(counts - count * expected) < 5 * deviations).all()
+
+
+@pytest.mark.parametrize(("num_slots", "refill_size"), [(1, 1), (2, 1), (3, 2), (4, 4)])
+def test_any_number_of_slots_gives_the_same(policy, prompts, num_slots, refill_size):
+    eos = common_word(policy, prompts)
+    expected = run(policy, prompts, jax.random.key(7), eos_id=eos)
+    found = run(policy, prompts, jax.random.key(7), eos_id=eos, num_slots=num_slots, refill_size=refill_size)
+    assert completions(found) == completions(expected)
+    np.testing.assert_array_equal(found.ended, expected.ended)
+    np.testing.assert_allclose(found.sampler_logprobs, expected.sampler_logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_slots", [0, 2])
+def test_a_group_shares_its_prompt(policy, prompts, num_slots):
+    eos = common_word(policy, prompts)
+    expected = run(policy, prompts, jax.random.key(7), eos_id=eos)
+    found = run(policy, prompts, jax.random.key(7), eos_id=eos, group_size=3, num_slots=num_slots)
+    assert completions(found)[::3] == completions(expected)  # the first of a group is what it is alone
+    assert len({tuple(row) for row in completions(found)}) > 10
+    logprobs = training_logprobs(policy, found.rows, 1.0)
+    np.testing.assert_allclose(found.sampler_logprobs, logprobs, rtol=1e-5, atol=1e-5)

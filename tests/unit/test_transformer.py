@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from rlhf_jax.config import ModelConfig
 from rlhf_jax.models.architecture import Architecture, RopeScaling
 from rlhf_jax.models.blocks import INIT_STD
 from rlhf_jax.models.families import from_hf, to_hf
-from rlhf_jax.models.kv_cache import decode_logits, decode_step, prefill, unstack
+from rlhf_jax.models.kv_cache import decode_logits, decode_step, prefill, unstack, with_room
 from rlhf_jax.models.rope import rotate, rotation
 from rlhf_jax.models.transformer import make_model
 
@@ -47,7 +47,14 @@ def make_params(architecture):
 
 
 # Not op by op, which is slow.
-run_prefill = jax.jit(prefill, static_argnums=3)
+
+
+@partial(jax.jit, static_argnums=3)
+def run_prefill(weights, tokens, lengths, num_steps):
+    hidden, prompts = prefill(weights, tokens, lengths)
+    return hidden, with_room(prompts, num_steps)
+
+
 run_step = jax.jit(decode_step)
 run_logits = jax.jit(decode_logits)
 
@@ -177,22 +184,22 @@ def test_cached_decoding_equals_the_full_forward(architecture):
         got = run_logits(weights, hidden)
         np.testing.assert_allclose(got, expected[rows, lengths - 1 + number], rtol=0, atol=1e-5)
         if number < num_steps:
-            hidden, cache = run_step(weights, cache, tokens[rows, lengths + number], jnp.int32(number))
+            hidden, cache = run_step(weights, cache, tokens[rows, lengths + number], jnp.full(4, number + 1))
 
 
 def test_a_filling_row_decodes_finite_numbers():
     weights = unstack(make_params(ARCHITECTURE), ARCHITECTURE, "float32")
     hidden, cache = run_prefill(weights, make_tokens(2, 4), jnp.asarray([0, 4]), 3)
     assert np.isfinite(hidden).all()
-    hidden, _ = run_step(weights, cache, jnp.asarray([5, 5]), jnp.int32(0))
+    hidden, _ = run_step(weights, cache, jnp.asarray([5, 5]), jnp.ones(2, jnp.int32))
     assert np.isfinite(run_logits(weights, hidden)).all()
 
 
 def test_decoding_in_bfloat16_keeps_its_cache_in_bfloat16():
     weights = unstack(make_params(ARCHITECTURE), ARCHITECTURE, "bfloat16")
     hidden, cache = run_prefill(weights, make_tokens(2, 4), jnp.asarray([2, 4]), 3)
-    again, later = run_step(weights, cache, jnp.asarray([5, 5]), jnp.int32(0))
-    assert {array.dtype for array in (hidden, again, *later.prompt_k, *later.k, *later.v)} == {
+    again, later = run_step(weights, cache, jnp.asarray([5, 5]), jnp.ones(2, jnp.int32))
+    assert {array.dtype for array in (hidden, again, *later.prompt.k, *later.k, *later.v)} == {
         jnp.dtype(jnp.bfloat16)
     }
     assert jax.tree.map(jnp.shape, later) == jax.tree.map(jnp.shape, cache)
@@ -203,14 +210,6 @@ def test_unstacking_leaves_the_parameters_as_they_are():
     params = make_params(ARCHITECTURE)
     unstack(params, ARCHITECTURE, "float32")
     assert "layers" in params["trunk"]
-
-
-def test_a_cache_longer_than_the_context_is_refused():
-    weights = unstack(make_params(ARCHITECTURE), ARCHITECTURE, "float32")
-    with pytest.raises(
-        ValueError, match="up to 8 tokens and completions of up to 17 .* context length of 24"
-    ):
-        prefill(weights, make_tokens(1, 8), jnp.asarray([8]), 17)
 
 
 # Parameters

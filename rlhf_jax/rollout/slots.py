@@ -1,0 +1,232 @@
+"""The decode loop: a queue of prompts on a few slots, all on the device.
+
+A slot completes one prompt, or a group of G completions of it. Where R slots are free, the next R prompts of
+the queue are prefilled into them; else every slot draws one token. A batch would wait for its longest row.
+Devices that divide rows have their own parts of the slots and of the queue; all do the same at the same time,
+prefill or decode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rlhf_jax.batch import Prompts
+from rlhf_jax.models.kv_cache import (
+    DecodeWeights,
+    KVCache,
+    decode_logits,
+    decode_step,
+    empty_prompts,
+    prefill,
+    put_prompts,
+    with_room,
+)
+from rlhf_jax.rollout.sampling import Sampling, most_likely, row_keys, sample, uniforms
+from rlhf_jax.sharding import any_device, by_rows, constrain, num_row_parts
+
+
+class Queue(NamedTuple):
+    """What is to be completed; each prompt has G rows of completions, one behind the other."""
+
+    prompts: Prompts  # of Q prompts
+    limits: Array  # i32[Q], the most tokens of a completion, EOS included
+
+
+class Completions(NamedTuple):
+    """What was drawn; column s holds token number s of a row."""
+
+    tokens: Array  # i32[Q * G, C], pad where nothing was drawn
+    logprobs: Array  # f32[Q * G, C]
+    lengths: Array  # i32[Q * G]
+    ended: Array  # bool[Q * G], the last token is one that ends completions
+
+
+class Slots(NamedTuple):
+    """What the loop carries: N slots, B = N * G rows."""
+
+    cache: KVCache
+    prompt: Array  # i32[N], which of its queue each slot completes
+    tokens: Array  # i32[B], the newest of each row
+    counts: Array  # i32[B], tokens of each row so far
+    live: Array  # bool[B], rows that go on
+    taken: Array  # i32[devices that divide rows], prompts that have left their queues
+    done: Completions
+    steps: Array  # i32[], decode steps of all slots
+    refills: Array  # i32[]
+    wants: Array  # bool[], prompts wait for slots that are free
+    going: Array  # bool[], something is left to do
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The loop's static settings."""
+
+    num_columns: int
+    """C, the most tokens of any completion."""
+    pad_id: int
+    num_slots: int
+    """N, on all devices."""
+    refill_size: int
+    """R, prompts of one prefill on each group of devices."""
+    group_size: int = 1
+    """G."""
+    greedy: bool = False
+
+    def start(self, weights: DecodeWeights, queue: Queue) -> Slots:
+        """Returns empty slots, before a queue of Q prompts of up to P tokens."""
+        num_rows, num_slots = len(queue.limits) * self.group_size, self.num_slots
+        prompts = empty_prompts(weights, num_slots, queue.prompts.tokens.shape[1])
+        cache = with_room(prompts, self.num_columns, self.group_size)
+        rows = jnp.zeros(num_slots * self.group_size, jnp.int32)
+        done = Completions(
+            tokens=jnp.full((num_rows, self.num_columns), self.pad_id, jnp.int32),
+            logprobs=jnp.zeros((num_rows, self.num_columns), jnp.float32),
+            lengths=jnp.zeros(num_rows, jnp.int32),
+            ended=jnp.zeros(num_rows, bool),
+        )
+        slots = Slots(
+            cache=cache,
+            prompt=jnp.zeros(num_slots, jnp.int32),
+            tokens=rows,
+            counts=rows,
+            live=jnp.zeros_like(rows, bool),
+            taken=jnp.zeros(num_row_parts(), jnp.int32),
+            done=done,
+            steps=jnp.int32(0),
+            refills=jnp.int32(0),
+            wants=jnp.bool(True),
+            going=jnp.bool(True),
+        )
+        return jax.tree.map(_laid_out, slots)
+
+    def run(
+        self,
+        weights: DecodeWeights,
+        queue: Queue,
+        sampling: Sampling,
+        key: Array,
+        slots: Slots,
+        max_steps: Array,
+    ) -> Slots:
+        """Returns the slots after at most so many more decode steps, or when every row has ended.
+
+        What is drawn does not depend on the number of slots or steps, or on the devices: a row's random
+        numbers are those of its prompt's index, its number in the group, and the token's number.
+
+        Args:
+            weights: of the policy.
+            queue: of Q prompts.
+            sampling: how tokens are drawn; of greedy completions only the temperature is read, for their
+                log-probabilities.
+            key: of this rollout.
+            slots: of `start`, or of `run` with the same arguments.
+            max_steps: i32[].
+        """
+
+        def on_device(rows: tuple[Queue, Slots], whole: tuple) -> tuple[Queue, Slots]:
+            return rows[0], self._run(*whole, *rows)
+
+        sampling = jax.tree.map(jnp.asarray, sampling)
+        whole = weights, sampling, key, slots.steps + max_steps
+        return by_rows(on_device, (queue, slots), whole)[1]
+
+    def _run(
+        self,
+        weights: DecodeWeights,
+        sampling: Sampling,
+        key: Array,
+        last_step: Array,
+        queue: Queue,
+        slots: Slots,
+    ) -> Slots:
+        group = jnp.arange(self.group_size)
+        num_prompts = len(queue.limits)
+        index = jnp.repeat(queue.prompts.index, self.group_size)
+        keys = row_keys(key, index, jnp.tile(group, num_prompts))
+        limits = jnp.repeat(queue.limits, self.group_size)
+
+        def draw(slots: Slots, hidden: Array, rows: Array, drawn: Array, counts: Array) -> tuple:
+            """Returns (completions, tokens, counts, live) of one more token for completions `rows`."""
+            logits = decode_logits(weights, hidden)
+            if self.greedy:
+                tokens, logprobs = most_likely(logits, sampling.temperature)
+            else:
+                tokens, logprobs = sample(logits, uniforms(keys[rows], counts), sampling)
+            stops = drawn & jnp.isin(tokens, sampling.stop_ids)
+            where = jnp.where(drawn, rows, len(keys))  # behind the last: left out
+            done = Completions(
+                slots.done.tokens.at[where, counts].set(tokens, mode="drop"),
+                slots.done.logprobs.at[where, counts].set(logprobs, mode="drop"),
+                slots.done.lengths.at[where].set(counts + 1, mode="drop"),
+                slots.done.ended.at[where].set(stops, mode="drop"),
+            )
+            counts = counts + drawn
+            return done, tokens, counts, drawn & ~stops & (counts < limits[rows])
+
+        def told(slots: Slots) -> Slots:
+            """Returns the slots, and on every device whether any wants prompts or goes on."""
+            free = jnp.sum(~self._busy(slots))
+            waiting = slots.taken[0] < num_prompts
+            wants = waiting & (free >= min(self.refill_size, len(slots.prompt)))
+            going = waiting | jnp.any(slots.live)
+            return slots._replace(wants=any_device(wants), going=any_device(going))
+
+        def refill(slots: Slots) -> Slots:
+            order = jnp.argsort(self._busy(slots), stable=True)[: self.refill_size]  # free slots first
+            prompt = slots.taken[0] + jnp.arange(len(order))
+            taken = ~self._busy(slots)[order] & (prompt < num_prompts)
+            prompt = jnp.minimum(prompt, num_prompts - 1)
+            lengths = queue.prompts.lengths[prompt]
+            hidden, new = prefill(weights, queue.prompts.tokens[prompt], lengths)
+            drawn = jnp.repeat(taken & (lengths > 0) & (queue.limits[prompt] > 0), self.group_size)
+            at = jnp.where(taken, order, len(slots.prompt))
+            at_rows = (at[:, None] * self.group_size + group).ravel()
+            rows = (prompt[:, None] * self.group_size + group).ravel()
+            done, tokens, counts, live = draw(
+                slots, jnp.repeat(hidden, self.group_size, axis=0), rows, drawn, jnp.zeros_like(rows)
+            )
+            return told(
+                slots._replace(
+                    cache=put_prompts(slots.cache, new, order, taken),
+                    prompt=slots.prompt.at[at].set(prompt, mode="drop"),
+                    tokens=slots.tokens.at[at_rows].set(tokens, mode="drop"),
+                    counts=slots.counts.at[at_rows].set(counts, mode="drop"),
+                    live=slots.live.at[at_rows].set(live, mode="drop"),
+                    taken=slots.taken + jnp.sum(taken),
+                    done=done,
+                    refills=slots.refills + 1,
+                )
+            )
+
+        def decode(slots: Slots) -> Slots:
+            rows = (slots.prompt[:, None] * self.group_size + group).ravel()
+            counts = jnp.maximum(slots.counts, 1)  # an empty slot has a token too: its numbers stay finite
+            hidden, cache = decode_step(weights, slots.cache, slots.tokens, counts)
+            done, tokens, counts, live = draw(slots, hidden, rows, slots.live, slots.counts)
+            slots = slots._replace(cache=cache, tokens=tokens, counts=counts, live=live, done=done)
+            return told(slots._replace(steps=slots.steps + 1))
+
+        def wants(slots: Slots) -> Array:
+            return slots.wants & (slots.steps < last_step)
+
+        def decodes(slots: Slots) -> Array:
+            return slots.going & ~slots.wants & (slots.steps < last_step)
+
+        def both(slots: Slots) -> Slots:
+            return jax.lax.while_loop(decodes, decode, jax.lax.while_loop(wants, refill, slots))
+
+        return jax.lax.while_loop(lambda slots: slots.going & (slots.steps < last_step), both, slots)
+
+    def _busy(self, slots: Slots) -> Array:
+        """Returns bool[N]: slots of which a row goes on."""
+        return jnp.any(slots.live.reshape(-1, self.group_size), axis=1)
+
+
+def _laid_out(x: Array) -> Array:
+    axes = ("batch", "kv_heads", "positions", "head_dim") if x.ndim == 4 else ("batch", "positions")[: x.ndim]
+    return constrain(x, axes)
