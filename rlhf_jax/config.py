@@ -315,6 +315,8 @@ class RolloutConfig:
     place. 0: all of the batch, until the longest has ended."""
     refill_size: Count = 0
     """Slots of a device that have to be free before prompts are put into them; 0: an eighth of its slots."""
+    steps_per_call: PositiveInt = 256
+    """Tokens of every slot after which the program returns to the host, which then goes on with it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.stages import Lowered
 
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import Params, Prompts, Rows
+from rlhf_jax.batch import Params, Prompts, Rollout, Rows
 from rlhf_jax.config import StageConfig
 from rlhf_jax.data.loader import Loader
+from rlhf_jax.models.forward import policy_parts
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import Parts, Programs, part_structs
-from rlhf_jax.sharding import batch_sharding, replicated
+from rlhf_jax.programs import Parts, Programs, part_structs, weight_shardings
+from rlhf_jax.rollout.slots import slot_shardings
+from rlhf_jax.sharding import batch_sharding, placed_structs, replicated
 from rlhf_jax.stage import stage_programs
 
 
@@ -35,7 +37,7 @@ def lower_programs(
 ) -> dict[str, Lowered]:
     """Returns what a step of a stage runs, by name, lowered; nothing is compiled, computed or held.
 
-    Online: rollout, score, advantages, update; offline: evaluate, update.
+    Online: rollout_start, rollout, score, advantages, update; offline: evaluate, update.
 
     Args:
         built: the stage's programs.
@@ -53,11 +55,10 @@ def lower_programs(
     trained, frozen = abstract_roles(stage, parts, model, mesh)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     state = programs.init_state.eval_shape(trained)
-    learned, lowered = rows(batch), {}
+    learned = rows(batch)
+    lowered: dict[str, Lowered] = {}
     if ALGORITHMS[stage.algorithm].records == "prompt_only":
-        prompts = learned
-        lowered["rollout"] = programs.rollout.lower(trained, frozen, prompts, key)
-        rollout = rows(programs.rollout.eval_shape(trained, frozen, prompts, key))
+        lowered, rollout = lower_rollout(built, model, mesh, trained, frozen, learned)
         lowered["score"] = programs.score.lower(trained, frozen, rollout)
         scored = rows(programs.score.eval_shape(trained, frozen, rollout)[0])
         scores = ShapeDtypeStruct(rollout.ended.shape, np.float32, sharding=batch_sharding(mesh))
@@ -68,6 +69,28 @@ def lower_programs(
         lowered["evaluate"] = programs.evaluate.lower(trained, frozen, learned)
     lowered["update"] = programs.update.lower(state, frozen, learned, key)
     return lowered
+
+
+def lower_rollout(
+    built: Programs, model: Model, mesh: Mesh, trained: Params, frozen: Params, prompts: Prompts
+) -> tuple[dict[str, Lowered], Rollout]:
+    """Returns the programs of a rollout, lowered, and the placed shapes of what it gives.
+
+    Args:
+        built, model, mesh: as for `lower_programs`.
+        trained, frozen, prompts: placed shape structs.
+    """
+    start, run, finish = cast(Any, built.rollout)
+    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
+    weights, slots = start.eval_shape(trained, frozen, prompts)
+    weights_at = weight_shardings(model, mesh, policy_parts(trained, frozen))
+    weights, slots = placed_structs((weights, slots), (weights_at, slot_shardings(mesh, slots)))
+    lowered = {
+        "rollout_start": start.lower(trained, frozen, prompts),
+        "rollout": run.lower(weights, prompts, key, slots),
+    }
+    rollout = finish.eval_shape(prompts, slots.done)
+    return lowered, jax.tree.map(lambda x: _placed(x, batch_sharding(mesh)), rollout)
 
 
 def abstract_roles(stage: StageConfig, parts: Parts, model: Model, mesh: Mesh) -> tuple[Params, Params]:

@@ -13,18 +13,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Max, Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
 from rlhf_jax.config import StageConfig
 from rlhf_jax.models.forward import make_forward, policy_parts
+from rlhf_jax.models.kv_cache import DecodeWeights, by_layer, unstack
 from rlhf_jax.models.transformer import POLICY, SCORER, Model
 from rlhf_jax.ops.kl import log_ratio, sequence_kl
 from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
 from rlhf_jax.optim import make_optimizer, map_moments
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.generate import RolloutPrograms, assemble, make_queue
 from rlhf_jax.rollout.sampling import Sampling
+from rlhf_jax.rollout.slots import Completions, Engine, Slots
 from rlhf_jax.scoring import score_rollout
 from rlhf_jax.sharding import (
     Memory,
@@ -51,7 +53,7 @@ class Programs(NamedTuple):
 
     init_state: Callable[[Params], TrainState]
     """Parameters by role -> the state before the first step, on the mesh."""
-    rollout: Callable[[Params, Params, Prompts, Array], Rollout]
+    rollout: RolloutPrograms
     """Trained and frozen parameters, prompts, key -> completions by the policy."""
     score: Callable[[Params, Params, Rollout], tuple[Scored, Metrics]]
     """Trained and frozen parameters, rollout -> what every role says, and metrics of the rollout."""
@@ -135,6 +137,17 @@ def role_shardings(model: Model, mesh: Mesh, role: str) -> Params:
     return part_shardings(model, mesh, SCORER if role in ("value", "reward") else POLICY)
 
 
+def weight_shardings(model: Model, mesh: Mesh, policy_parts: Iterable[str]) -> DecodeWeights:
+    """Returns the sharding of each of the weights that decoding reads."""
+    parts = tuple(policy_parts)
+    stacked = decode_shardings(mesh, model.axes_of(parts), model.shapes_of(parts))
+
+    def of_layer(_: int, sharding: NamedSharding) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+
+    return by_layer(stacked, of_layer, model.architecture, model.lora)
+
+
 def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
     """Returns an optimiser per trained role; the schedule counts optimiser steps."""
     settings = stage.settings
@@ -205,21 +218,26 @@ def build_programs(
     rows_on = batch_sharding(mesh)
     constrain = partial(_constrain, sharding=rows_on)
 
-    def rollout(params: Params, frozen: Params, prompts: Prompts, key: Array) -> Rollout:
+    engine = Engine(
+        num_columns=stage.rollout.max_new_tokens,
+        pad_id=ids.pad,
+        num_slots=stage.rollout.slots,
+        refill_size=stage.rollout.refill_size,
+    )
+
+    def start_rollout(params: Params, frozen: Params, prompts: Prompts) -> tuple[DecodeWeights, Slots]:
         policy = policy_parts(params, frozen)
-        for_decoding = decode_shardings(mesh, model.axes_of(policy), model.shapes_of(policy))
-        completed = generate(
-            model,
-            jax.lax.with_sharding_constraint(policy, for_decoding),
-            prompts,
-            key,
-            Sampling(temperature, stop_ids=jnp.asarray([ids.eos])),
-            max_new_tokens=stage.rollout.max_new_tokens,
-            pad_id=ids.pad,
-            num_slots=stage.rollout.slots,
-            refill_size=stage.rollout.refill_size,
-        )
-        return constrain(completed)
+        weights = unstack(policy, model.architecture, model.dtype, model.lora)
+        weights = jax.lax.with_sharding_constraint(weights, weight_shardings(model, mesh, policy))
+        return weights, engine.start(weights, prompts)
+
+    def run_rollout(weights: DecodeWeights, prompts: Prompts, key: Array, slots: Slots) -> Slots:
+        sampling = Sampling(temperature, stop_ids=jnp.asarray([ids.eos]))
+        queue = make_queue(prompts, stage.rollout.max_new_tokens)
+        return engine.run(weights, queue, sampling, key, slots, stage.rollout.steps_per_call)
+
+    def finish_rollout(prompts: Prompts, done: Completions) -> Rollout:
+        return constrain(assemble(prompts, done, ids.pad))
 
     def counted(rollout: Rollout) -> Array:
         return rollout.rows.sequence_mask & (rollout.ended if algorithm.leaves_out(settings) else True)
@@ -254,7 +272,11 @@ def build_programs(
     compiled = partial(_compiled, mesh)
     return Programs(
         init_state=compiled(init, donate_argnums=0, out_shardings=shardings),
-        rollout=compiled(rollout),
+        rollout=RolloutPrograms(
+            start=compiled(start_rollout),
+            run=compiled(run_rollout, donate_argnums=3),
+            finish=compiled(finish_rollout),
+        ),
         score=compiled(score),
         advantages=compiled(advantages),
         update=compiled(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),

@@ -274,6 +274,11 @@ def constrain(x: Array, axes: Sequence[str]) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def dividing_sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+    """Returns how `constrain` lays out an array: a dimension that the mesh does not divide stays whole."""
+    return NamedSharding(mesh, _dividing(mesh.abstract_mesh, partition_spec(axes), shape))
+
+
 def row_axes() -> tuple[str, ...]:
     """Returns the mesh axes of size above 1 that divide rows, and parameters not while decoding."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -49,8 +49,8 @@ PAD, FIRST_WORD = 0, 4
 NEVER = TokenIds(eos=-1, pad=PAD)  # no token is EOS: every completion has its full length
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Returns the command line that all benchmarks have."""
+def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
+    """Returns the command line that all benchmarks have, and more options of one's own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--shape", choices=SHAPES, default="15m")
     parser.add_argument("--batch", type=int, default=16, help="prompts")
@@ -61,6 +61,8 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    for name, options in more.items():
+        parser.add_argument(f"--{name}", **options)
     return parser.parse_args()
 
 
@@ -128,12 +130,13 @@ class Bench:
         trained = {role: self.weights(role, i) for i, role in enumerate(algorithm.trains)}
         return trained, {role: self.weights(role, 8 + i) for i, role in enumerate(algorithm.reads)}
 
-    def prompts(self, seed: int = 0) -> Prompts:
-        """Returns a batch of random prompts on the host."""
-        rng = np.random.default_rng(seed)
-        shape = (self.args.batch, self.args.prompt)
-        ids = rng.integers(FIRST_WORD, self.architecture.vocab_size, shape)
-        return collate_prompts(ids.tolist(), range(self.args.batch), self.args.prompt, PAD, self.args.batch)
+    def prompts(self, seed: int = 0, num_prompts: int = 0) -> Prompts:
+        """Returns random prompts on the host: a batch, or as many as are asked for."""
+        count = num_prompts or self.args.batch
+        ids = np.random.default_rng(seed).integers(
+            FIRST_WORD, self.architecture.vocab_size, (count, self.args.prompt)
+        )
+        return collate_prompts(ids.tolist(), range(count), self.args.prompt, PAD, count)
 
     def tokenizer(self) -> Tokenizer:
         """Returns a word-level tokenizer: token i is the word w<i>."""

@@ -61,7 +61,10 @@ def measure(
         if name in programs:
             memory = cast(Any, lowered.compile().memory_analysis())
             returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
-            found[name] = memory.temp_size_in_bytes + returned
+            of_its_own = (
+                memory.argument_size_in_bytes if name == "rollout" else 0
+            )  # the policy's copy, the cache
+            found[name] = memory.temp_size_in_bytes + returned + of_its_own
             most = max(most, found[name])
     found["peak"] = found["state"] + found["frozen"] + most
     if mesh.devices.flat[0] in jax.devices():

@@ -9,11 +9,10 @@ there is no left padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,10 +85,26 @@ def unstack(
         return leaf if is_of_norm else leaf.astype(dtype)
 
     params = jax.tree.map_with_path(cast, policy_params)
-    stacked, of_adapter = params["trunk"].pop("layers"), params.pop("adapter", {"layers": None})["layers"]
-    numbers = range(architecture.num_layers)
-    layers, adapters = ([jax.tree.map(itemgetter(i), of) for i in numbers] for of in (stacked, of_adapter))
-    return DecodeWeights(params, layers, adapters, architecture, lora)
+    return by_layer(params, lambda i, leaf: leaf[i], architecture, lora)
+
+
+def by_layer(
+    policy: Params, take: Callable[[int, Any], Any], architecture: Architecture, lora: Lora | None
+) -> DecodeWeights:
+    """Returns a policy's tree in the form for decoding.
+
+    Args:
+        policy: of arrays, or of what is said of each, such as shardings.
+        take: gives what a leaf of stacked layers is for one of them.
+        architecture, lora: the policy's.
+    """
+    rest = {**policy, "trunk": {**policy["trunk"]}}
+    stacked, of_adapter = rest["trunk"].pop("layers"), rest.pop("adapter", {"layers": None})["layers"]
+
+    def layers(of: Params | None) -> list[Any]:
+        return [jax.tree.map(partial(take, i), of) for i in range(architecture.num_layers)]
+
+    return DecodeWeights(rest, layers(stacked), layers(of_adapter), architecture, lora)
 
 
 def prefill(weights: DecodeWeights, tokens: Array, lengths: Array) -> tuple[Array, PromptCache]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from rlhf_jax import watchdog
 from rlhf_jax.batch import Params, Prompts, Rollout, Rows
-from rlhf_jax.models.kv_cache import unstack
+from rlhf_jax.models.kv_cache import DecodeWeights, unstack
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.logprobs import contiguous_columns, put_columns
 from rlhf_jax.rollout.sampling import Sampling
-from rlhf_jax.rollout.slots import Completions, Engine, Queue
-from rlhf_jax.sharding import num_row_parts
+from rlhf_jax.rollout.slots import Completions, Engine, Queue, Slots
 
 
 def generate(
@@ -57,28 +61,37 @@ def generate(
     Raises:
         ValueError: P + C does not fit the model's context.
     """
-    num_prompts, width = prompts.tokens.shape
-    limit = model.architecture.context_length
-    if width + max_new_tokens > limit:
-        raise ValueError(
-            f"prompts of up to {width} tokens and completions of up to {max_new_tokens} do not fit the "
-            f"model's context length of {limit}; shorten one of them"
-        )
     weights = unstack(params, model.architecture, model.dtype, model.lora)
-    num_slots = num_slots or num_prompts
-    per_device = num_slots // num_row_parts()
-    engine = Engine(
-        num_columns=max_new_tokens,
-        pad_id=pad_id,
-        num_slots=num_slots,
-        refill_size=per_device if num_slots == num_prompts else refill_size or -(-per_device // 8),
-        group_size=group_size,
-        greedy=greedy,
-    )
-    most = jnp.full(num_prompts, max_new_tokens) if limits is None else jnp.minimum(limits, max_new_tokens)
-    queue = Queue(prompts, most)
-    slots = engine.run(weights, queue, sampling, key, engine.start(weights, queue), jnp.int32(2**30))
+    engine = Engine(max_new_tokens, pad_id, num_slots, refill_size, group_size, greedy)
+    slots = engine.start(weights, prompts)
+    slots = engine.run(weights, make_queue(prompts, max_new_tokens, limits), sampling, key, slots)
     return assemble(prompts, slots.done, pad_id)
+
+
+class RolloutPrograms(NamedTuple):
+    """The compiled rollout of a stage, which returns to the host after a number of decode steps."""
+
+    start: Callable[[Params, Params, Prompts], tuple[DecodeWeights, Slots]]
+    """Trained and frozen parameters, prompts -> the policy's weights as decoding wants them, empty slots."""
+    run: Callable[[DecodeWeights, Prompts, Array, Slots], Slots]
+    """Weights, prompts, key, slots (donated) -> the slots some steps later."""
+    finish: Callable[[Prompts, Completions], Rollout]
+    """Prompts, what was drawn -> rows."""
+
+    def __call__(self, params: Params, frozen: Params, prompts: Prompts, key: Array) -> Rollout:
+        """Returns completions of the prompts by the policy."""
+        weights, slots = self.start(params, frozen, prompts)
+        while True:
+            slots = self.run(weights, prompts, key, slots)
+            if not np.asarray(slots.going):
+                return self.finish(prompts, slots.done)
+            watchdog.beat()
+
+
+def make_queue(prompts: Prompts, max_new_tokens: int, limits: Array | None = None) -> Queue:
+    """Returns prompts with the most tokens of each one's completions, which is max_new_tokens at most."""
+    most = jnp.full(len(prompts.lengths), max_new_tokens, jnp.int32)
+    return Queue(prompts, most if limits is None else jnp.minimum(limits, most))
 
 
 def assemble(prompts: Prompts, done: Completions, pad_id: int) -> Rollout:

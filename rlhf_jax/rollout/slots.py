@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from rlhf_jax.batch import Prompts
 from rlhf_jax.models.kv_cache import (
@@ -27,7 +28,7 @@ from rlhf_jax.models.kv_cache import (
     with_room,
 )
 from rlhf_jax.rollout.sampling import Sampling, most_likely, row_keys, sample, uniforms
-from rlhf_jax.sharding import any_device, by_rows, constrain, num_row_parts
+from rlhf_jax.sharding import any_device, by_rows, constrain, dividing_sharding, num_row_parts
 
 
 class Queue(NamedTuple):
@@ -69,19 +70,32 @@ class Engine:
     num_columns: int
     """C, the most tokens of any completion."""
     pad_id: int
-    num_slots: int
-    """N, on all devices."""
-    refill_size: int
-    """R, prompts of one prefill on each group of devices."""
+    """What stands where no token was drawn."""
+    num_slots: int = 0
+    """N, on all devices; 0, or more than there are prompts: one for each."""
+    refill_size: int = 0
+    """R, slots of a device that are filled at once; 0: an eighth of them."""
     group_size: int = 1
     """G."""
     greedy: bool = False
 
-    def start(self, weights: DecodeWeights, queue: Queue) -> Slots:
-        """Returns empty slots, before a queue of Q prompts of up to P tokens."""
-        num_rows, num_slots = len(queue.limits) * self.group_size, self.num_slots
-        prompts = empty_prompts(weights, num_slots, queue.prompts.tokens.shape[1])
-        cache = with_room(prompts, self.num_columns, self.group_size)
+    def start(self, weights: DecodeWeights, prompts: Prompts) -> Slots:
+        """Returns empty slots, before a queue of Q prompts of up to P tokens.
+
+        Raises:
+            ValueError: P + C does not fit the model's context.
+        """
+        num_prompts, width = prompts.tokens.shape
+        limit = weights.architecture.context_length
+        if width + self.num_columns > limit:
+            raise ValueError(
+                f"prompts of up to {width} tokens and completions of up to {self.num_columns} do not fit the "
+                f"model's context length of {limit}; shorten one of them"
+            )
+        num_slots = min(self.num_slots or num_prompts, num_prompts)
+        num_rows = num_prompts * self.group_size
+        prompt_cache = empty_prompts(weights, num_slots, width)
+        cache = with_room(prompt_cache, self.num_columns, self.group_size)
         rows = jnp.zeros(num_slots * self.group_size, jnp.int32)
         done = Completions(
             tokens=jnp.full((num_rows, self.num_columns), self.pad_id, jnp.int32),
@@ -102,7 +116,7 @@ class Engine:
             wants=jnp.bool(True),
             going=jnp.bool(True),
         )
-        return jax.tree.map(_laid_out, slots)
+        return jax.tree.map(lambda x: constrain(x, _axes(x)), slots)
 
     def run(
         self,
@@ -111,7 +125,7 @@ class Engine:
         sampling: Sampling,
         key: Array,
         slots: Slots,
-        max_steps: Array,
+        max_steps: Array | int = 2**30,
     ) -> Slots:
         """Returns the slots after at most so many more decode steps, or when every row has ended.
 
@@ -128,7 +142,9 @@ class Engine:
             max_steps: i32[].
         """
 
-        def on_device(rows: tuple[Queue, Slots], whole: tuple) -> tuple[Queue, Slots]:
+        def on_device(
+            rows: tuple[Queue, Slots], whole: tuple[DecodeWeights, Sampling, Array, Array]
+        ) -> tuple[Queue, Slots]:
             return rows[0], self._run(*whole, *rows)
 
         sampling = jax.tree.map(jnp.asarray, sampling)
@@ -145,7 +161,9 @@ class Engine:
         slots: Slots,
     ) -> Slots:
         group = jnp.arange(self.group_size)
-        num_prompts = len(queue.limits)
+        num_prompts, num_slots = len(queue.limits), len(slots.prompt)
+        refill_size = num_slots if num_slots == num_prompts else self.refill_size or -(-num_slots // 8)
+        refill_size = min(refill_size, num_slots)
         index = jnp.repeat(queue.prompts.index, self.group_size)
         keys = row_keys(key, index, jnp.tile(group, num_prompts))
         limits = jnp.repeat(queue.limits, self.group_size)
@@ -172,19 +190,19 @@ class Engine:
             """Returns the slots, and on every device whether any wants prompts or goes on."""
             free = jnp.sum(~self._busy(slots))
             waiting = slots.taken[0] < num_prompts
-            wants = waiting & (free >= min(self.refill_size, len(slots.prompt)))
+            wants = waiting & (free >= refill_size)
             going = waiting | jnp.any(slots.live)
             return slots._replace(wants=any_device(wants), going=any_device(going))
 
         def refill(slots: Slots) -> Slots:
-            order = jnp.argsort(self._busy(slots), stable=True)[: self.refill_size]  # free slots first
+            order = jnp.argsort(self._busy(slots), stable=True)[:refill_size]  # free slots first
             prompt = slots.taken[0] + jnp.arange(len(order))
             taken = ~self._busy(slots)[order] & (prompt < num_prompts)
             prompt = jnp.minimum(prompt, num_prompts - 1)
             lengths = queue.prompts.lengths[prompt]
             hidden, new = prefill(weights, queue.prompts.tokens[prompt], lengths)
             drawn = jnp.repeat(taken & (lengths > 0) & (queue.limits[prompt] > 0), self.group_size)
-            at = jnp.where(taken, order, len(slots.prompt))
+            at = jnp.where(taken, order, num_slots)
             at_rows = (at[:, None] * self.group_size + group).ravel()
             rows = (prompt[:, None] * self.group_size + group).ravel()
             done, tokens, counts, live = draw(
@@ -227,6 +245,11 @@ class Engine:
         return jnp.any(slots.live.reshape(-1, self.group_size), axis=1)
 
 
-def _laid_out(x: Array) -> Array:
-    axes = ("batch", "kv_heads", "positions", "head_dim") if x.ndim == 4 else ("batch", "positions")[: x.ndim]
-    return constrain(x, axes)
+def _axes(x: Array) -> tuple[str, ...]:
+    """Returns the logical axes of one of the arrays that the loop carries."""
+    return ("batch", "kv_heads", "positions", "head_dim") if x.ndim == 4 else ("batch", "positions")[: x.ndim]
+
+
+def slot_shardings(mesh: Mesh, slots: Slots) -> Slots:
+    """Returns the sharding of each of the arrays that the loop carries, or of their shapes."""
+    return jax.tree.map(lambda x: dividing_sharding(mesh, _axes(x), x.shape), slots)

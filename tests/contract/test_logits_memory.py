@@ -15,6 +15,7 @@ import pytest
 
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import PolicyBatch, Prompts, Rollout, Rows
+from rlhf_jax.lowering import lower_rollout
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.programs import TokenIds, build_programs, role_shardings
 from rlhf_jax.sharding import batch_sharding
@@ -70,7 +71,8 @@ def compiled(name: str, program: str, chunk: int, **over: int):
     key = jax.random.key(0)
     if program == "rollout":
         prompts = Prompts(jnp.zeros((num_rows, 5), jnp.int32), integers, integers)
-        return programs.rollout.lower(trained, frozen, rows_of(prompts), key).compile()
+        lowered, _ = lower_rollout(programs, model, mesh, trained, frozen, rows_of(prompts))
+        return lowered["rollout"].compile()
     if program == "score":
         rollout = Rollout(rows, jnp.zeros((num_rows,), bool), numbers)
         return programs.score.lower(trained, frozen, rows_of(rollout)).compile()
