@@ -23,6 +23,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -310,6 +311,12 @@ class RolloutConfig:
     """Longest completion in tokens, EOS included."""
     temperature: PositiveFloat = 1.0
     """Divides the logits in sampling and in every log-probability of RL."""
+    top_k: Count = 0
+    """Draws from the k most likely words alone; 0: from all. Log-probabilities stay those of all words."""
+    top_p: PositiveFraction = 1.0
+    """Draws from the fewest words whose probabilities sum up to this, after top_k; 1: from all of them."""
+    min_p: Fraction = 0.0
+    """Draws no word less likely than this times the most likely one; 0: any."""
     slots: Count = 0
     """Completions that are sampled at once, over all devices; where one ends, another prompt's takes its
     place. 0: all of the batch, until the longest has ended."""

@@ -251,6 +251,11 @@ def check_architecture(stage: StageConfig, earlier: dict[str, StageConfig], path
             is_few = odd == ["num_kv_heads"]
             whole = "; with mesh.axes.kv_heads: none each device has all keys and values" if is_few else ""
             yield f"{path('mesh', 'tensor')}: must divide {sizes}, got {tensor}{whole}"
+    if stage.rollout.refill_size and not stage.rollout.slots:
+        yield (
+            f"{path('rollout', 'refill_size')}: without rollout.slots no slot is filled again; set rollout.slots, "
+            f"or leave refill_size at 0, got {stage.rollout.refill_size}"
+        )
     if stage.algorithm == "ppo":
         longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
         if longest > model.context_length:

@@ -351,6 +351,8 @@ def check_mesh(plans: Sequence[Plan], mesh: Mesh) -> None:
         )
         if model_section.attention == "flash" and lack:
             problems.append(f"model.attention is 'flash', but {lack}; set it to auto")
+        if plan.stage.rollout.slots:
+            _attempt(problems, check_batch, mesh, plan.stage.rollout.slots, "rollout.slots")
         problems += rows[:1]  # what does not divide the first does not divide its parts
         for parts in plan.parts().values():
             _attempt(problems, part_shardings, model, mesh, parts)

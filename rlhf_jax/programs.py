@@ -232,7 +232,13 @@ def build_programs(
         return weights, engine.start(weights, prompts)
 
     def run_rollout(weights: DecodeWeights, prompts: Prompts, key: Array, slots: Slots) -> Slots:
-        sampling = Sampling(temperature, stop_ids=jnp.asarray([ids.eos]))
+        sampling = Sampling(
+            temperature,
+            stop_ids=jnp.asarray([ids.eos]),
+            top_k=stage.rollout.top_k or None,
+            top_p=None if stage.rollout.top_p == 1 else stage.rollout.top_p,
+            min_p=stage.rollout.min_p or None,
+        )
         queue = make_queue(prompts, stage.rollout.max_new_tokens)
         return engine.run(weights, queue, sampling, key, slots, stage.rollout.steps_per_call)
 

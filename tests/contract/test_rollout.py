@@ -20,14 +20,15 @@ KEY = jax.random.key(19)
 
 
 @functools.cache
-def programs_of(mesh):
-    return tiny.programs(tiny.stage("ppo"), mesh)
+def programs_of(mesh, slots):
+    return tiny.programs(tiny.stage("ppo", rollout={"slots": slots, "steps_per_call": 3}), mesh)
 
 
-def rollout(prompts, mesh=None, key=KEY):
+def rollout(prompts, mesh=None, key=KEY, slots=0):
     mesh = mesh or tiny.mesh()
     policy = tiny.weights("policy", mesh)
-    return jax.device_get(programs_of(mesh).rollout({"policy": policy}, {}, place_rows(mesh, prompts), key))
+    program = programs_of(mesh, slots).rollout
+    return jax.device_get(program({"policy": policy}, {}, place_rows(mesh, prompts), key))
 
 
 def assert_same(found, expected, prompts, order=None):
@@ -52,6 +53,14 @@ def alone(prompts):
 @pytest.mark.parametrize("sizes", tiny.MESHES, ids=str)
 def test_any_mesh_samples_the_same_tokens(prompts, alone, sizes):
     assert_same(rollout(prompts, tiny.mesh(**sizes)), alone, prompts)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 4, "sequence": 2}], ids=str
+)
+def test_slots_on_any_mesh_sample_the_same_tokens(prompts, alone, sizes):
+    """Four parts of a slot and two prompts each; and four slots on devices that all have all rows."""
+    assert_same(rollout(prompts, tiny.mesh(**sizes), slots=4), alone, prompts)
 
 
 def test_order_and_neighbours_do_not_matter(prompts, alone):

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax.batch import Prompts
 from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.models.kv_cache import decode_step
+from rlhf_jax.models.kv_cache import decode_step, unstack
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.ops.logprobs import (
     contiguous_columns,
@@ -19,8 +19,9 @@ from rlhf_jax.ops.logprobs import (
     put_columns,
     token_logprobs,
 )
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.generate import generate, make_queue
 from rlhf_jax.rollout.sampling import Sampling
+from rlhf_jax.rollout.slots import Engine
 
 V, P, C = 37, 6, 8
 PAD, NEVER = 0, V  # no word has the number V, so that no completion ends
@@ -102,7 +103,8 @@ def common_word(policy, prompts):
     return next(word for word in range(1, V) if 1 < sum(word in row for row in drawn) < len(drawn))
 
 
-def test_greedy_equals_naive_decoding_with_the_full_forward(policy, prompts):
+@pytest.mark.parametrize("num_slots", [0, 2])
+def test_greedy_equals_naive_decoding_with_the_full_forward(policy, prompts, num_slots):
     @jax.jit
     def next_words(tokens, lengths):
         hidden = gather_columns(MODEL.hidden(policy["trunk"], tokens), lengths[:, None] - 1)
@@ -113,7 +115,7 @@ def test_greedy_equals_naive_decoding_with_the_full_forward(policy, prompts):
     for _ in range(C):
         tokens[np.arange(5), lengths] = next_words(jnp.asarray(tokens), jnp.asarray(lengths))
         lengths += 1
-    got = run(policy, prompts, jax.random.key(0), greedy=True)
+    got = run(policy, prompts, jax.random.key(0), greedy=True, num_slots=num_slots)
     expected = [tokens[row, length - C : length].tolist() for row, length in enumerate(lengths)]
     assert completions(got) == expected
     assert len({tuple(row) for row in expected}) == 5  # they tell prompts apart
@@ -240,22 +242,66 @@ def test_frequencies_of_the_first_token(policy, prompts):
     assert (abs(counts - count * expected) < 5 * deviations).all()
 
 
-@pytest.mark.parametrize(("num_slots", "refill_size"), [(1, 1), (2, 1), (3, 2), (4, 4)])
-def test_any_number_of_slots_gives_the_same(policy, prompts, num_slots, refill_size):
-    eos = common_word(policy, prompts)
-    expected = run(policy, prompts, jax.random.key(7), eos_id=eos)
-    found = run(policy, prompts, jax.random.key(7), eos_id=eos, num_slots=num_slots, refill_size=refill_size)
-    assert completions(found) == completions(expected)
-    np.testing.assert_array_equal(found.ended, expected.ended)
-    np.testing.assert_allclose(found.sampler_logprobs, expected.sampler_logprobs, atol=1e-5)
+# Slots
+
+
+@pytest.fixture(scope="module")
+def queue():
+    """Twelve prompts, of one token and of the full width among them, and one that only fills up."""
+    rng = np.random.default_rng(2)
+    lengths = jnp.asarray([6, 1, 3, 0, 6, 2, 1, 4, 5, 6, 1, 3])
+    return Prompts(jnp.asarray(rng.integers(1, V, (12, P)), jnp.int32), lengths, jnp.arange(12) + 5)
+
+
+@pytest.mark.parametrize(("num_slots", "refill_size"), [(1, 1), (3, 2), (5, 5), (11, 0), (40, 3)])
+def test_any_number_of_slots_gives_the_same(policy, queue, num_slots, refill_size):
+    """Random limits, early ends, a last refill that the queue does not fill, more slots than prompts."""
+    slots = {"num_slots": num_slots, "refill_size": refill_size}
+    ended = 0
+    for seed, word in [(7, NEVER), (8, 3), (9, 20), (10, 11)]:
+        key, limits = jax.random.key(seed), jax.random.randint(jax.random.key(seed), (12,), 1, C + 4)
+        expected = run(policy, queue, key, eos_id=word, limits=limits)
+        found = run(policy, queue, key, eos_id=word, limits=limits, **slots)
+        assert completions(found) == completions(expected)
+        np.testing.assert_array_equal(found.ended, expected.ended)
+        np.testing.assert_array_equal(found.rows.tokens, expected.rows.tokens)
+        np.testing.assert_allclose(found.sampler_logprobs, expected.sampler_logprobs, atol=1e-5)
+        lengths = found.rows.lengths - queue.lengths
+        most = np.where(queue.lengths > 0, np.minimum(limits, C), 0)
+        assert (found.ended | (lengths == most)).all() and (lengths <= most).all()
+        ended += np.asarray(found.ended).sum()
+    assert ended > 5
+
+
+def test_slots_are_filled_again_before_the_longest_has_ended(policy, queue):
+    """Steps are counted: batches of four would take three times the longest of each."""
+    limits = jnp.asarray([8, 1, 1, 8, 1, 1, 8, 1, 1, 8, 1, 1])
+    engine = Engine(C, PAD, num_slots=4, refill_size=1)
+    weights = unstack(policy, MODEL.architecture, "float32")
+    sampling = Sampling(1.0, stop_ids=jnp.asarray([NEVER]))
+
+    @jax.jit
+    def steps(slots, at_once):
+        todo = make_queue(queue, C, limits)
+        return engine.run(weights, todo, sampling, jax.random.key(0), slots, at_once)
+
+    whole = steps(engine.start(weights, queue), 1000)
+    assert whole.steps == C - 1  # all have their turn beside the first
+    assert not whole.going and whole.taken[0] == 12
+    slots, calls = engine.start(weights, queue), 0
+    while slots.going:  # the same in calls of two steps
+        slots, calls = steps(slots, 2), calls + 1
+    assert calls == 4 and slots.steps == whole.steps
+    for a, b in zip(slots.done, whole.done, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("num_slots", [0, 2])
-def test_a_group_shares_its_prompt(policy, prompts, num_slots):
-    eos = common_word(policy, prompts)
-    expected = run(policy, prompts, jax.random.key(7), eos_id=eos)
-    found = run(policy, prompts, jax.random.key(7), eos_id=eos, group_size=3, num_slots=num_slots)
+def test_a_group_shares_its_prompt(policy, queue, num_slots):
+    key = jax.random.key(7)
+    expected = run(policy, queue, key, eos_id=11)
+    found = run(policy, queue, key, eos_id=11, group_size=3, num_slots=num_slots)
     assert completions(found)[::3] == completions(expected)  # the first of a group is what it is alone
-    assert len({tuple(row) for row in completions(found)}) > 10
+    assert len({tuple(row) for row in completions(found)}) > 30
     logprobs = training_logprobs(policy, found.rows, 1.0)
     np.testing.assert_allclose(found.sampler_logprobs, logprobs, rtol=1e-5, atol=1e-5)
