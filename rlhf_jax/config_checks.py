@@ -253,7 +253,7 @@ def check_architecture(stage: StageConfig, earlier: dict[str, StageConfig], path
             yield f"{path('mesh', 'tensor')}: must divide {sizes}, got {tensor}{whole}"
     if stage.rollout.refill_size and not stage.rollout.slots:
         yield (
-            f"{path('rollout', 'refill_size')}: without rollout.slots no slot is filled again; set rollout.slots, "
+            f"{path('rollout', 'refill_size')}: without rollout.slots no slot is filled again; set that, "
             f"or leave refill_size at 0, got {stage.rollout.refill_size}"
         )
     if stage.algorithm == "ppo":

@@ -41,6 +41,8 @@ SHAPES = {  # width, layers, heads, kv heads, mlp, vocabulary; embeddings tied b
     "tiny": (32, 2, 4, 2, 64, 512),
     "15m": (288, 6, 6, 6, 768, 32000),
     "60m": (576, 12, 9, 3, 1536, 32000),
+    "0.5b": (896, 24, 14, 2, 4864, 151936),  # Qwen2.5, like the next
+    "1.5b": (1536, 28, 12, 2, 8960, 151936),
     "1b": (2048, 16, 32, 8, 8192, 128256),
     "8b": (4096, 32, 32, 8, 14336, 128256),
 }
@@ -171,6 +173,23 @@ class Bench:
             "train_step": generate + (2 * n + 4 * body) * tokens + update,
         }[task]
 
+    def of_memory(self, seconds: float) -> dict[str, float]:
+        """Returns what decoding has to read of memory, beside what the memory can: GB/s, and the share.
+
+        For each token all weights, once for all rows, and each row's keys and values so far.
+        """
+        args, architecture = self.args, self.architecture
+        size = jnp.dtype(args.dtype).itemsize
+        per_token = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * size
+        cached = args.batch * (args.prompt + args.new / 2) * per_token
+        read = args.new * (self.num_parameters()[0] * size + cached) / seconds / 1e9
+        ceiling = memory_rate()
+        return {
+            "memory_gb_s": round(read, 1),
+            "memory_ceiling_gb_s": round(ceiling, 1),
+            "share_of_memory": round(read / ceiling, 3),
+        }
+
     def report(self, task: str, step: Callable[[int], Any], tokens: int) -> None:
         """Times step(i) and prints the JSON line; the step returns what has to be ready."""
         args = self.args
@@ -205,6 +224,7 @@ class Bench:
             "useful_gflops": round(rate, 1),
             "ceiling_gflops": round(ceiling, 1),
             "share_of_ceiling": round(rate / ceiling, 3),
+            **(self.of_memory(median) if task == "generate" else {}),
             "warmup_s": round(warm, 1),
             "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "load_1m": round(os.getloadavg()[0], 2),
@@ -224,6 +244,19 @@ def matrix_rate(dtype: str, repeats: int = 5) -> float:
         product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds) / 1e9
+
+
+def memory_rate(repeats: int = 5) -> float:
+    """Returns GB/s of reading a large array: the best of several."""
+    total = jax.jit(jnp.sum)
+    x = jnp.ones((2**26 if jax.default_backend() == "cpu" else 2**30,), jnp.float32)
+    total(x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        total(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return x.nbytes / min(seconds) / 1e9
 
 
 def commit() -> str:

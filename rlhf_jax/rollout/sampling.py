@@ -8,11 +8,14 @@ Truncation (top-k, top-p, min-p) finds the least logit that stays by bisection, 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from rlhf_jax.sharding import constrain, num_parts
 
 BLOCK = 128  # words; a TPU's lane width
 
@@ -96,7 +99,7 @@ def sample(logits: Array, uniforms: Array, sampling: Sampling) -> tuple[Array, A
     shifted = _pick(blocks, block) - largest[:, None]
     weights = jnp.exp(shifted)
     word = _first_beyond(jnp.cumsum(weights, axis=-1), weights, target - before)
-    return (block * BLOCK + word).astype(jnp.int32), _pick(shifted, word) - jnp.log(whole)
+    return (block * blocks.shape[2] + word).astype(jnp.int32), _pick(shifted, word) - jnp.log(whole)
 
 
 def least_kept(scaled: Array, sampling: Sampling) -> Array:
@@ -165,14 +168,20 @@ def most_likely(logits: Array, temperature: Array | float) -> tuple[Array, Array
     total = jnp.sum(jnp.exp(blocks - largest[:, None, None]), axis=(-2, -1))
     block = jnp.argmax(largest_in_block, axis=-1)
     word = jnp.argmax(_pick(blocks, block), axis=-1)
-    return (block * BLOCK + word).astype(jnp.int32), -jnp.log(total)
+    return (block * blocks.shape[2] + word).astype(jnp.int32), -jnp.log(total)
 
 
 def _blocks(logits: Array) -> Array:
-    """Returns [B, V / BLOCK, BLOCK]; words that fill up the last block have probability 0."""
-    padding = -logits.shape[1] % BLOCK
+    """Returns [B, V / n, n], n being BLOCK; words that fill up the last block have probability 0.
+
+    Where devices divide the vocabulary, n is a factor of BLOCK such that each of them has whole blocks.
+    """
+    num_rows, num_words = logits.shape
+    parts = num_parts("vocab")
+    size = BLOCK if parts == 1 or num_words % parts else math.gcd(BLOCK, num_words // parts)
+    padding = -num_words % size
     padded = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    return padded.reshape(logits.shape[0], -1, BLOCK)
+    return constrain(padded.reshape(num_rows, -1, size), ("batch", "vocab", "positions"))
 
 
 def _first_beyond(cumulative: Array, weights: Array, target: Array) -> Array:
@@ -187,6 +196,12 @@ def _first_beyond(cumulative: Array, weights: Array, target: Array) -> Array:
 
 
 def _pick(x: Array, entries: Array) -> Array:
-    """Returns x[b, entries[b]] for each row b: [B] of [B, n], [B, k] of [B, n, k]."""
+    """Returns x[b, entries[b]] for each row b: [B] of [B, n], [B, k] of [B, n, k].
+
+    Where devices divide the vocabulary they add up what they have: an index would gather it on each.
+    """
+    if num_parts("vocab") > 1:
+        chosen = jnp.arange(x.shape[1]) == entries[:, None]
+        return jnp.sum(jnp.where(chosen.reshape(*chosen.shape, *(1,) * (x.ndim - 2)), x, 0.0), axis=1)
     index = entries.reshape((-1,) + (1,) * (x.ndim - 1))
     return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")[:, 0]
