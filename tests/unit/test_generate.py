@@ -265,7 +265,7 @@ def test_any_number_of_slots_gives_the_same(policy, queue, num_slots, refill_siz
         assert completions(found) == completions(expected)
         np.testing.assert_array_equal(found.ended, expected.ended)
         np.testing.assert_array_equal(found.rows.tokens, expected.rows.tokens)
-        np.testing.assert_allclose(found.sampler_logprobs, expected.sampler_logprobs, atol=1e-5)
+        np.testing.assert_allclose(found.sampler_logprobs, expected.sampler_logprobs, rtol=1e-5, atol=1e-5)
         lengths = found.rows.lengths - queue.lengths
         most = np.where(queue.lengths > 0, np.minimum(limits, C), 0)
         assert (found.ended | (lengths == most)).all() and (lengths <= most).all()
