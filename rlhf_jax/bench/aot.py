@@ -6,7 +6,8 @@
 
 The compiler is that of the libtpu package. Needs no TPU, and leaves one that is there alone. A JSON line for
 each program: bytes of arguments (and of those the ones whose memory the outputs take over), of outputs and of
-temporaries, per chip; collectives and Pallas kernels, each counted once where it stands in a loop.
+temporaries, per chip; collectives, with the largest array of each kind, and Pallas kernels, each counted once
+where it stands in a loop.
 
 Without --config a stage is made of a shape of the benchmarks; dotted flags then set options of its sections.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import time
@@ -45,8 +47,10 @@ from rlhf_jax.sharding import axis_rules, make_mesh
 from rlhf_jax.stage import stage_model
 
 COLLECTIVES = re.compile(
-    r" (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(?:-start)?\("
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)"
+    r"(?:-start)?\("
 )
+ARRAY = re.compile(r"[a-z]+(\d+)\w*\[([\d,]*)\]")  # such as bf16[8,128]
 KERNELS = re.compile(r'%([\w-]+?)(?:\.\d+)* = .* custom-call\(.*custom_call_target="tpu_custom_call"')
 MEMORY = ("argument", "alias", "output", "temp", "host_argument", "host_output", "host_temp")
 
@@ -73,9 +77,20 @@ def figures(lowered: Lowered) -> dict[str, Any]:
     return {
         "compile_s": round(seconds, 1),
         **{name: size for name, size in sizes.items() if size or not name.startswith("host")},
-        "collectives": dict(sorted(Counter(COLLECTIVES.findall(text)).items())),
+        "collectives": dict(sorted(Counter(kind for _, kind in COLLECTIVES.findall(text)).items())),
+        "largest_collective_bytes": _largest_collectives(text),
         "kernels": dict(sorted(Counter(KERNELS.findall(text)).items())),
     }
+
+
+def _largest_collectives(text: str) -> dict[str, int]:
+    """Returns the bytes on a chip of the largest array that a collective of each kind gives."""
+    largest: Counter[str] = Counter()
+    for result, kind in COLLECTIVES.findall(text):
+        for bits, sizes in ARRAY.findall(result):
+            count = math.prod(int(size) for size in sizes.split(",") if size)
+            largest[kind] = max(largest[kind], count * int(bits) // 8)
+    return dict(sorted(largest.items()))
 
 
 def stage_of_shape(args: argparse.Namespace, flags: Sequence[str]) -> config.StageConfig:

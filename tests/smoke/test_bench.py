@@ -62,10 +62,10 @@ def test_loading_keeps_no_more_of_a_checkpoint_than_its_parameters():
     assert line["parameters_mib"] <= line["growth_mib"] < 1.3 * line["parameters_mib"]
 
 
-def run_aot(*flags):
+def run_aot(*flags, topology="v5e:2x2"):
     """Returns the lines of the programs that are compiled for four chips of a TPU."""
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf_jax.bench.aot", "--topology", "v5e:2x2", *flags],
+        [sys.executable, "-m", "rlhf_jax.bench.aot", "--topology", topology, *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -77,6 +77,24 @@ def test_programs_compile_for_a_tpu_that_is_not_there():
     assert (line["stage"], line["program"], line["mesh"]) == ("sft", "update", {"fsdp": 4})
     assert 0 < line["alias_bytes"] < line["argument_bytes"]  # the state is donated, the batch is not
     assert line["temp_bytes"] > 0 and line["collectives"]["all-gather"] > 0
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_a_rollout_has_one_cache_and_gathers_nothing(topology):
+    """Keys and values are written in place; no token waits for weights or logits of other chips."""
+    stage = (
+        "--shape 1b --layers 1 --algorithm ppo --rows 512 --length 512 --completion 384 --programs rollout"
+    )
+    sizes = "--rollout.slots 128 --rollout.refill_size 1 --mesh.data 2 --mesh.tensor 2 --model.dtype bfloat16"
+    (line,) = run_aot(*stage.split(), *sizes.split(), topology=topology)
+    slots, kv_heads, head_dim = 128 // 2, 8 // 2, 64
+    cache = 2 * slots * kv_heads * 512 * head_dim * 2  # keys and values in bfloat16
+    assert cache < line["alias_bytes"] < 1.1 * cache  # donated, and the rest that slots hold is little
+    assert line["temp_bytes"] < 1.1 * cache
+    assert (
+        max(line["largest_collective_bytes"].values()) < 8 * 128 * 2048 * 2
+    )  # a prefilled prompt at the most
+    assert line["largest_collective_bytes"].get("all-gather", 0) < 1e4  # no weights, no logits
 
 
 def test_stages_of_a_configuration_compile_for_a_tpu():
