@@ -318,10 +318,11 @@ class RolloutConfig:
     min_p: Fraction = 0.0
     """Draws no word less likely than this times the most likely one; 0: any."""
     slots: Count = 0
-    """Completions that are sampled at once, over all devices; where one ends, another prompt's takes its
-    place. 0: all of the batch, until the longest has ended."""
+    """Completions that are sampled at once, over all devices, which divide them; where one ends, another
+    prompt's takes its place. 0, or the batch and more: all of the batch, until the longest has ended."""
     refill_size: Count = 0
-    """Slots of a device that have to be free before prompts are put into them; 0: an eighth of its slots."""
+    """Slots of a device that have to be free before prompts are put into them, all of its slots at most; 0:
+    an eighth of them."""
     steps_per_call: PositiveInt = 256
     """Tokens of every slot after which the program returns to the host, which then goes on with it."""
 

@@ -39,7 +39,7 @@ from rlhf_jax.rewards.functions import load_function
 MAY_DIFFER = re.compile(
     r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates)$|mesh\.|distributed\.|"
     r"stages\.[^.]+\.(checkpoint\.|data\.cache_dir$|"
-    r"model\.(frozen_memory|remat|attention|logprob_chunk)$)",
+    r"model\.(frozen_memory|remat|attention|logprob_chunk)$|rollout\.(slots|refill_size|steps_per_call)$)",
 )
 """Options that may change between a run's start and its resumption: what is computed stays the same."""
 
@@ -251,11 +251,6 @@ def check_architecture(stage: StageConfig, earlier: dict[str, StageConfig], path
             is_few = odd == ["num_kv_heads"]
             whole = "; with mesh.axes.kv_heads: none each device has all keys and values" if is_few else ""
             yield f"{path('mesh', 'tensor')}: must divide {sizes}, got {tensor}{whole}"
-    if stage.rollout.refill_size and not stage.rollout.slots:
-        yield (
-            f"{path('rollout', 'refill_size')}: without rollout.slots no slot is filled again; set that, "
-            f"or leave refill_size at 0, got {stage.rollout.refill_size}"
-        )
     if stage.algorithm == "ppo":
         longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
         if longest > model.context_length:

@@ -285,12 +285,14 @@ def generation_config(stage: StageConfig) -> dict[str, Any]:
     """Returns how a policy was sampled while it was trained; nothing where it was not."""
     if ALGORITHMS[stage.algorithm].records != "prompt_only":
         return {}
+    rollout = stage.rollout
     return {
         "do_sample": True,
-        "temperature": stage.rollout.temperature,
-        "top_k": 0,  # nothing is left out; the default of transformers is 50
-        "top_p": 1.0,
-        "max_new_tokens": stage.rollout.max_new_tokens,
+        "temperature": rollout.temperature,
+        "top_k": rollout.top_k,  # said also where it is 0: the default of transformers is 50
+        "top_p": rollout.top_p,
+        **({"min_p": rollout.min_p} if rollout.min_p else {}),
+        "max_new_tokens": rollout.max_new_tokens,
     }
 
 

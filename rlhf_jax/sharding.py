@@ -309,7 +309,7 @@ def by_rows(function: Callable[..., Any], rows: Any, whole: Any) -> Any:
 
 
 def any_device(condition: Array) -> Array:
-    """Returns bool[]: whether it holds on any device, within `by_rows`; elsewhere the condition itself."""
+    """Returns bool[...]: whether it holds on any device, within `by_rows`; elsewhere the condition itself."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = () if mesh.empty else tuple(axis for axis in row_axes() if axis in mesh.manual_axes)
     return jax.lax.psum(condition.astype(jnp.int32), axes) > 0 if axes else condition

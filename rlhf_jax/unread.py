@@ -134,6 +134,8 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
             "neither model.param_dtype nor optimizer.state_dtype is 'bfloat16'"
         )
 
+    if stage.algorithm == "ppo" and not stage.rollout.slots:
+        reasons["rollout.refill_size"] = "rollout.slots is 0: all completions of a batch are sampled at once"
     if stage.algorithm != "ppo":
         reasons["rollout"] = "only a ppo stage samples"
         reasons["rewards"] = "only a ppo stage trains on scores"

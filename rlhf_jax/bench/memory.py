@@ -58,14 +58,13 @@ def measure(
     found = {"state": of_one_device(state), "frozen": of_one_device(frozen)}
     most = 0
     for name, lowered in lower_programs(built, stage, parts, model, mesh, prompts).items():
-        if name in programs:
+        if (group := name.removesuffix("_start")) in programs:
             memory = cast(Any, lowered.compile().memory_analysis())
             returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
-            of_its_own = (
-                memory.argument_size_in_bytes if name == "rollout" else 0
-            )  # the policy's copy, the cache
-            found[name] = memory.temp_size_in_bytes + returned + of_its_own
-            most = max(most, found[name])
+            # What a rollout is given, the policy's copy and the cache, is made for it alone.
+            of_its_own = memory.argument_size_in_bytes if name == "rollout" else 0
+            found[group] = max(found.get(group, 0), memory.temp_size_in_bytes + returned + of_its_own)
+            most = max(most, found[group])
     found["peak"] = found["state"] + found["frozen"] + most
     if mesh.devices.flat[0] in jax.devices():
         found |= iterate(built, trained, frozen, prompts, mesh)

@@ -108,10 +108,8 @@ def cached_attention(
     q_NGKgh = q_BKgh.reshape(len(prompt_k), -1, *q_BKgh.shape[1:])
     lengths_N11, counts_NG1 = prompt_lengths[:, None, None], counts.reshape(len(prompt_k), -1, 1)
 
-    prompt_columns, ages = (
-        jnp.arange(prompt_size),
-        jnp.remainder(column - jnp.arange(num_columns), num_columns),
-    )
+    prompt_columns = jnp.arange(prompt_size)
+    ages = jnp.remainder(column - jnp.arange(num_columns), num_columns)
     prompt_seen, seen = prompt_columns < lengths_N11, ages < counts[:, None]
     if window:
         prompt_seen &= lengths_N11 + counts_NG1 - 1 - prompt_columns < window

@@ -158,8 +158,6 @@ def put_prompts(cache: KVCache, new: PromptCache, slots: Array, is_put: Array) -
         slots: i32[R], where each goes; all differ.
         is_put: bool[R]; the others are left out.
     """
-    if len(new.lengths) == len(cache.prompt.lengths):  # then all slots are empty, and order is the queue's
-        return cache._replace(prompt=new)
 
     def put(i: Array, prompt: PromptCache) -> PromptCache:
         def one(old: Array, new: Array) -> Array:

@@ -23,13 +23,16 @@ BLOCK = 128  # words; a TPU's lane width
 class Sampling(NamedTuple):
     """How tokens are drawn. Another value compiles nothing anew; only whether there is one does."""
 
-    temperature: Array | float  # f32[], above 0; divides the logits
-    stop_ids: Array  # i32[n], tokens that end a completion
-    top_k: Array | int | None = (
-        None  # i32[], at least 1: only the k most likely words, and equals of the last
-    )
-    top_p: Array | float | None = None  # f32[] in (0, 1]: of these, the fewest whose share is at least p
-    min_p: Array | float | None = None  # f32[] in (0, 1]: no words less likely than p times the likeliest
+    temperature: Array | float
+    """f32[], above 0; divides the logits."""
+    stop_ids: Array
+    """i32[n], tokens that end a completion."""
+    top_k: Array | int | None = None
+    """i32[], at least 1: only the k most likely words, and equals of the last of them."""
+    top_p: Array | float | None = None
+    """f32[] in (0, 1]: of these, the fewest whose share is at least p."""
+    min_p: Array | float | None = None
+    """f32[] in (0, 1]: no word less likely than p times the likeliest."""
 
     @property
     def truncates(self) -> bool:
@@ -82,7 +85,6 @@ def sample(logits: Array, uniforms: Array, sampling: Sampling) -> tuple[Array, A
     scaled = logits / sampling.temperature
     blocks = _blocks(scaled)
     largest = jnp.max(blocks, axis=(-2, -1))
-    weights = jnp.exp(blocks - largest[:, None, None])
     sums = jnp.sum(jnp.exp(blocks - largest[:, None, None]), axis=-1)
     cumulative = jnp.cumsum(sums, axis=-1)
     whole = total = cumulative[:, -1]
@@ -118,7 +120,8 @@ def least_kept(scaled: Array, sampling: Sampling) -> Array:
     if sampling.top_p is not None:
         weights = jnp.exp(scaled - largest[:, None])
         weights = jnp.where(scaled >= least[:, None], weights, 0.0)
-        least = _least_of_mass(scaled, weights, sampling.top_p * jnp.sum(weights, axis=-1))
+        nucleus = _least_of_mass(scaled, weights, sampling.top_p * jnp.sum(weights, axis=-1))
+        least = jnp.maximum(least, nucleus)  # rounding may find less than all of the mass for p = 1
     if sampling.min_p is not None:
         least = jnp.maximum(least, largest + jnp.log(sampling.min_p))
     return least
@@ -181,7 +184,7 @@ def _blocks(logits: Array) -> Array:
     size = BLOCK if parts == 1 or num_words % parts else math.gcd(BLOCK, num_words // parts)
     padding = -num_words % size
     padded = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    return constrain(padded.reshape(num_rows, -1, size), ("batch", "vocab", "positions"))
+    return constrain(padded.reshape(num_rows, -1, size), ("batch", "vocab"))
 
 
 def _first_beyond(cumulative: Array, weights: Array, target: Array) -> Array:

@@ -93,6 +93,11 @@ class Engine:
                 f"model's context length of {limit}; shorten one of them"
             )
         num_slots = min(self.num_slots or num_prompts, num_prompts)
+        if num_prompts % num_row_parts() or num_slots % num_row_parts():
+            raise ValueError(
+                f"{num_prompts} prompts and {num_slots} slots must be multiples of {num_row_parts()}, the "
+                "devices over which rows are divided"
+            )
         num_rows = num_prompts * self.group_size
         prompt_cache = empty_prompts(weights, num_slots, width)
         cache = with_room(prompt_cache, self.num_columns, self.group_size)
@@ -116,7 +121,7 @@ class Engine:
             wants=jnp.bool(True),
             going=jnp.bool(True),
         )
-        return jax.tree.map(lambda x: constrain(x, _axes(x)), slots)
+        return laid_out(slots)
 
     def run(
         self,
@@ -149,7 +154,8 @@ class Engine:
 
         sampling = jax.tree.map(jnp.asarray, sampling)
         whole = weights, sampling, key, slots.steps + max_steps
-        return by_rows(on_device, (queue, slots), whole)[1]
+        # Laid out as `start` does, so that going on compiles nothing anew.
+        return laid_out(by_rows(on_device, (queue, slots), whole)[1])
 
     def _run(
         self,
@@ -192,7 +198,8 @@ class Engine:
             waiting = slots.taken[0] < num_prompts
             wants = waiting & (free >= refill_size)
             going = waiting | jnp.any(slots.live)
-            return slots._replace(wants=any_device(wants), going=any_device(going))
+            wants, going = any_device(jnp.stack([wants, going]))
+            return slots._replace(wants=wants, going=going)
 
         def refill(slots: Slots) -> Slots:
             order = jnp.argsort(self._busy(slots), stable=True)[:refill_size]  # free slots first
@@ -210,7 +217,10 @@ class Engine:
             )
             return told(
                 slots._replace(
-                    cache=put_prompts(slots.cache, new, order, taken),
+                    # Where all prompts have slots, one refill takes them all, in their order.
+                    cache=slots.cache._replace(prompt=new)
+                    if num_slots == num_prompts
+                    else put_prompts(slots.cache, new, order, taken),
                     prompt=slots.prompt.at[at].set(prompt, mode="drop"),
                     tokens=slots.tokens.at[at_rows].set(tokens, mode="drop"),
                     counts=slots.counts.at[at_rows].set(counts, mode="drop"),
@@ -247,7 +257,12 @@ class Engine:
 
 def _axes(x: Array) -> tuple[str, ...]:
     """Returns the logical axes of one of the arrays that the loop carries."""
-    return ("batch", "kv_heads", "positions", "head_dim") if x.ndim == 4 else ("batch", "positions")[: x.ndim]
+    return ("batch", "kv_heads", "whole_length", "head_dim") if x.ndim == 4 else ("batch",) * min(x.ndim, 1)
+
+
+def laid_out(slots: Slots) -> Slots:
+    """Returns the slots with their arrays divided over the mesh."""
+    return jax.tree.map(lambda x: constrain(x, _axes(x)), slots)
 
 
 def slot_shardings(mesh: Mesh, slots: Slots) -> Slots:

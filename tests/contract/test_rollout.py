@@ -1,6 +1,7 @@
 """Completions by the compiled rollout depend on the prompt, its index and the key alone (NUMERICS 7, 9)."""
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import pytest
 from rlhf_jax import keys
 from rlhf_jax.batch import Prompts
 from rlhf_jax.command_line import ConfigError, read_command_line
-from rlhf_jax.rollout.sampling import row_keys
-from rlhf_jax.sharding import place_rows
+from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.sampling import Sampling, row_keys
+from rlhf_jax.sharding import place_rows, traced_on
 from tests import completions, tiny
 from tests.completions import completion
 from tests.smoke.test_quickstart import SHORT
@@ -60,7 +62,38 @@ def test_any_mesh_samples_the_same_tokens(prompts, alone, sizes):
 )
 def test_slots_on_any_mesh_sample_the_same_tokens(prompts, alone, sizes):
     """Four parts of a slot and two prompts each; and four slots on devices that all have all rows."""
-    assert_same(rollout(prompts, tiny.mesh(**sizes), slots=4), alone, prompts)
+    lengths = alone.rows.lengths - alone.rows.prompt_lengths
+    assert len(set(lengths[::2])) > 1  # slots become free at different times
+    mesh = tiny.mesh(**sizes)
+    assert_same(rollout(prompts, mesh, slots=4), alone, prompts)
+    assert programs_of(mesh, 4).rollout.run._cache_size() == 1  # one compilation for all calls
+
+
+def test_a_slot_that_goes_on_keeps_its_prompt_while_other_devices_refill(prompts):
+    """Two devices with a slot each: one has a short completion, the other is in the midst of its own."""
+    policy, model = tiny.weights("policy", tiny.mesh()), tiny.model()
+    sampling = Sampling(1.0, stop_ids=jnp.asarray([-1]))
+    limits = jnp.asarray([1, 3, 8, 2, 8, 1, 8, 8])
+
+    def complete(mesh, **slots):
+        made = partial(generate, model, max_new_tokens=8, pad_id=tiny.PAD, **slots)
+        program = jax.jit(traced_on(mesh, lambda *args: made(*args, sampling, limits=limits)))
+        return jax.device_get(program(tiny.weights("policy", mesh), place_rows(mesh, prompts), KEY))
+
+    logits = completions.next_token_logits(model, policy, temperature=1.0)
+    expected = complete(tiny.mesh())
+    for slots in ({"num_slots": 2}, {"num_slots": 4, "refill_size": 2}):
+        found = complete(tiny.mesh(data=2), **slots)
+        completions.assert_same_completions(found, expected, prompts, KEY, logits)
+
+
+def test_words_that_are_left_out_by_configuration(prompts):
+    """With the likeliest word alone all keys give the same; what it is worth is told of all words."""
+    program = tiny.programs(tiny.stage("ppo", rollout={"top_k": 1}), tiny.mesh()).rollout
+    policy = {"policy": tiny.weights("policy", tiny.mesh())}
+    one, two = (jax.device_get(program(policy, {}, prompts, jax.random.key(seed))) for seed in (0, 1))
+    np.testing.assert_array_equal(one.rows.tokens, two.rows.tokens)
+    assert (one.sampler_logprobs[one.rows.completion_mask] < -1e-3).all()
 
 
 def test_order_and_neighbours_do_not_matter(prompts, alone):

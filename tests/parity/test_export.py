@@ -1,6 +1,7 @@
 """An exported policy is the same model in transformers: its greedy text there is ours here."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -10,6 +11,7 @@ from rlhf_jax.data.tokenizer import encode_prompts, load_tokenizer
 from rlhf_jax.models import hf
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.sampling import Sampling
 from rlhf_jax.sharding import param_shardings
 from tests.parity.make_export_golden import GOLDEN, NEW_TOKENS, PROMPTS, digest, export
 
@@ -32,10 +34,9 @@ def test_greedy_text_of_the_export_equals_transformers(test_data, one_device_mes
         policy,
         prompts,
         jax.random.key(0),
+        Sampling(1.0, stop_ids=jnp.asarray([tokenizer.eos_token_id])),
         max_new_tokens=NEW_TOKENS,
-        temperature=1.0,
         greedy=True,
-        eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
     )
     rows = jax.device_get(rollout.rows)

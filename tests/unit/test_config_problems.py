@@ -656,6 +656,9 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
         "--model.remat=full",
         "--model.attention=xla",
         "--model.logprob_chunk=64",
+        "--rollout.slots=8",
+        "--rollout.refill_size=2",
+        "--rollout.steps_per_call=4",
     ]
     assert problems(CHAIN, *may_differ, "--run.tensorboard=true", "--run.num_samples=0") == []
     with pytest.raises(SystemExit):  # what only shows a configuration runs into no directory

@@ -1,5 +1,6 @@
 """The decode loop against the full forward, and what a completion must not depend on."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -42,6 +43,10 @@ MODEL = make_model(
 )
 
 
+LOCAL = make_model(dataclasses.replace(MODEL.architecture, windows=(3, 0), attention_softcap=2.0))
+"""The same with a layer that sees three tokens alone, and capped scores."""
+
+
 @pytest.fixture(scope="module")
 def policy():
     fresh = MODEL.init_policy(jax.random.key(0))  # scaled up: far enough from uniform to tell contexts apart
@@ -56,15 +61,18 @@ def prompts():
 
 
 @partial(
-    jax.jit, static_argnames=("max_new_tokens", "greedy", "num_slots", "refill_size", "group_size")
+    jax.jit, static_argnames=("max_new_tokens", "greedy", "num_slots", "refill_size", "group_size", "local")
 )  # the rest is traced: fewer programs to compile
-def run(policy, prompts, key, *, max_new_tokens=C, temperature=1.0, greedy=False, eos_id=NEVER, **options):
+def run(
+    policy, prompts, key, *, max_new_tokens=C, temperature=1.0, greedy=False, eos_id=NEVER, local=False,
+    **options,
+):  # fmt: skip
     return generate(
-        MODEL,
+        LOCAL if local else MODEL,
         policy,
         prompts,
         key,
-        Sampling(temperature, stop_ids=jnp.asarray([eos_id])),
+        Sampling(temperature, stop_ids=jnp.asarray([NEVER, eos_id])),
         max_new_tokens=max_new_tokens,
         greedy=greedy,
         pad_id=PAD,
@@ -258,7 +266,7 @@ def test_any_number_of_slots_gives_the_same(policy, queue, num_slots, refill_siz
     """Random limits, early ends, a last refill that the queue does not fill, more slots than prompts."""
     slots = {"num_slots": num_slots, "refill_size": refill_size}
     ended = 0
-    for seed, word in [(7, NEVER), (8, 3), (9, 20), (10, 11)]:
+    for seed, word in [(7, NEVER), (8, 3), (9, 20)]:
         key, limits = jax.random.key(seed), jax.random.randint(jax.random.key(seed), (12,), 1, C + 4)
         expected = run(policy, queue, key, eos_id=word, limits=limits)
         found = run(policy, queue, key, eos_id=word, limits=limits, **slots)
@@ -270,7 +278,24 @@ def test_any_number_of_slots_gives_the_same(policy, queue, num_slots, refill_siz
         most = np.where(queue.lengths > 0, np.minimum(limits, C), 0)
         assert (found.ended | (lengths == most)).all() and (lengths <= most).all()
         ended += np.asarray(found.ended).sum()
-    assert ended > 5
+    assert ended > 3
+
+
+def test_a_window_reaches_over_the_end_of_the_ring(policy, queue):
+    """Slots that begin in any column, with a layer of three tokens and capped scores."""
+    limits = jnp.asarray([5, 8, 3, 1, 8, 7, 2, 8, 6, 8, 4, 8])
+    expected = run(policy, queue, jax.random.key(7), limits=limits, local=True)
+    found = run(policy, queue, jax.random.key(7), limits=limits, local=True, num_slots=3, refill_size=1)
+    assert completions(found) == completions(expected)
+    assert completions(found) != completions(run(policy, queue, jax.random.key(7), limits=limits))
+    np.testing.assert_allclose(found.sampler_logprobs, expected.sampler_logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_completions_that_do_not_fit_the_context_are_refused(policy, prompts):
+    with pytest.raises(
+        ValueError, match="up to 6 tokens and completions of up to 27 .* context length of 32"
+    ):
+        run(policy, prompts, jax.random.key(0), max_new_tokens=27)
 
 
 def test_slots_are_filled_again_before_the_longest_has_ended(policy, queue):
