@@ -152,7 +152,7 @@ class Engine:
         ) -> tuple[Queue, Slots]:
             return rows[0], self._run(*whole, *rows)
 
-        sampling = jax.tree.map(jnp.asarray, sampling)
+        queue, sampling = jax.tree.map(jnp.asarray, (queue, sampling))
         whole = weights, sampling, key, slots.steps + max_steps
         # Laid out as `start` does, so that going on compiles nothing anew.
         return laid_out(by_rows(on_device, (queue, slots), whole)[1])
