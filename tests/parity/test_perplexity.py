@@ -13,7 +13,7 @@ from rlhf_jax import evaluate
         ("tinystories656k", "stories_cased", 3.0505, 21.13),
         pytest.param("tinystories656k", "stories_valid", 3.1484, 23.30, marks=pytest.mark.slow),
         pytest.param("stories260k", "stories_cased", 1.4830, 4.406, marks=pytest.mark.slow),
-        ("stories260k", "stories_valid", 1.5555, 4.738),
+        pytest.param("stories260k", "stories_valid", 1.5555, 4.738, marks=pytest.mark.slow),
     ],
 )
 def test_perplexity_of_stories(test_data, capsys, model, stories, nll, perplexity):
