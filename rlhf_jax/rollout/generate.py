@@ -59,7 +59,7 @@ def generate(
             completions.
 
     Raises:
-        ValueError: P + C does not fit the model's context.
+        ValueError: P + C does not fit the model's context, or the devices do not divide prompts and slots.
     """
     weights = unstack(params, model.architecture, model.dtype, model.lora)
     engine = Engine(max_new_tokens, pad_id, num_slots, refill_size, group_size, greedy)

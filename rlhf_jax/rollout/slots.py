@@ -63,6 +63,9 @@ class Slots(NamedTuple):
     going: Array  # bool[], something is left to do
 
 
+_Drawn = tuple[Completions, Array, Array, Array]
+
+
 @dataclass(frozen=True)
 class Engine:
     """The loop's static settings."""
@@ -83,7 +86,7 @@ class Engine:
         """Returns empty slots, before a queue of Q prompts of up to P tokens.
 
         Raises:
-            ValueError: P + C does not fit the model's context.
+            ValueError: P + C does not fit the context, or the devices do not divide prompts and slots.
         """
         num_prompts, width = prompts.tokens.shape
         limit = weights.architecture.context_length
@@ -174,7 +177,7 @@ class Engine:
         keys = row_keys(key, index, jnp.tile(group, num_prompts))
         limits = jnp.repeat(queue.limits, self.group_size)
 
-        def draw(slots: Slots, hidden: Array, rows: Array, drawn: Array, counts: Array) -> tuple:
+        def draw(slots: Slots, hidden: Array, rows: Array, drawn: Array, counts: Array) -> _Drawn:
             """Returns (completions, tokens, counts, live) of one more token for completions `rows`."""
             logits = decode_logits(weights, hidden)
             if self.greedy:
@@ -245,10 +248,12 @@ class Engine:
         def decodes(slots: Slots) -> Array:
             return slots.going & ~slots.wants & (slots.steps < last_step)
 
-        def both(slots: Slots) -> Slots:
+        def refill_then_decode(slots: Slots) -> Slots:
             return jax.lax.while_loop(decodes, decode, jax.lax.while_loop(wants, refill, slots))
 
-        return jax.lax.while_loop(lambda slots: slots.going & (slots.steps < last_step), both, slots)
+        return jax.lax.while_loop(
+            lambda slots: slots.going & (slots.steps < last_step), refill_then_decode, slots
+        )
 
     def _busy(self, slots: Slots) -> Array:
         """Returns bool[N]: slots of which a row goes on."""
