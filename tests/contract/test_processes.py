@@ -171,7 +171,8 @@ def test_a_model_is_measured_by_two_processes_as_by_one(one):
 
 
 @pytest.mark.parametrize(
-    "text, said", [(OTHER_DATA, "models, records or their tokens are not the same"), ("", "own.jsonl")]
+    "text, said",
+    [(OTHER_DATA, "models, records, their tokens or the flags are not the same"), ("", "own.jsonl")],
 )
 def test_records_that_one_process_alone_has_are_not_measured(one, tmp_path, text, said):
     """Process 1 reads others, or finds none."""
