@@ -22,7 +22,7 @@ import shutil
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,16 +39,23 @@ from rlhf_jax.batch import Params
 from rlhf_jax.config import DistributedConfig
 from rlhf_jax.distributed import num_processes, process_id
 from rlhf_jax.files import replace_file, to_json
+from rlhf_jax.manifest import (
+    FORMAT,
+    MANIFEST,
+    check_match,
+    files_of,
+    leaf_kind,
+    problem_of,
+    read_manifest,
+    shape_and_dtype,
+)
 
 logger = logging.getLogger(__name__)
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs with a traceback what it raises as well
 
-FORMAT = 1  # of the manifest and of the leaf names
-MANIFEST = "manifest.json"
 RESULT = "result.json"
 PATIENCE = 20.0
 """Seconds that one of several processes, when it fails, waits for its save before it tells the others."""
-MAX_MISMATCHES = 20  # lines of a mismatch table
 
 
 class CheckpointReader:
@@ -64,11 +71,11 @@ class CheckpointReader:
         Reads every byte of that checkpoint once, to check it. Logs a warning for each newer one passed over.
         """
         for step in reversed(self._steps()):
-            problem = _problem(self._path(step))
-            if problem is None:
+            wrong = problem_of(self._path(step))
+            if wrong is None:
                 return step
             logger.warning(
-                "CHECKPOINT NOT USABLE: %s: %s; falling back to an older one", self._path(step), problem
+                "CHECKPOINT NOT USABLE: %s: %s; falling back to an older one", self._path(step), wrong
             )
         return None
 
@@ -108,10 +115,10 @@ class CheckpointReader:
             for name, kind in self._manifest(step)["leaves"].items()
             if not prefix or name == prefix or name.startswith(prefix + "/")
         }
-        kinds = {name: _kind(leaf) for name, leaf in wanted.items()}
+        kinds = {name: leaf_kind(leaf) for name, leaf in wanted.items()}
         if rounds:
             kinds |= {name: [stored[name][0], kinds[name][1]] for name in kinds.keys() & stored.keys()}
-        _check_match(self._path(step), stored, kinds)
+        check_match(self._path(step), stored, kinds)
         target = {name: _abstract_leaf(leaf) for name, leaf in wanted.items()}
         with watchdog.paused(), _partial_load():
             loaded = ocp.load(str(self._path(step)), target)
@@ -121,7 +128,7 @@ class CheckpointReader:
         """Returns the leaves below a prefix as host arrays, by their names below it; for a few small ones."""
         stored = self._manifest(step)["leaves"]
         names = [name for name in stored if name.startswith(prefix + "/")]
-        target = {name: np.empty(*_shape_and_dtype(stored[name])) for name in names}
+        target = {name: np.empty(*shape_and_dtype(stored[name])) for name in names}
         with _partial_load():
             loaded = ocp.load(str(self._path(step)), target) if target else {}
         return {name.removeprefix(prefix + "/"): np.asarray(loaded[name]) for name in names}
@@ -138,7 +145,7 @@ class CheckpointReader:
 
     def _manifest(self, step: int) -> dict[str, Any]:
         try:
-            return _read_manifest(self._path(step))
+            return read_manifest(self._path(step))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"no usable checkpoint of step {step} in {self.directory}: {error}; "
@@ -194,7 +201,7 @@ class Checkpointer(CheckpointReader):
             "format": FORMAT,
             "step": step,
             "info": json.loads(json.dumps(info)),  # a copy, and an error here rather than in the background
-            "leaves": {name: _kind(leaf) for name, leaf in leaves.items()},
+            "leaves": {name: leaf_kind(leaf) for name, leaf in leaves.items()},
         }
         with _patient(self._timeout):
             written = ocp.save_async(str(path), leaves)
@@ -221,7 +228,7 @@ class Checkpointer(CheckpointReader):
     def _clear(self, path: Path) -> None:
         """Makes room for a checkpoint: what killed runs left goes, what is good is never overwritten."""
         if path.exists():
-            if _problem(path) is None:
+            if problem_of(path) is None:
                 raise ValueError(f"step {path.name} is already saved in {path}; resume from it or remove it")
             shutil.rmtree(path)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -254,7 +261,7 @@ class Checkpointer(CheckpointReader):
             why = f"is not saved after {self._timeout} s (distributed.save_timeout): {error}"
             raise TimeoutError(errno.ETIMEDOUT, why, str(path)) from error
         if process_id() == 0:  # Orbax is done when all processes have written
-            replace_file(path / MANIFEST, to_json(manifest | {"files": _files(path)}, indent=1))
+            replace_file(path / MANIFEST, to_json(manifest | {"files": files_of(path)}, indent=1))
             older = [step for step in self._steps() if step < manifest["step"]]
             for step in older[: max(0, len(older) - (self.keep - 1))]:  # only now that the new one counts
                 shutil.rmtree(self._path(step))
@@ -383,83 +390,3 @@ def _named_leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
     assert leaf.sharding is not None, "every leaf of the abstract state needs a sharding"
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _kind(leaf: Any) -> list:
-    return [str(leaf.dtype), list(leaf.shape)]
-
-
-def _shape_and_dtype(kind: list) -> tuple[tuple[int, ...], np.dtype]:
-    dtype, shape = kind
-    return tuple(shape), jax.numpy.dtype(dtype)
-
-
-def _check_match(path: Path, stored: dict[str, list], wanted: dict[str, list]) -> None:
-    def show(kinds: dict[str, list], name: str) -> str:
-        return f"{kinds[name][0]}{kinds[name][1]}" if name in kinds else "missing"
-
-    rows = [
-        (name, show(stored, name), show(wanted, name))
-        for name in sorted(stored | wanted)
-        if stored.get(name) != wanted.get(name)
-    ]
-    if not rows:
-        return
-    shown = [("leaf", "in the checkpoint", "in this run"), *rows[:MAX_MISMATCHES]]
-    widths = [max(len(row[column]) for row in shown) for column in range(2)]
-    lines = [f"  {name:{widths[0]}}  {left:{widths[1]}}  {right}" for name, left, right in shown]
-    if len(rows) > MAX_MISMATCHES:
-        lines.append(f"  and {len(rows) - MAX_MISMATCHES} more")
-    raise ValueError(
-        "\n".join([f"checkpoint {path} does not fit this run; use the configuration that wrote it:", *lines])
-    )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """Returns a checkpoint's manifest. Raises OSError or ValueError."""
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or not {"format", "info", "leaves", "files"} <= manifest.keys():
-        raise ValueError(f"{path / MANIFEST} is not a manifest of a checkpoint")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path / MANIFEST} has format {manifest['format']}; this version reads {FORMAT}")
-    return manifest
-
-
-def _problem(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint; None if it may be loaded. Reads files that have changed."""
-    try:
-        expected = dict(_read_manifest(path)["files"])
-    except FileNotFoundError:
-        return f"incomplete: it has no {MANIFEST}"
-    except (ValueError, TypeError) as error:
-        return f"unreadable {MANIFEST}: {error}"
-    for name in expected:
-        if not (path / name).is_file():
-            return f"{name} is gone"
-        stat = (path / name).stat()
-        if stat.st_size != expected[name][0]:
-            return f"{name} has {stat.st_size} bytes instead of {expected[name][0]}"
-        if _crc_once(path / name, stat.st_mtime_ns, stat.st_size, stat.st_ino) != expected[name][1]:
-            return f"{name} has a wrong checksum"
-    return None
-
-
-@lru_cache(maxsize=4096)
-def _crc_once(path: Path, *of_file: int) -> int:
-    """Returns the CRC-32 of a file, read once while its time, size and inode stay."""
-    return _crc(path)
-
-
-def _files(path: Path) -> dict[str, tuple[int, int]]:
-    """Returns {name: (bytes, CRC-32)} of all files of a checkpoint."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {str(file.relative_to(path)): (file.stat().st_size, _crc(file)) for file in files}
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-            watchdog.beat()
-    return crc

@@ -17,7 +17,7 @@ from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.experts import choose_experts, run_experts
 from rlhf_jax.models.lora import Lora, with_adapter
 from rlhf_jax.models.rope import Rotation, rotate
-from rlhf_jax.sharding import Peers, by_tokens, lookup
+from rlhf_jax.shard_map import Peers, by_tokens, lookup
 
 INIT_STD = 0.02
 _ACTIVATIONS = {

@@ -20,7 +20,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from rlhf_jax.models.attention import causal_attention
-from rlhf_jax.sharding import compute_capability, constrain, device_platform, num_parts, on_shards
+from rlhf_jax.shard_map import on_shards
+from rlhf_jax.sharding import compute_capability, constrain, device_platform, num_parts
 
 Implementation = Literal["auto", "xla", "flash"]
 FLASH_LENGTH = 2048

@@ -28,7 +28,8 @@ from rlhf_jax.models.kv_cache import (
     with_room,
 )
 from rlhf_jax.rollout.sampling import Sampling, most_likely, row_keys, sample, uniforms
-from rlhf_jax.sharding import any_device, by_rows, constrain, dividing_sharding, num_row_parts
+from rlhf_jax.shard_map import any_device, by_rows, num_row_parts
+from rlhf_jax.sharding import constrain, dividing_sharding
 
 
 class Queue(NamedTuple):
