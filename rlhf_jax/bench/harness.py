@@ -190,6 +190,21 @@ class Bench:
             "share_of_memory": round(read / ceiling, 3),
         }
 
+    def header(self, task: str) -> dict[str, Any]:
+        """Returns what a benchmark's line says of what is measured."""
+        args = self.args
+        return {
+            "bench": task,
+            "commit": commit(),
+            "device": jax.devices()[0].device_kind,
+            "mesh": dict(self.mesh.shape),
+            "shape": args.shape,
+            "batch": args.batch,
+            "prompt": args.prompt,
+            "new": args.new,
+            "dtype": args.dtype,
+        }
+
     def report(self, task: str, step: Callable[[int], Any], tokens: int) -> None:
         """Times step(i) and prints the JSON line; the step returns what has to be ready."""
         args = self.args
@@ -206,17 +221,9 @@ class Bench:
         ceiling = matrix_rate(args.dtype)
         rate = self.useful_flops(task) / median / 1e9
         line = {
-            "bench": task,
-            "commit": commit(),
-            "device": jax.devices()[0].device_kind,
-            "mesh": dict(self.mesh.shape),
-            "shape": args.shape,
-            "batch": args.batch,
-            "prompt": args.prompt,
-            "new": args.new,
+            **self.header(task),
             "epochs": args.epochs,
             "minibatches": args.minibatches,
-            "dtype": args.dtype,
             "ms": round(1000 * median, 1),
             "ms_min": round(1000 * min(seconds), 1),
             "ms_max": round(1000 * max(seconds), 1),
@@ -226,10 +233,15 @@ class Bench:
             "share_of_ceiling": round(rate / ceiling, 3),
             **(self.of_memory(median) if task == "generate" else {}),
             "warmup_s": round(warm, 1),
-            "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-            "load_1m": round(os.getloadavg()[0], 2),
+            **resources(),
         }
         print(json.dumps(line), flush=True)
+
+
+def resources() -> dict[str, float]:
+    """Returns the process's peak memory so far, and how busy the machine was."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"peak_rss_mib": round(peak), "load_1m": round(os.getloadavg()[0], 2)}
 
 
 def matrix_rate(dtype: str, repeats: int = 5) -> float:
