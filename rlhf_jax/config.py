@@ -324,7 +324,8 @@ class RolloutConfig:
     """Slots of a device that have to be free before prompts are put into them, all of its slots at most; 0:
     an eighth of them."""
     steps_per_call: PositiveInt = 256
-    """Tokens of every slot after which the program returns to the host, which then goes on with it."""
+    """Decode steps, of a token of every slot, and refills after which the program returns to the host, which
+    then goes on with it."""
 
 
 @dataclass(frozen=True, kw_only=True)

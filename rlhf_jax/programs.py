@@ -243,7 +243,8 @@ def build_programs(
         return engine.run(weights, queue, sampling, key, slots, stage.rollout.steps_per_call)
 
     def finish_rollout(prompts: Prompts, done: Completions) -> Rollout:
-        return constrain(assemble(prompts, done, ids.pad))
+        queue = make_queue(prompts, stage.rollout.max_new_tokens)
+        return constrain(assemble(prompts, engine.in_order(queue, done), ids.pad))
 
     def counted(rollout: Rollout) -> Array:
         return rollout.rows.sequence_mask & (rollout.ended if algorithm.leaves_out(settings) else True)

@@ -23,6 +23,7 @@ from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import Model, make_model
+from rlhf_jax.online import OnPolicy, PromptBatches
 from rlhf_jax.origins import adapter_info, adapters_of, fingerprint, is_same_base
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit
@@ -180,16 +181,10 @@ def _online(
         external=external,
     )
 
-    def source(state: TrainState, position: int, key: Array) -> NextBatch:
-        records = loader.records(position)
-        prompts, position = loader.batch(position)
-        experience = collector.collect(state.params, frozen, prompts, records, key)
-        batch, metrics = programs.advantages(experience.scored, state.aux)
-        return NextBatch(batch, position, experience.metrics | metrics, needs_update=True)
-
+    source = OnPolicy(programs, frozen, collector, PromptBatches(loader, mesh))
     held_out = Loader(plan.held_out, stage.settings.batch_size, stage.run.seed)
     key = keys.named(root, "evaluate")
-    return source, evaluate_prompts(collector, held_out, key, stage.run.num_samples, gold)
+    return source, evaluate_prompts(collector, held_out, mesh, key, stage.run.num_samples, gold)
 
 
 def _external_reward(plan: Plan, mesh: Mesh) -> ExternalReward | None:

@@ -36,8 +36,9 @@ class NextBatch(NamedTuple):
     batch: Any
     position: int
     metrics: Metrics
-    needs_update: bool = False
-    """The next one cannot be made before the update is done: nothing is lost by waiting for it."""
+    meanwhile: Callable[[], None] | None = None
+    """Does what the batch after it can have done before the update is; then that is awaited, for the rest
+    needs it. None: nothing does."""
 
 
 Source = Callable[[TrainState, int, Array], NextBatch]
@@ -90,8 +91,9 @@ class Trainer:
     def train(self, state: TrainState, frozen: Params, root: Array) -> TrainState:
         """Returns the state after the last step; starts where the given state stands.
 
-        Metrics of a step are read when the next one is already on its way, so that the device does not wait;
-        where the next batch needs the updated policy, the update is awaited and its seconds are a metric.
+        Metrics of a step are read when the next one's update is on its way, so that the device does not wait;
+        where the next batch needs the updated policy, what it does not need it for is done first. Then the
+        update is awaited, and its seconds are a metric.
 
         Args:
             state: donated.
@@ -117,16 +119,18 @@ class Trainer:
                     watchdog.beat()
                     self._signals.check()
                     step, key = iteration + 1, keys.at_iteration(root, iteration)
-                    batch, position, gathered, needs_update = self._source(
+                    batch, position, gathered, meanwhile = self._source(
                         state, position, keys.named(key, "rollout")
                     )
                     begun = time.perf_counter()
                     state, metrics = self._programs.update(state, frozen, batch, keys.named(key, "update"))
                     state = at_position(state, position)
-                    if needs_update:
+                    if meanwhile is not None:
+                        meanwhile()
+                    self._log_pending(progress)
+                    if meanwhile is not None:
                         jax.block_until_ready(state)
                         gathered = gathered | {"perf/update_seconds": time.perf_counter() - begun}
-                    self._log_pending(progress)
                     self._pending = (step, gathered | metrics)
                     evaluates, is_last = self._is_evaluated(step), step == num_steps
                     saves = not is_last and step % self._stage.checkpoint.every == 0

@@ -9,6 +9,7 @@ from rlhf_jax.bench.harness import Bench, arguments
 from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.experience import Collector
 from rlhf_jax.rewards.combine import Judge
+from rlhf_jax.sharding import place_rows
 
 
 def main() -> None:
@@ -23,7 +24,8 @@ def main() -> None:
 
     def step(i: int) -> Metrics:
         nonlocal state
-        experience = collector.collect(state.params, frozen, bench.prompts(i), records, jax.random.key(i))
+        prompts = place_rows(bench.mesh, bench.prompts(i))
+        experience = collector.collect(state.params, frozen, prompts, records, jax.random.key(i))
         batch, _ = programs.advantages(experience.scored, state.aux)
         state, metrics = programs.update(state, frozen, batch, jax.random.key(i))
         return metrics

@@ -64,12 +64,13 @@ def generate(
     weights = unstack(params, model.architecture, model.dtype, model.lora)
     engine = Engine(max_new_tokens, pad_id, num_slots, refill_size, group_size, greedy)
     slots = engine.start(weights, prompts)
-    slots = engine.run(weights, make_queue(prompts, max_new_tokens, limits), sampling, key, slots)
-    return assemble(prompts, slots.done, pad_id)
+    queue = make_queue(prompts, max_new_tokens, limits)
+    slots = engine.run(weights, queue, sampling, key, slots)
+    return assemble(prompts, engine.in_order(queue, slots.done), pad_id)
 
 
 class RolloutPrograms(NamedTuple):
-    """The compiled rollout of a stage, which returns to the host after a number of decode steps."""
+    """The compiled rollout of a stage, which returns to the host after some decode steps and refills."""
 
     start: Callable[[Params, Params, Prompts], tuple[DecodeWeights, Slots]]
     """Trained and frozen parameters, prompts -> the policy's weights as decoding wants them, empty slots."""

@@ -3,7 +3,7 @@
 A slot completes one prompt, or a group of G completions of it. Where R slots are free, the next R prompts of
 the queue are prefilled into them; else every slot draws one token. A batch would wait for its longest row.
 Devices that divide rows have their own parts of the slots and of the queue; all do the same at the same time,
-prefill or decode.
+prefill or decode. So that they end together, prompts are dealt to them by what is known of their lengths.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Slots(NamedTuple):
     counts: Array  # i32[B], tokens of each row so far
     live: Array  # bool[B], rows that go on
     taken: Array  # i32[devices that divide rows], prompts that have left their queues
-    done: Completions
+    done: Completions  # in the order in which prompts are dealt, see `Engine.in_order`
     steps: Array  # i32[], decode steps of all slots
     refills: Array  # i32[]
     wants: Array  # bool[], prompts wait for slots that are free
@@ -96,7 +96,7 @@ class Engine:
                 f"prompts of up to {width} tokens and completions of up to {self.num_columns} do not fit the "
                 f"model's context length of {limit}; shorten one of them"
             )
-        num_slots = min(self.num_slots or num_prompts, num_prompts)
+        num_slots = self._num_slots(num_prompts)
         if num_prompts % num_row_parts() or num_slots % num_row_parts():
             raise ValueError(
                 f"{num_prompts} prompts and {num_slots} slots must be multiples of {num_row_parts()}, the "
@@ -136,7 +136,7 @@ class Engine:
         slots: Slots,
         max_steps: Array | int = 2**30,
     ) -> Slots:
-        """Returns the slots after at most so many more decode steps, or when every row has ended.
+        """Returns the slots after at most so many more decode steps and refills, or when all rows have ended.
 
         What is drawn does not depend on the number of slots or steps, or on the devices: a row's random
         numbers are those of its prompt's index, its number in the group, and the token's number.
@@ -157,16 +157,43 @@ class Engine:
             return rows[0], self._run(*whole, *rows)
 
         queue, sampling = jax.tree.map(jnp.asarray, (queue, sampling))
-        whole = weights, sampling, key, slots.steps + max_steps
+        if (order := self._dealt(queue)) is not None:
+            queue = jax.tree.map(lambda x: x[order], queue)
+        whole = weights, sampling, key, slots.steps + slots.refills + max_steps
         # Laid out as `start` does, so that going on compiles nothing anew.
         return laid_out(by_rows(on_device, (queue, slots), whole)[1])
+
+    def in_order(self, queue: Queue, done: Completions) -> Completions:
+        """Returns what `run` has drawn, in the queue's order."""
+        order = self._dealt(queue)
+        if order is None:
+            return done
+        rows = jnp.argsort(order)[:, None] * self.group_size + jnp.arange(self.group_size)
+        return jax.tree.map(lambda x: x[rows.ravel()], done)
+
+    def _num_slots(self, num_prompts: int) -> int:
+        return min(self.num_slots or num_prompts, num_prompts)
+
+    def _dealt(self, queue: Queue) -> Array | None:
+        """Returns i32[Q], the prompts in the order in which devices get them, in parts; None: as they are.
+
+        Those that may become longest come first, and go to the devices in turn, to and fro: expected lengths
+        then are as even as they can be told. What is drawn does not depend on it.
+        """
+        num_prompts, parts = len(queue.limits), num_row_parts()
+        if parts == 1 or self._num_slots(num_prompts) == num_prompts:
+            return None
+        lengths = queue.prompts.lengths
+        order = jnp.lexsort((-lengths, -jnp.where(lengths > 0, queue.limits, 0)))
+        turns = order.reshape(-1, parts)
+        return turns.at[1::2].set(turns[1::2, ::-1]).T.ravel()
 
     def _run(
         self,
         weights: DecodeWeights,
         sampling: Sampling,
         key: Array,
-        last_step: Array,
+        budget: Array,
         queue: Queue,
         slots: Slots,
     ) -> Slots:
@@ -243,18 +270,19 @@ class Engine:
             slots = slots._replace(cache=cache, tokens=tokens, counts=counts, live=live, done=done)
             return told(slots._replace(steps=slots.steps + 1))
 
+        def goes_on(slots: Slots) -> Array:
+            return slots.going & (slots.steps + slots.refills < budget)
+
         def wants(slots: Slots) -> Array:
-            return slots.wants & (slots.steps < last_step)
+            return slots.wants & goes_on(slots)
 
         def decodes(slots: Slots) -> Array:
-            return slots.going & ~slots.wants & (slots.steps < last_step)
+            return ~slots.wants & goes_on(slots)
 
         def refill_then_decode(slots: Slots) -> Slots:
             return jax.lax.while_loop(decodes, decode, jax.lax.while_loop(wants, refill, slots))
 
-        return jax.lax.while_loop(
-            lambda slots: slots.going & (slots.steps < last_step), refill_then_decode, slots
-        )
+        return jax.lax.while_loop(goes_on, refill_then_decode, slots)
 
     def _busy(self, slots: Slots) -> Array:
         """Returns bool[N]: slots of which a row goes on."""

@@ -99,6 +99,33 @@ class Run:
         return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_the_host_works_before_it_waits_for_the_update(tmp_path, monkeypatch):
+    """What the next batch can have is made and the last step's line is written, and then only is waited."""
+    events = []
+
+    class Online(Run):
+        def source(self, state, position, key):
+            events.append(f"source {position}")
+            made = super().source(state, position, key)
+            return made._replace(meanwhile=lambda: events.append(f"prompts {made.position}"))
+
+        def update(self, state, frozen, step, key):
+            events.append(f"update {step}")
+            return super().update(state, frozen, step, key)
+
+    write = MetricWriter.write
+    monkeypatch.setattr(MetricWriter, "write", lambda *args: events.append(f"line {args[1]}") or write(*args))
+    monkeypatch.setattr(jax, "block_until_ready", lambda state: events.append(f"wait {int(state.step)}"))
+    run = Online(tmp_path, num_steps=3)
+    run.train()
+    assert events[1:-2] == [  # between an evaluation before the first step and one after the last
+        *("source 0", "update 1", "prompts 4", "wait 1"),
+        *("source 4", "update 2", "prompts 8", "line 1", "wait 2", "wait 2", "line 2"),  # and saves
+        *("source 8", "update 3", "prompts 12", "wait 3"),
+    ]
+    assert all("perf/update_seconds" in line for line in run.lines()[1:])
+
+
 def test_too_many_bad_updates_in_a_row_stop_the_run(tmp_path):
     run = Run(tmp_path, bad_steps=range(5, 10), most_skipped=3)
     with pytest.raises(NotFiniteError, match=r"stage sft, step 7: .* 3 steps in a row.*policy/grad_norm"):
