@@ -321,8 +321,8 @@ class RolloutConfig:
     """Completions that are sampled at once, over all devices, which divide them; where one ends, another
     prompt's takes its place. 0, or the batch and more: all of the batch, until the longest has ended."""
     refill_size: Count = 0
-    """Slots of a device that have to be free before prompts are put into them, all of its slots at most; 0:
-    an eighth of them."""
+    """Prompts that a device prefills at once, before there are slots for them, as many as it has slots at
+    most; 0: for a quarter of its slots."""
     steps_per_call: PositiveInt = 256
     """Decode steps, of a token of every slot, and refills after which the program returns to the host, which
     then goes on with it."""

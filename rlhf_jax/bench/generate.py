@@ -31,7 +31,11 @@ def main() -> None:
     """Prefill and decode of prompts, sampled at temperature 1."""
     more = {
         "queue": {"type": int, "default": 0, "help": "prompts of completions of different lengths"},
-        "refill": {"type": int, "default": 0, "help": "slots that are refilled at once; 0: an eighth"},
+        "refill": {
+            "type": int,
+            "default": 0,
+            "help": "prompts that are prefilled at once; 0: for a quarter of the slots",
+        },
     }
     bench = Bench(arguments(__doc__ or "", **more))
     params = {"policy": bench.weights("policy", 0)}

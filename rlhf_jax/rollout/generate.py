@@ -51,7 +51,7 @@ def generate(
         limits: i32[Q], the most tokens of each prompt's completions; C by default and at most.
         greedy: static.
         num_slots: static, of a prompt each, on all devices; 0: one for each prompt.
-        refill_size: static, how many free slots of a device wait until they are filled; 0: an eighth of them.
+        refill_size: static, prompts that a device prefills at once; 0: for a quarter of its slots.
         group_size: G, static.
 
     Returns:

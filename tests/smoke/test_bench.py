@@ -83,12 +83,12 @@ def test_programs_compile_for_a_tpu_that_is_not_there():
 def test_a_rollout_has_one_cache_and_gathers_nothing(topology):
     """Keys and values are written in place; no token waits for weights or logits of other chips."""
     stage = (
-        "--shape 1b --layers 1 --algorithm ppo --rows 512 --length 512 --completion 384 --programs rollout"
+        "--shape 1b --layers 2 --algorithm ppo --rows 512 --length 512 --completion 384 --programs rollout"
     )
     sizes = "--rollout.slots 128 --rollout.refill_size 1 --mesh.data 2 --mesh.tensor 2 --model.dtype bfloat16"
     (line,) = run_aot(*stage.split(), *sizes.split(), topology=topology)
     slots, kv_heads, head_dim = 128 // 2, 8 // 2, 64
-    cache = 2 * slots * kv_heads * 512 * head_dim * 2  # keys and values in bfloat16
+    cache = 2 * 2 * slots * kv_heads * 512 * head_dim * 2  # keys and values of two layers in bfloat16
     assert cache < line["alias_bytes"] < 1.1 * cache  # donated, and the rest that slots hold is little
     assert line["temp_bytes"] < 1.1 * cache
     assert (
