@@ -18,12 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.batch import Prompts
-from rlhf_jax.bench.harness import NEVER, Bench, arguments, commit
+from rlhf_jax.bench.harness import NEVER, Bench, arguments, commit, tailed_lengths
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.rollout.sampling import Sampling
 from rlhf_jax.sharding import place_rows, traced_on
-
-MEAN_LENGTH = 0.35  # of the longest
 
 
 def main() -> None:
@@ -49,7 +47,7 @@ def long_tailed(bench: Bench, policy: dict) -> None:
     """Prints a line that compares batches with refilled slots."""
     args = bench.args
     queue = bench.prompts(num_prompts=args.queue)
-    limits = lengths(args.queue, args.new)
+    limits = tailed_lengths(args.queue, args.new)
     made = partial(
         generate,
         bench.model,
@@ -98,17 +96,6 @@ def long_tailed(bench: Bench, policy: dict) -> None:
     line |= {f"{name}_s": round(median, 3) for name, median in medians.items()}
     line |= {f"{name}_tokens_per_s": round(useful / median, 1) for name, median in medians.items()}
     print(json.dumps(line | {"ratio": round(medians["batches"] / medians["slots"], 2)}), flush=True)
-
-
-def lengths(num_prompts: int, longest: int, seed: int = 0) -> np.ndarray:
-    """Returns i32[Q] geometric lengths, at most `longest`, whose mean is MEAN_LENGTH of it."""
-    target = MEAN_LENGTH * longest
-    low, high = 1 / longest / 100, 1.0
-    for _ in range(60):  # the mean of min(geometric(p), n) is (1 - (1 - p)^n) / p
-        p = (low + high) / 2
-        low, high = (p, high) if (1 - (1 - p) ** longest) / p > target else (low, p)
-    drawn = np.random.default_rng(seed).geometric(low, num_prompts)
-    return np.minimum(drawn, longest).astype(np.int32)
 
 
 def part(prompts: Prompts, rows: slice) -> Prompts:
