@@ -426,7 +426,14 @@ class PPOConfig:
     num_minibatches: PositiveInt = 4
     """Optimiser steps of one pass; divides batch_size."""
     microbatch_size: Count = 0
-    """Rows of one forward and backward pass; 0: a whole minibatch. Divides batch_size / num_minibatches."""
+    """Rows of one forward and backward pass; 0: a whole minibatch. Divides its rows, batch_size /
+    num_minibatches / sequences_per_row."""
+    sequences_per_row: PositiveInt = 1
+    """Completions, with their prompts, that share a row in scoring and update and do not see each other: less
+    padding, the same loss. Divides batch_size / num_minibatches."""
+    length_buckets: PositiveInt = 1
+    """Different lengths of rows in scoring and update: those of a minibatch have the least of so many in
+    which all fit. Both programs are compiled for each, all at the start."""
     value_learning_rate: NonNegativeFloat = 0.0
     """Learning rate of the value model; 0: that of the optimizer section."""
     kl_coef: NonNegativeFloat = 0.05

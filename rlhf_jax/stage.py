@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, cast
 
@@ -54,7 +55,13 @@ def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
         else max(plan.train.most_loss_tokens, plan.held_out.most_loss_tokens)
     )
     ids = TokenIds(eos=plan.text["stop"], pad=cast(int, plan.tokenizer.pad_token_id))
-    return model, build_programs(stage, algorithm, model, mesh, num_completion, ids)
+    prompt_length = _usual_length(plan.train.lengths, getattr(stage.settings, "sequences_per_row", 1))
+    return model, build_programs(stage, algorithm, model, mesh, num_completion, ids, prompt_length)
+
+
+def _usual_length(lengths: np.ndarray, number: int) -> int:
+    """Returns which length so many records seldom exceed on average: a deviation of theirs above the mean."""
+    return math.ceil(lengths.mean() + lengths.std() / math.sqrt(number))
 
 
 def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:

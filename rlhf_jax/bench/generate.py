@@ -18,13 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rlhf_jax.bench.harness import NEVER, Bench, arguments, resources
+from rlhf_jax.bench.harness import NEVER, Bench, arguments, resources, tailed_lengths
 from rlhf_jax.models.kv_cache import DecodeWeights, unstack
 from rlhf_jax.rollout.sampling import Sampling
 from rlhf_jax.rollout.slots import Completions, Engine, Queue
 from rlhf_jax.sharding import place_rows, traced_on
-
-MEAN_LENGTH = 0.35  # of the longest
 
 
 def main() -> None:
@@ -53,7 +51,7 @@ def main() -> None:
 def long_tailed(bench: Bench, policy: dict) -> None:
     """Prints a line that compares batches with refilled slots."""
     args, mesh = bench.args, bench.mesh
-    limits = lengths(args.queue, args.new)
+    limits = tailed_lengths(args.queue, args.new)
     queue = Queue(bench.prompts(num_prompts=args.queue), jnp.asarray(limits))
     sampling = Sampling(1.0, jnp.asarray([-1]))
     cast = jax.jit(traced_on(mesh, lambda params: unstack(params, bench.architecture, args.dtype)))
@@ -101,17 +99,6 @@ def long_tailed(bench: Bench, policy: dict) -> None:
     line |= {f"{name}_tokens_per_s": round(useful / median, 1) for name, median in medians.items()}
     line |= {"ratio": round(medians["batches"] / medians["slots"], 2), **resources()}
     print(json.dumps(line), flush=True)
-
-
-def lengths(num_prompts: int, longest: int, seed: int = 0) -> np.ndarray:
-    """Returns i32[Q] geometric lengths, at most `longest`, whose mean is MEAN_LENGTH of it."""
-    target = MEAN_LENGTH * longest
-    low, high = 1 / longest / 100, 1.0
-    for _ in range(60):  # the mean of min(geometric(p), n) is (1 - (1 - p)^n) / p
-        p = (low + high) / 2
-        low, high = (p, high) if (1 - (1 - p) ** longest) / p > target else (low, p)
-    drawn = np.random.default_rng(seed).geometric(low, num_prompts)
-    return np.minimum(drawn, longest).astype(np.int32)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from rlhf_jax.batch import Metrics
-from rlhf_jax.bench.harness import Bench, arguments
+from rlhf_jax.bench.harness import PACKING, Bench, arguments
 from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.experience import Collector
 from rlhf_jax.rewards.combine import Judge
@@ -14,7 +14,7 @@ from rlhf_jax.sharding import place_rows
 
 def main() -> None:
     """The parts of the trainer's loop, with a reward model, on new random prompts in each iteration."""
-    bench = Bench(arguments(__doc__ or ""))
+    bench = Bench(arguments(__doc__ or "", **PACKING))
     programs, args = bench.programs, bench.args
     trained, frozen = bench.roles()
     state = programs.init_state(trained)
@@ -30,7 +30,7 @@ def main() -> None:
         state, metrics = programs.update(state, frozen, batch, jax.random.key(i))
         return metrics
 
-    bench.report("train_step", step, tokens=args.batch * args.new)
+    bench.report("train_step", step)
 
 
 if __name__ == "__main__":

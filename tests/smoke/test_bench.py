@@ -38,8 +38,10 @@ def test_one_json_line(name, dtype):
     assert done.returncode == 0, done.stderr
     (text,) = done.stdout.splitlines()
     line = json.loads(text)
-    of_memory = {"memory_gb_s", "memory_ceiling_gb_s", "share_of_memory"} if name == "generate" else set()
-    assert line.keys() == KEYS | of_memory
+    more = {"memory_gb_s", "memory_ceiling_gb_s", "share_of_memory"}
+    if name != "generate":
+        more = {"sequences_per_row", "length_buckets", "tail"}
+    assert line.keys() == KEYS | more
     assert line["bench"] == name
     assert {key: line[key] for key in sizes if key != "steps"} == {
         key: value for key, value in sizes.items() if key != "steps"
@@ -125,3 +127,17 @@ def test_memory_of_roles_that_share_a_base():
         assert line["peak"] == line["live_init"] + line["score"]
     stays = [line["state"] + line["frozen"] for line in (separate, hydra)]
     assert stays[1] < 0.4 * stays[0]  # at this width adapters are a large part: 0.31
+
+
+def test_long_tailed_completions_have_the_same_lengths_however_rows_are_laid_out():
+    sizes = {"shape": "tiny", "steps": 1, "batch": 4, "prompt": 8, "new": 8, "minibatches": 1}
+    flags = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+    lines = []
+    for layout in ([], ["--sequences_per_row", "2", "--length_buckets", "2"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "rlhf_jax.bench.train_step", *flags, "--tail", *layout],
+            cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines.append(json.loads(done.stdout))
+    assert lines[0]["mean_new"] == lines[1]["mean_new"] < 8

@@ -346,3 +346,38 @@ def test_a_first_ratio_that_is_not_one_is_told(tmp_path, caplog):
         PPORun(tmp_path, gaps=[0.01, 0.049, 0.06, 0.0]).train()
     (told,) = [r.getMessage() for r in caplog.records if r.name.startswith("rlhf_jax")]
     assert "step 3: policy/ratio_gap_first is 0.06, above 0.05" in told
+
+
+class Compiling(Run):
+    """Compiles a program in some updates; batches are wider from some step on."""
+
+    def __init__(self, directory, steps, wider_from=100):
+        super().__init__(directory, num_steps=9, eval_every=4)
+        self.steps, self.wider_from = steps, wider_from
+
+    def source(self, state, position, key):
+        batch = super().source(state, position, key)
+        return batch._replace(batch=np.full(1 + (batch.batch >= self.wider_from), batch.batch))
+
+    def update(self, state, frozen, batch, key):
+        step = int(batch[0])
+        if step in self.steps:
+            jax.jit(lambda x: x + step)(1.0)
+        return super().update(state, frozen, step, key)
+
+
+def test_what_is_compiled_again_is_told(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        Compiling(tmp_path, steps=[1, 2, 4, 7]).train()
+    told = [r.getMessage() for r in caplog.records if "compiled" in r.getMessage()]
+
+    assert [message.partition(":")[0] for message in told] == ["stage sft, step 4", "stage sft, step 7"]
+
+
+def test_a_batch_of_a_new_shape_may_be_compiled_for(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        run = Compiling(tmp_path, steps=[1, 6, 7, 9], wider_from=6)
+        run.train()
+    told = [r.getMessage() for r in caplog.records if "compiled" in r.getMessage()]
+    assert [message.partition(":")[0] for message in told] == ["stage sft, step 9"]
+    assert [line["perf/compilations"] for line in run.lines()[6:]] == [1, 1, 0, 1]
