@@ -144,6 +144,7 @@ class PolicyBatch(NamedTuple):
     old_values: Array  # f32[B, T]
     advantages: Array  # f32[B, T], whitened when the algorithm says so
     returns: Array  # f32[B, T]
+    importance: Array | None = None  # f32[B, T], weights of the policy loss's terms; None: all 1
 
 
 class TrainState(NamedTuple):
@@ -154,6 +155,7 @@ class TrainState(NamedTuple):
     params: Params  # {role: tree} of the roles that are trained
     opt_state: Params  # {role: optax state}
     aux: dict[str, Array]  # named arrays of the algorithm, such as an adaptive coefficient
+    ahead: Rollout | None = None  # of the next step, where it was made before this one's update was done
 
 
 def num_rows(batch: object) -> int:

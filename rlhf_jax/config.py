@@ -323,6 +323,13 @@ class RolloutConfig:
     refill_size: Count = 0
     """Prompts that a device prefills at once, before there are slots for them, as many as it has slots at
     most; 0: for a quarter of its slots."""
+    devices: Count = 0
+    """Devices that are set aside for rollouts; the mesh is over the others. While these update the policy,
+    the next batch is sampled from what it was before: each rollout is one update old. 0: strictly on-policy,
+    by turns on all devices."""
+    importance_cap: NonNegativeFloat = 2.0
+    """Of rollouts that are one update old: the policy loss of a token is multiplied by its probability before
+    the update over that when it was sampled, at most by this; 0: it is not."""
     steps_per_call: PositiveInt = 256
     """Decode steps, of a token of every slot, and refills after which the program returns to the host, which
     then goes on with it."""

@@ -78,6 +78,7 @@ def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> 
         found += check_batches(stage, path)
         found += check_architecture(stage, earlier, path)
         found += check_ppo(stage, path)
+        found += check_rollout_devices(stage, path)
         found += check_lora(stage, earlier, path)
         found += check_formats(stage, path)
         found += check_paths(stage, path)
@@ -463,6 +464,23 @@ def check_mesh(resolved: Resolved) -> Iterator[str]:
     for name, problem in axis_problems(resolved.config.stages[0].mesh.axes):
         path = f"mesh.axes.{name}"
         yield f"{'--' if {path, 'mesh.axes'} & resolved.flags else ''}{path}: {problem}"
+
+
+def check_rollout_devices(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields why devices cannot be set aside for rollouts, whatever their number is."""
+    number, mesh = stage.rollout.devices, stage.mesh
+    if stage.algorithm != "ppo" or not number:
+        return
+    where, open_axes = path("rollout", "devices"), [axis for axis, size in mesh.sizes.items() if size == -1]
+    if mesh.slice != 1:
+        yield f"{where}: must be 0 where mesh.slice is not 1, got {number} for {mesh.slice}"
+    if open_axes in ([], ["tensor"]):
+        yield (
+            f"{where}: must be 0 where no axis of the mesh but mesh.tensor is -1 and so takes what is left, "
+            f"got {number}; set mesh.data or mesh.fsdp to -1"
+        )
+    elif number % max(mesh.tensor, 1):
+        yield f"{where}: must be a multiple of mesh.tensor = {mesh.tensor}, got {number}"
 
 
 def check_ignored(resolved: Resolved, file_alone: Resolved) -> Iterator[str]:

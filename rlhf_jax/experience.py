@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import watchdog
-from rlhf_jax.batch import Metrics, Params, Prompts, Rows, Scored
+from rlhf_jax.batch import Metrics, Params, Prompts, Rollout, Rows, Scored
 from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.programs import Programs
@@ -88,8 +88,21 @@ class Collector:
         Raises:
             RewardError: where a reward function fails.
         """
-        start = time.perf_counter()
+        begun = time.perf_counter()
         rollout = self._programs.rollout(params, frozen, prompts, key)
+        return self.judge(params, frozen, rollout, records, begun)
+
+    def judge(
+        self, params: Params, frozen: Params, rollout: Rollout, records: Sequence[PromptOnly], begun: float
+    ) -> Experience:
+        """Returns a rollout, scored by the models and the judge's functions; see `collect`.
+
+        Args:
+            params, frozen: by role.
+            rollout: on the mesh.
+            records: see `collect`.
+            begun: when waiting for the rollout began, by time.perf_counter.
+        """
         rows, ended = gathered((rollout.rows, rollout.ended))
         sampled = time.perf_counter()
         watchdog.beat()
@@ -115,7 +128,7 @@ class Collector:
         judged = time.perf_counter()
         watchdog.beat()
         metrics = metrics | verdict.metrics | text_metrics(ids, rows_counted)
-        metrics |= {"perf/rollout_seconds": sampled - start, "perf/score_seconds": judged - sampled}
+        metrics |= {"perf/rollout_seconds": sampled - begun, "perf/score_seconds": judged - sampled}
         return Experience(scored, verdict.scores, metrics, completions, ids, rows_counted)
 
 

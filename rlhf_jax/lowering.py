@@ -19,12 +19,13 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Parts, Programs, part_structs, weight_shardings
 from rlhf_jax.rollout.slots import slot_shardings
-from rlhf_jax.sharding import batch_sharding, placed_structs, replicated
+from rlhf_jax.sharding import batch_sharding, placed_structs, replicated, stage_meshes
 from rlhf_jax.stage import stage_programs
 
 
 def lower_stage(plan: Plan, mesh: Mesh) -> tuple[dict[str, Lowered], tuple[int, int]]:
     """Returns the programs of a planned stage, see `lower_programs`, and the shape of its first batch."""
+    mesh, _ = stage_meshes(plan.stage, mesh)
     model, programs = stage_programs(plan, mesh)
     settings = plan.stage.settings
     batch, _ = Loader[Any, Any](plan.train, settings.batch_size, plan.stage.run.seed).batch(0)

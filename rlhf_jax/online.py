@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
+import jax
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax.batch import Params, Prompts, TrainState
+from rlhf_jax import keys
+from rlhf_jax.batch import Metrics, Params, Prompts, Rollout, Rows, TrainState
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.experience import Collector
 from rlhf_jax.programs import Programs
-from rlhf_jax.sharding import place_rows
+from rlhf_jax.rollout.generate import RolloutPrograms
+from rlhf_jax.sharding import batch_sharding, place_rows, replicated
 from rlhf_jax.trainer import NextBatch
 
 
@@ -70,7 +76,118 @@ class OnPolicy:
         experience = self._collector.collect(state.params, self._frozen, taken.prompts, taken.records, key)
         batch, metrics = self._programs.advantages(experience.scored, state.aux)
 
-        def meanwhile() -> None:
+        def meanwhile() -> tuple[None, Metrics]:
             self._batches(taken.end)
+            return None, {}
 
         return NextBatch(batch, taken.end, experience.metrics | metrics, meanwhile)
+
+
+class Sampler:
+    """Completes prompts on devices of its own while others update the policy."""
+
+    def __init__(
+        self,
+        rollout: RolloutPrograms,
+        to_decode: Callable[[Params], Params],
+        shardings: Params,
+        base: Params,
+        mesh: Mesh,
+        training_mesh: Mesh,
+    ) -> None:
+        """Copies the base to its devices.
+
+        Args:
+            rollout: for its mesh.
+            to_decode: casts parameters where they are trained, so that fewer bytes are copied.
+            shardings: of the parameters of the roles `policy`, and `base` where there is one, on its mesh.
+            base: {"base": parameters} where policies are adapters on one; else empty.
+            mesh: its own; prompts are to be on it.
+            training_mesh: where rollouts are wanted.
+        """
+        self.mesh = mesh
+        self._rollout = rollout
+        self._to_decode = to_decode
+        self._shardings = shardings
+        self._base = jax.device_put(base, {role: shardings[role] for role in base})
+        self._rows_on = batch_sharding(training_mesh)
+
+    def begin(self, params: Params, prompts: Prompts, key: Array) -> Callable[[], Rollout]:
+        """Returns what waits for the completions by the policy and returns them; params may be donated then.
+
+        Args:
+            params: by role, on the training mesh.
+            prompts: on the sampler's mesh.
+            key: of this rollout.
+        """
+        policy = jax.device_put(self._to_decode(params["policy"]), self._shardings["policy"])
+        key = jax.device_put(key, replicated(self.mesh))
+        finish = self._rollout.begin({"policy": policy}, self._base, prompts, key)
+        return lambda: jax.device_put(finish(), self._rows_on)
+
+
+class Asynchronous:
+    """A source of batches, each of completions by the policy as it was before the last update.
+
+    They were made while that update ran, on devices of their own. The first batch is of the policy itself.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        frozen: Params,
+        collector: Collector,
+        batches: PromptBatches,
+        sampler: Sampler,
+        root: Array,
+        num_iterations: int,
+    ) -> None:
+        """Makes a source.
+
+        Args:
+            programs, frozen, collector: see `OnPolicy`.
+            batches: of prompts, on the sampler's mesh.
+            sampler: completes.
+            root: root key of the stage.
+            num_iterations: of the stage: behind the last one nothing is sampled.
+        """
+        self._programs = programs
+        self._frozen = frozen
+        self._collector = collector
+        self._batches = batches
+        self._sampler = sampler
+        self._root = root
+        self._num_iterations = num_iterations
+
+    def __call__(self, state: TrainState, position: int, key: Array) -> NextBatch:
+        """Returns the batch at a position, of state.ahead; the next one is sampled while the update runs."""
+        begun = time.perf_counter()
+        taken, rollout, following = self._batches(position), state.ahead, int(state.step) + 1
+        if rollout is None:
+            rollout = self._sampler.begin(state.params, taken.prompts, key)()
+        finish = None
+        if following < self._num_iterations:
+            next_key = keys.named(keys.at_iteration(self._root, following), "rollout")
+            finish = self._sampler.begin(state.params, self._batches(taken.end).prompts, next_key)
+        experience = self._collector.judge(state.params, self._frozen, rollout, taken.records, begun)
+        batch, metrics = self._programs.advantages(experience.scored, state.aux)
+
+        def meanwhile() -> tuple[Rollout | None, Metrics]:
+            if finish is None:
+                return None, {}
+            begun = time.perf_counter()
+            ahead = finish()
+            seconds = time.perf_counter() - begun
+            self._batches(self._batches(taken.end).end)
+            return ahead, {"perf/rollout_seconds": seconds}
+
+        return NextBatch(batch, taken.end, experience.metrics | metrics, meanwhile)
+
+
+def ahead_of(leaves: Mapping[str, np.ndarray], mesh: Mesh) -> Rollout | None:
+    """Returns a state's `ahead`, on the mesh, of its leaves by name; None where there are none."""
+    if not leaves:
+        return None
+    placed = place_rows(mesh, dict(leaves))
+    rows = Rows(placed["rows/tokens"], placed["rows/prompt_lengths"], placed["rows/lengths"])
+    return Rollout(rows, placed["ended"], placed["sampler_logprobs"])

@@ -43,7 +43,7 @@ from rlhf_jax.programs import Parts, part_shardings, role_parts, role_shardings,
 from rlhf_jax.reward_origin import External, external_reward
 from rlhf_jax.rewards.functions import RewardFunction, load_function
 from rlhf_jax.run_tokenizer import check_vocabulary
-from rlhf_jax.sharding import check_batch, compute_capability
+from rlhf_jax.sharding import check_batch, compute_capability, stage_meshes
 from rlhf_jax.unread import unread
 
 
@@ -332,14 +332,21 @@ def _architecture(
     return architecture
 
 
-def check_mesh(plans: Sequence[Plan], mesh: Mesh) -> None:
+def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
     """Raises ValueError with all rows of batches and all parameters that do not divide over the mesh."""
     problems: list[str] = []
     for plan in plans:
         model = make_model(plan.architecture, lora=adapters_of(plan.stage, plan.architecture))
         rows: list[str] = []
+        meshes = _attempt(problems, stage_meshes, plan.stage, every_device)
+        if meshes is None:
+            continue
+        mesh, sampling = meshes
         for name, size in plan.row_counts().items():
             _attempt(rows, check_batch, mesh, size, f"{plan.stage.algorithm}.{name}")
+        if sampling is not mesh:
+            name = f"{plan.stage.algorithm}.batch_size, sampled on rollout.devices,"
+            _attempt(problems, check_batch, sampling, plan.stage.settings.batch_size, name)
         model_section = plan.stage.model
         lack = flash_lack(
             mesh.devices.flat[0].platform,
@@ -352,7 +359,8 @@ def check_mesh(plans: Sequence[Plan], mesh: Mesh) -> None:
         if model_section.attention == "flash" and lack:
             problems.append(f"model.attention is 'flash', but {lack}; set it to auto")
         if plan.stage.rollout.slots:
-            _attempt(problems, check_batch, mesh, plan.stage.rollout.slots, "rollout.slots")
+            for on in (mesh, sampling):  # evaluations are where the policy is trained
+                _attempt(problems, check_batch, on, plan.stage.rollout.slots, "rollout.slots")
         problems += rows[:1]  # what does not divide the first does not divide its parts
         for parts in plan.parts().values():
             _attempt(problems, part_shardings, model, mesh, parts)

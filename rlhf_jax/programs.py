@@ -19,8 +19,9 @@ from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Max, Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
 from rlhf_jax.config import LARGEST_INT, PPOConfig, StageConfig
 from rlhf_jax.models.forward import make_forward, policy_parts
-from rlhf_jax.models.kv_cache import DecodeWeights, by_layer, unstack
+from rlhf_jax.models.kv_cache import DecodeWeights, by_layer, cast_to_decode, unstack
 from rlhf_jax.models.transformer import POLICY, SCORER, Model
+from rlhf_jax.ops.importance import importance_weights
 from rlhf_jax.ops.kl import log_ratio, sequence_kl
 from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
 from rlhf_jax.ops.packed_rows import RowLayout
@@ -56,6 +57,8 @@ class Programs(NamedTuple):
     """Parameters by role -> the state before the first step, on the mesh."""
     rollout: RolloutPrograms
     """Trained and frozen parameters, prompts, key -> completions by the policy."""
+    to_decode: Callable[[Params], Params]
+    """A role's parameters -> the same in the types that decoding reads: what a rollout elsewhere needs."""
     score: Callable[[Params, Params, Rollout], tuple[Scored, Metrics]]
     """Trained and frozen parameters, rollout -> what every role says, and metrics of the rollout."""
     advantages: Callable[[Scored, dict[str, Array]], tuple[PolicyBatch, Metrics]]
@@ -279,6 +282,11 @@ def build_programs(
     def advantages(scored: Scored, aux: dict[str, Array]) -> tuple[PolicyBatch, Metrics]:
         assert algorithm.prepare is not None
         batch, metrics = algorithm.prepare(scored, aux, settings)
+        if stage.rollout.devices and stage.rollout.importance_cap:
+            sampled = scored.rollout.sampler_logprobs
+            mask, cap = batch.completion_mask, stage.rollout.importance_cap
+            importance, told = importance_weights(batch.old_logprobs, sampled, mask, cap)
+            batch, metrics = batch._replace(importance=importance), metrics | told
         return constrain(batch), metrics | score_metrics(scored, counted(scored.rollout))
 
     def evaluate(params: Params, frozen: Params, batch: Any) -> Metrics:
@@ -309,6 +317,7 @@ def build_programs(
             run=compiled(run_rollout, donate_argnums=3),
             finish=compiled(finish_rollout),
         ),
+        to_decode=compiled(partial(cast_to_decode, dtype=model.dtype)),
         score=compiled(score),
         advantages=compiled(advantages),
         update=compiled(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),

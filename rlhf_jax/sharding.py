@@ -16,7 +16,7 @@ from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.axes import LOGICAL_AXES, MESH_AXES, WHOLE, Table, axis_problems, axis_table, collisions
-from rlhf_jax.config import MeshConfig
+from rlhf_jax.config import MeshConfig, StageConfig
 from rlhf_jax.distributed import num_processes
 from rlhf_jax.options import did_you_mean
 
@@ -99,6 +99,51 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
     within, across = (1, *shape[1:]), (num_slices, *(1 for _ in shape[1:]))
     return Mesh(create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=types)
+
+
+def stage_meshes(stage: StageConfig, mesh: Mesh) -> tuple[Mesh, Mesh]:
+    """Returns the mesh on which a stage trains, and that on which it samples, the same by default.
+
+    With rollout.devices the last devices sample: divided by mesh.tensor they have rows. The others have the
+    axes of the whole mesh, of which one takes what is left.
+
+    Args:
+        stage: reads mesh and rollout.devices.
+        mesh: over all devices, as `make_mesh` gives it.
+    Raises:
+        ValueError: the devices cannot be parted so.
+    """
+    number, total = stage.rollout.devices, mesh.size
+    if stage.algorithm != "ppo" or not number:
+        return mesh, mesh
+    known = math.prod(size for size in stage.mesh.sizes.values() if size != -1)
+    if number >= total:
+        raise ValueError(
+            f"rollout.devices is {number}; it must be less than {total}, the number of devices, of which the "
+            "others train"
+        )
+    if num_processes() > 1:
+        raise ValueError(
+            f"rollout.devices is {number}, but the run has {num_processes()} processes, and weights are "
+            "copied between devices of one process alone; set it to 0"
+        )
+    if (total - number) % known:
+        raise ValueError(
+            f"rollout.devices is {number}; the other {total - number} of {total} devices must be a multiple "
+            f"of {known}, the product of the mesh's sizes"
+        )
+    devices = mesh.devices.ravel()
+    shape = [(total - number) // known if size == -1 else size for size in stage.mesh.sizes.values()]
+    parts = {"data": number // stage.mesh.tensor, "tensor": stage.mesh.tensor}
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return (
+        Mesh(devices[:-number].reshape(shape), MESH_AXES, axis_types=types),
+        Mesh(
+            devices[-number:].reshape([parts.get(axis, 1) for axis in MESH_AXES]),
+            MESH_AXES,
+            axis_types=types,
+        ),
+    )
 
 
 def partition_spec(axes: Sequence[str]) -> PartitionSpec:

@@ -24,15 +24,22 @@ from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import Model, make_model
-from rlhf_jax.online import OnPolicy, PromptBatches
+from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, Sampler, ahead_of
 from rlhf_jax.origins import adapter_info, adapters_of, fingerprint, is_same_base
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit
+from rlhf_jax.programs import (
+    Programs,
+    TokenIds,
+    build_programs,
+    part_shardings,
+    reward_program,
+    rows_per_unit,
+)
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.rewards.external import ExternalReward
 from rlhf_jax.rewards.once import scored_once
 from rlhf_jax.roles import load_frozen_reward, load_roles
-from rlhf_jax.sharding import gathered, place, place_rows, row_holders
+from rlhf_jax.sharding import gathered, place, place_rows, row_holders, stage_meshes
 from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
 
@@ -99,11 +106,14 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     stage, algorithm = plan.stage, plan.algorithm
     root = keys.stage_root(stage.run.seed, plan.number)
     is_online = algorithm.records == "prompt_only"
+    mesh, sampling = stage_meshes(stage, mesh)
     model, programs = stage_programs(plan, mesh)
     trained, frozen = load_roles(stage, algorithm, plan.origins, model, mesh, root)
-    source, evaluate = (
-        _online(plan, programs, frozen, mesh, root) if is_online else _offline(plan, programs, mesh)
-    )
+    if is_online:
+        sampler = None if sampling is mesh else _sampler(plan, programs, frozen, mesh, sampling)
+        source, evaluate = _online(plan, programs, frozen, mesh, root, sampler)
+    else:
+        source, evaluate = _offline(plan, programs, mesh)
     with (
         Checkpointer(
             plan.directory / "checkpoints", stage.checkpoint.keep, stage.distributed.save_timeout
@@ -123,7 +133,8 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
         base = info.get("base")
         newest = checkpointer.latest()
         if newest is not None:
-            state = checkpointer.restore(newest, state)
+            ahead = ahead_of(checkpointer.leaves(newest, "ahead"), mesh)
+            state = checkpointer.restore(newest, state._replace(ahead=ahead))
             info = checkpointer.info(newest)
             if differing := text_difference(info.get("text", {}), plan.text):
                 raise ValueError(
@@ -170,7 +181,7 @@ def _offline(plan: Plan, programs: Programs, mesh: Mesh) -> tuple[Source, Evalua
 
 
 def _online(
-    plan: Plan, programs: Programs, frozen: Params, mesh: Mesh, root: Array
+    plan: Plan, programs: Programs, frozen: Params, mesh: Mesh, root: Array, sampler: Sampler | None
 ) -> tuple[Source, Evaluate]:
     """Returns where batches of experience come from, and the evaluation on held-out prompts."""
     stage = plan.stage
@@ -188,10 +199,23 @@ def _online(
         external=external,
     )
 
-    source = OnPolicy(programs, frozen, collector, PromptBatches(loader, mesh))
+    if sampler is None:
+        source = OnPolicy(programs, frozen, collector, PromptBatches(loader, mesh))
+    else:
+        batches = PromptBatches(loader, sampler.mesh)
+        num_iterations = stage.settings.num_updates
+        source = Asynchronous(programs, frozen, collector, batches, sampler, root, num_iterations)
     held_out = Loader(plan.held_out, stage.settings.batch_size, stage.run.seed)
     key = keys.named(root, "evaluate")
     return source, evaluate_prompts(collector, held_out, mesh, key, stage.run.num_samples, gold)
+
+
+def _sampler(plan: Plan, programs: Programs, frozen: Params, mesh: Mesh, sampling: Mesh) -> Sampler:
+    """Returns what samples on a mesh of its own for a stage that trains on another."""
+    model, of_sampling = stage_programs(plan, sampling)
+    base = {role: tree for role, tree in frozen.items() if role == "base"}
+    shardings = {role: part_shardings(model, sampling, plan.parts()[role]) for role in ("policy", *base)}
+    return Sampler(of_sampling.rollout, programs.to_decode, shardings, base, sampling, mesh)
 
 
 def _external_reward(plan: Plan, mesh: Mesh) -> ExternalReward | None:

@@ -65,7 +65,7 @@ def _main(argv: list[str]) -> int:
     from rlhf_jax.agreement import is_of_another
     from rlhf_jax.failures import is_of_runtime
     from rlhf_jax.rewards.functions import RewardError
-    from rlhf_jax.sharding import axis_rules
+    from rlhf_jax.sharding import axis_rules, stage_meshes
     from rlhf_jax.sharding_table import sharding_table
     from rlhf_jax.stop_signals import Stopped, StopSignals
     from rlhf_jax.trainer import NotFiniteError
@@ -87,7 +87,8 @@ def _main(argv: list[str]) -> int:
             plans, mesh = prepare(config, writes=not shows_sharding)
             if shows_sharding:
                 if distributed.is_first():
-                    print("\n\n".join(sharding_table(plan, mesh) for plan in plans))
+                    tables = [sharding_table(plan, stage_meshes(plan.stage, mesh)[0]) for plan in plans]
+                    print("\n\n".join(tables))
             else:
                 has_begun = True
                 results = run(config, plans, mesh, signals)
@@ -134,7 +135,7 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
     from rlhf_jax.plan import check_mesh, plan_stages
     from rlhf_jax.plan_notes import notes
     from rlhf_jax.run_tokenizer import TOKENIZER, prepare_tokenizer
-    from rlhf_jax.sharding import make_mesh
+    from rlhf_jax.sharding import make_mesh, stage_meshes
     from rlhf_jax.sharding_table import sharding_line
 
     run_dir = Path(config.run.dir)
@@ -156,7 +157,7 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
 
     def tell_and_write() -> None:
         for plan in plans:
-            for line in (*notes(plan), sharding_line(plan, mesh)):
+            for line in (*notes(plan), sharding_line(plan, stage_meshes(plan.stage, mesh)[0])):
                 print(line, file=sys.stderr)
         if not writes:
             return

@@ -15,7 +15,7 @@ from jax import Array
 
 from rlhf_jax import compilations, keys, watchdog
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import Metrics, Params, TrainState
+from rlhf_jax.batch import Metrics, Params, Rollout, TrainState
 from rlhf_jax.checkpoint import Checkpointer
 from rlhf_jax.config import StageConfig
 from rlhf_jax.evaluation import Evaluate
@@ -36,9 +36,9 @@ class NextBatch(NamedTuple):
     batch: Any
     position: int
     metrics: Metrics
-    meanwhile: Callable[[], None] | None = None
+    meanwhile: Callable[[], tuple[Rollout | None, Metrics]] | None = None
     """Does what the batch after it can have done before the update is; then that is awaited, for the rest
-    needs it. None: nothing does."""
+    needs it. Returns that batch's rollout, where it could be made, and metrics. None: nothing needs it."""
 
 
 Source = Callable[[TrainState, int, Array], NextBatch]
@@ -128,12 +128,15 @@ class Trainer:
                     )
                     self._expect_compilations(tuple(map(np.shape, jax.tree.leaves(batch))), step + 1)
                     begun = time.perf_counter()
+                    state = state._replace(ahead=None)
                     state, metrics = self._programs.update(state, frozen, batch, keys.named(key, "update"))
                     state = at_position(state, position)
-                    if meanwhile is not None:
-                        meanwhile()
+                    if is_online := meanwhile is not None:
+                        ahead, told = meanwhile()
+                        state, gathered = state._replace(ahead=ahead), gathered | told
+                        del meanwhile  # and the weights that it has sampled with
                     self._log_pending(progress)
-                    if meanwhile is not None:
+                    if is_online:
                         jax.block_until_ready(state)
                         gathered = gathered | {"perf/update_seconds": time.perf_counter() - begun}
                     compiled = {"perf/compilations": float(self._newly_compiled())}

@@ -136,6 +136,8 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
 
     if stage.algorithm == "ppo" and not stage.rollout.slots:
         reasons["rollout.refill_size"] = "rollout.slots is 0: all completions of a batch are sampled at once"
+    if stage.algorithm == "ppo" and not stage.rollout.devices:
+        reasons["rollout.importance_cap"] = "rollout.devices is 0: the policy samples what it learns from"
     if stage.algorithm != "ppo":
         reasons["rollout"] = "only a ppo stage samples"
         reasons["rewards"] = "only a ppo stage trains on scores"

@@ -189,7 +189,8 @@ def packed(batch: Any, groups: Sequence[Sequence[int]], length: int) -> Any:
     )
     if isinstance(batch, Rows):
         return made
-    others = {name: of_token(getattr(batch, name)) for name in batch._fields if name != "rows"}
+    others = {name: getattr(batch, name) for name in batch._fields if name != "rows"}
+    others = {name: of_token(x) for name, x in others.items() if x is not None}
     if "completion_mask" in others:
         others["completion_mask"] &= made.completion_mask  # a batch is made with a mask that fits its rows
     return batch._replace(rows=made, **others)

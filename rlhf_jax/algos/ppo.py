@@ -18,11 +18,12 @@ from rlhf_jax.ops.shaping import apply_missing_eos, token_rewards
 def clipped_policy_loss(logprobs: Array, batch: PolicyBatch, clip_eps: float) -> tuple[Mean, Metrics]:
     """Returns PPO's clipped surrogate loss, to minimise, and metrics of the ratio.
 
-    L_t = max(-A_t r_t, -A_t clip(r_t, 1 - eps, 1 + eps)),   r_t = exp(logprobs_t - old_logprobs_t)
+    L_t = w_t max(-A_t r_t, -A_t clip(r_t, 1 - eps, 1 + eps)),   r_t = exp(logprobs_t - old_logprobs_t)
 
     Args:
         logprobs: f32[B, T], nats, under the policy being trained; the only input with a gradient.
-        batch: old_logprobs and advantages f32[B, T], completion_mask bool[B, T].
+        batch: old_logprobs and advantages f32[B, T], completion_mask bool[B, T], and w: importance f32[B, T]
+            where another policy than the old one has sampled; else w is 1.
         clip_eps: eps.
     Source: arXiv:1707.06347 eq. 7. We average over the tokens of the global batch, not per sequence.
     """
@@ -31,7 +32,10 @@ def clipped_policy_loss(logprobs: Array, batch: PolicyBatch, clip_eps: float) ->
     advantages = keep(batch.advantages, mask)  # before it is multiplied: garbage must not reach a gradient
     plain = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
-    return masked(jnp.maximum(plain, clipped), mask), {
+    surrogate = jnp.maximum(plain, clipped)
+    if batch.importance is not None:
+        surrogate = keep(batch.importance, mask) * surrogate
+    return masked(surrogate, mask), {
         "policy/clip_frac": masked(jnp.float32(clipped > plain), mask),
         "policy/ratio": masked(ratio, mask),
         "policy/ratio_max": Max(masked_max(ratio, mask)),

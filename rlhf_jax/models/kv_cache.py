@@ -79,13 +79,17 @@ def unstack(
         dtype: the compute dtype.
         lora: what its adapter is like.
     """
+    return by_layer(cast_to_decode(policy_params, dtype), lambda i, leaf: leaf[i], architecture, lora)
+
+
+def cast_to_decode(params: Params, dtype: str) -> Params:
+    """Returns parameters in the types that decoding with a compute dtype reads."""
 
     def cast(path: tuple, leaf: Array) -> Array:
         is_of_norm = path[-1].key in ("scale", "bias")  # these multiply and add in float32
         return leaf if is_of_norm else leaf.astype(dtype)
 
-    params = jax.tree.map_with_path(cast, policy_params)
-    return by_layer(params, lambda i, leaf: leaf[i], architecture, lora)
+    return jax.tree.map_with_path(cast, params)
 
 
 def by_layer(

@@ -81,12 +81,21 @@ class RolloutPrograms(NamedTuple):
 
     def __call__(self, params: Params, frozen: Params, prompts: Prompts, key: Array) -> Rollout:
         """Returns completions of the prompts by the policy."""
+        return self.begin(params, frozen, prompts, key)()
+
+    def begin(self, params: Params, frozen: Params, prompts: Prompts, key: Array) -> Callable[[], Rollout]:
+        """Returns what waits for the completions and returns them; the first steps are on their way."""
         weights, slots = self.start(params, frozen, prompts)
-        while True:
-            slots = self.run(weights, prompts, key, slots)
-            if not np.asarray(slots.going):
-                return self.finish(prompts, slots.done)
-            watchdog.beat()
+        slots = self.run(weights, prompts, key, slots)
+
+        def finish() -> Rollout:
+            now = slots
+            while np.asarray(now.going):
+                watchdog.beat()
+                now = self.run(weights, prompts, key, now)
+            return self.finish(prompts, now.done)
+
+        return finish
 
 
 def make_queue(prompts: Prompts, max_new_tokens: int, limits: Array | None = None) -> Queue:

@@ -31,7 +31,8 @@ def policy_batch(rows: Rows, seed: int = 0) -> PolicyBatch:
         return jnp.asarray(scale * rng.normal(size=rows.tokens.shape), jnp.float32)
 
     mask = rows.completion_mask.at[1].set(False)
-    return PolicyBatch(rows, mask, noise(0.1) - 4.1, noise(0.1) - 4.1, noise(1), noise(1), noise(1))
+    more = noise(1), noise(1), noise(1), jnp.exp(noise(0.3))
+    return PolicyBatch(rows, mask, noise(0.1) - 4.1, noise(0.1) - 4.1, *more)
 
 
 def spec(name: str):

@@ -96,7 +96,8 @@ def test_a_rollout_has_one_cache_and_gathers_nothing(topology):
     assert (
         max(line["largest_collective_bytes"].values()) < 8 * 128 * 2048 * 2
     )  # a prefilled prompt at the most
-    assert line["largest_collective_bytes"].get("all-gather", 0) < 1e4  # no weights, no logits
+    queue = 512 * 128 * 4  # prompts that are dealt to the chips, once in a call
+    assert line["largest_collective_bytes"].get("all-gather", 0) <= queue  # no weights, no logits
 
 
 def test_stages_of_a_configuration_compile_for_a_tpu():

@@ -561,6 +561,22 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
             "data.prompt_tokens: would be ignored: records of data.format 'prompt_only' have prompts",
         ),
         (
+            PPO_ONLY + FUNCTION + "rollout: {importance_cap: 1.5}",
+            "rollout.importance_cap: would be ignored: rollout.devices is 0: the policy samples what",
+        ),
+        (
+            PPO_ONLY + FUNCTION + "rollout: {devices: 2}\nmesh: {data: 2}",
+            "rollout.devices: must be 0 where no axis of the mesh but mesh.tensor is -1 and so takes what is",
+        ),
+        (
+            PPO_ONLY + FUNCTION + "rollout: {devices: 3}\nmesh: {tensor: 2}",
+            "rollout.devices: must be a multiple of mesh.tensor = 2, got 3",
+        ),
+        (
+            PPO_ONLY + FUNCTION + "rollout: {devices: 2}\nmesh: {slice: 2}",
+            "rollout.devices: must be 0 where mesh.slice is not 1, got 2 for 2",
+        ),
+        (
             PPO_ONLY + FUNCTION + "data: {max_length: 99}",
             "data.max_length: would be ignored: ppo has max_prompt_length and rollout.max_new_tokens",
         ),
@@ -582,6 +598,7 @@ def test_good_files_that_are_near_the_bad_ones(problems, monkeypatch):
     assert problems(CHAIN + "mesh: {tensor: 2, axes: {kv_heads: none}}\nmodel: {num_kv_heads: 1}") == []
     assert problems(CHAIN + "ppo: {kl_controller: adaptive, kl_horizon: 13}") == []
     assert problems(CHAIN + "ppo: {}\nrollout: {}") == []
+    assert problems(CHAIN + "rollout: {devices: 4, importance_cap: 0}\nmesh: {tensor: 2}") == []
     assert problems(CHAIN.replace("RUN", "RUN, num_samples: 3") + "model: {logprob_chunk: 64}") == []
     assert problems(CHAIN + "ppo: {kl_coef: 0}") == []
 

@@ -10,6 +10,7 @@ from rlhf_jax.batch import PolicyBatch, Rollout, Rows, Scored
 from rlhf_jax.config import PPOConfig
 from rlhf_jax.metrics import to_host
 from rlhf_jax.models.forward import Forward
+from rlhf_jax.ops.importance import importance_weights
 
 
 def one_token_batch(**fields):
@@ -40,6 +41,41 @@ def test_clip_only_stops_pushes_that_went_far_enough(advantage, ratio, loss, slo
     logprob = -1.0 + np.log(ratio)
     assert value(logprob) == pytest.approx(loss, rel=1e-6)
     assert jax.grad(value)(logprob) == pytest.approx(slope, abs=1e-6)
+
+
+def test_importance_weights_multiply_the_policy_loss_alone():
+    """Value and gradient against numpy, on random tokens; padding is poison."""
+    rng = np.random.default_rng(0)
+    shape, cap, eps = (5, 7), 2.0, 0.2
+    rows = Rows(jnp.zeros(shape, jnp.int32), jnp.array([1, 2, 1, 3, 2]), jnp.array([7, 6, 4, 7, 2]))
+    mask = np.asarray(rows.completion_mask)
+    new, old, sampled = (rng.normal(-2, 0.8, shape) for _ in range(3))
+    advantages = rng.normal(size=shape)
+    poisoned = [jnp.float32(np.where(mask, x, 1e6)) for x in (new, old, sampled, advantages)]
+    weights, told = importance_weights(*poisoned[1:3], rows.completion_mask, cap)
+    zeros = jnp.zeros(shape)
+    batch = PolicyBatch(rows, rows.completion_mask, poisoned[1], zeros, zeros, poisoned[3], zeros, weights)
+
+    def value(logprobs, batch):
+        return ppo.clipped_policy_loss(logprobs, batch, eps)[0].value
+
+    found, slope = jax.value_and_grad(value)(poisoned[0], batch)
+    untruncated, ratio = np.exp(old - sampled), np.exp(new - old)
+    expected_weights, clipped = np.minimum(untruncated, cap), np.clip(ratio, 1 - eps, 1 + eps)
+    binds = -advantages * clipped > -advantages * ratio
+    terms = expected_weights * -advantages * np.where(binds, clipped, ratio)
+    slopes = np.where(binds, 0, expected_weights * -advantages * ratio)
+    assert found == pytest.approx(terms[mask].mean(), rel=1e-5)
+    np.testing.assert_allclose(slope, np.where(mask, slopes, 0) / mask.sum(), rtol=1e-4, atol=1e-6)
+    assert told["policy/importance"].value == pytest.approx(expected_weights[mask].mean(), rel=1e-5)
+    assert told["policy/importance_clip_frac"].value == pytest.approx((untruncated > cap)[mask].mean())
+    assert 0 < told["policy/importance_clip_frac"].value < 0.5
+
+    alike, _ = importance_weights(poisoned[1], poisoned[1], rows.completion_mask, 1.0)
+    plain = jax.value_and_grad(value)(poisoned[0], batch._replace(importance=None))
+    weighted = jax.value_and_grad(value)(poisoned[0], batch._replace(importance=alike))
+    np.testing.assert_array_equal(plain[0], weighted[0])
+    np.testing.assert_array_equal(plain[1], weighted[1])
 
 
 def test_ratio_metrics():
