@@ -25,7 +25,7 @@ from rlhf_jax.ops.kl import log_ratio, sequence_kl
 from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
 from rlhf_jax.optim import make_optimizer, map_moments
 from rlhf_jax.rollout.generate import RolloutPrograms, assemble, make_queue
-from rlhf_jax.rollout.sampling import Sampling
+from rlhf_jax.rollout.sampling import read_sampling
 from rlhf_jax.rollout.slots import Completions, Engine, Slots
 from rlhf_jax.scoring import score_rollout
 from rlhf_jax.sharding import (
@@ -46,6 +46,8 @@ class TokenIds(NamedTuple):
 
     eos: int
     pad: int
+    stops: tuple[int, ...] = ()
+    """Others that end completions."""
 
 
 class Programs(NamedTuple):
@@ -232,13 +234,7 @@ def build_programs(
         return weights, engine.start(weights, prompts)
 
     def run_rollout(weights: DecodeWeights, prompts: Prompts, key: Array, slots: Slots) -> Slots:
-        sampling = Sampling(
-            temperature,
-            stop_ids=jnp.asarray([ids.eos]),
-            top_k=stage.rollout.top_k or None,
-            top_p=None if stage.rollout.top_p == 1 else stage.rollout.top_p,
-            min_p=stage.rollout.min_p or None,
-        )
+        sampling = read_sampling(stage.rollout, jnp.asarray([ids.eos, *ids.stops]))
         queue = make_queue(prompts, stage.rollout.max_new_tokens)
         return engine.run(weights, queue, sampling, key, slots, stage.rollout.steps_per_call)
 
@@ -281,6 +277,7 @@ def build_programs(
         rollout=RolloutPrograms(
             start=compiled(start_rollout),
             run=compiled(run_rollout, donate_argnums=3),
+            end=compiled(engine.end, donate_argnums=0),
             finish=compiled(finish_rollout),
         ),
         score=compiled(score),

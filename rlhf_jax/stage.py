@@ -30,6 +30,7 @@ from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.rewards.external import ExternalReward
 from rlhf_jax.rewards.once import scored_once
 from rlhf_jax.roles import load_frozen_reward, load_roles
+from rlhf_jax.rollout.stops import read_stop_ids, read_stop_strings
 from rlhf_jax.sharding import gathered, place, place_rows, row_holders
 from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
@@ -52,8 +53,14 @@ def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
         if algorithm.records == "prompt_only"
         else max(plan.train.most_loss_tokens, plan.held_out.most_loss_tokens)
     )
-    ids = TokenIds(eos=plan.text["stop"], pad=cast(int, plan.tokenizer.pad_token_id))
-    return model, build_programs(stage, algorithm, model, mesh, num_completion, ids)
+    ids = TokenIds(
+        eos=plan.text["stop"],
+        pad=cast(int, plan.tokenizer.pad_token_id),
+        stops=read_stop_ids(stage.rollout, plan.tokenizer),
+    )
+    programs = build_programs(stage, algorithm, model, mesh, num_completion, ids)
+    stops = read_stop_strings(stage.rollout, plan.tokenizer)
+    return model, programs._replace(rollout=programs.rollout._replace(stops=stops))
 
 
 def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,8 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.logprobs import contiguous_columns, put_columns
 from rlhf_jax.rollout.sampling import Sampling
 from rlhf_jax.rollout.slots import Completions, Engine, Queue, Slots
+from rlhf_jax.rollout.stops import StopStrings, StopWatch
+from rlhf_jax.sharding import gathered
 
 
 def generate(
@@ -75,17 +78,41 @@ class RolloutPrograms(NamedTuple):
     """Trained and frozen parameters, prompts -> the policy's weights as decoding wants them, empty slots."""
     run: Callable[[DecodeWeights, Prompts, Array, Slots], Slots]
     """Weights, prompts, key, slots (donated) -> the slots some steps later."""
+    end: Callable[[Slots, Array], Slots]
+    """Slots (donated), tokens left of rows that the host has cut -> slots in which they have ended."""
     finish: Callable[[Prompts, Completions], Rollout]
     """Prompts, what was drawn -> rows."""
+    stops: StopStrings | None = None
+    """Strings that end completions."""
 
     def __call__(self, params: Params, frozen: Params, prompts: Prompts, key: Array) -> Rollout:
         """Returns completions of the prompts by the policy."""
         weights, slots = self.start(params, frozen, prompts)
-        while True:
-            slots = self.run(weights, prompts, key, slots)
-            if not np.asarray(slots.going):
-                return self.finish(prompts, slots.done)
-            watchdog.beat()
+        watch = StopWatch(self.stops) if self.stops else None
+        slots = run_to_end(partial(self.run, weights, prompts, key), self.end, slots, watch)
+        return self.finish(prompts, slots.done)
+
+
+def run_to_end(
+    run: Callable[[Slots], Slots], end: Callable[[Slots, Any], Slots], slots: Slots, watch: StopWatch | None
+) -> Slots:
+    """Returns the slots when all of their rows have ended.
+
+    Args:
+        run: some steps of the loop; slots are donated.
+        end: as in `RolloutPrograms`.
+        slots: before them.
+        watch: looks for stop strings whenever `run` returns.
+    """
+    while True:
+        slots = run(slots)
+        is_going = bool(np.asarray(slots.going))
+        if watch is not None:
+            stops = watch(*gathered((slots.done.tokens, slots.done.lengths)))
+            slots = end(slots, stops) if stops.any() else slots
+        if not is_going:
+            return slots
+        watchdog.beat()
 
 
 def make_queue(prompts: Prompts, max_new_tokens: int, limits: Array | None = None) -> Queue:

@@ -161,6 +161,25 @@ class Engine:
         # Laid out as `start` does, so that going on compiles nothing anew.
         return laid_out(by_rows(on_device, (queue, slots), whole)[1])
 
+    def end(self, slots: Slots, stops: Array) -> Slots:
+        """Returns the slots with rows that the host has cut: each has ended with its last token.
+
+        Args:
+            slots: of `run`, which is then called with these.
+            stops: i32[Q * G], the tokens that are left of each row; 0 where it stays as it is.
+        """
+
+        def on_device(rows: tuple[Array, Slots], whole: tuple[()]) -> tuple[Array, Slots]:
+            stops, slots = rows
+            is_cut = stops > 0
+            done = slots.done._replace(
+                lengths=jnp.where(is_cut, stops, slots.done.lengths), ended=slots.done.ended | is_cut
+            )
+            live = slots.live & ~is_cut[self._rows(slots.prompt)]
+            return stops, slots._replace(live=live, done=done)
+
+        return laid_out(by_rows(on_device, (stops, slots), ())[1])
+
     def _run(
         self,
         weights: DecodeWeights,
@@ -170,12 +189,11 @@ class Engine:
         queue: Queue,
         slots: Slots,
     ) -> Slots:
-        group = jnp.arange(self.group_size)
         num_prompts, num_slots = len(queue.limits), len(slots.prompt)
         refill_size = num_slots if num_slots == num_prompts else self.refill_size or -(-num_slots // 8)
         refill_size = min(refill_size, num_slots)
         index = jnp.repeat(queue.prompts.index, self.group_size)
-        keys = row_keys(key, index, jnp.tile(group, num_prompts))
+        keys = row_keys(key, index, jnp.tile(jnp.arange(self.group_size), num_prompts))
         limits = jnp.repeat(queue.limits, self.group_size)
 
         def draw(slots: Slots, hidden: Array, rows: Array, drawn: Array, counts: Array) -> _Drawn:
@@ -214,8 +232,7 @@ class Engine:
             hidden, new = prefill(weights, queue.prompts.tokens[prompt], lengths)
             drawn = jnp.repeat(taken & (lengths > 0) & (queue.limits[prompt] > 0), self.group_size)
             at = jnp.where(taken, order, num_slots)
-            at_rows = (at[:, None] * self.group_size + group).ravel()
-            rows = (prompt[:, None] * self.group_size + group).ravel()
+            at_rows, rows = self._rows(at), self._rows(prompt)
             done, tokens, counts, live = draw(
                 slots, jnp.repeat(hidden, self.group_size, axis=0), rows, drawn, jnp.zeros_like(rows)
             )
@@ -236,7 +253,7 @@ class Engine:
             )
 
         def decode(slots: Slots) -> Slots:
-            rows = (slots.prompt[:, None] * self.group_size + group).ravel()
+            rows = self._rows(slots.prompt)
             counts = jnp.maximum(slots.counts, 1)  # an empty slot has a token too: its numbers stay finite
             hidden, cache = decode_step(weights, slots.cache, slots.tokens, counts)
             done, tokens, counts, live = draw(slots, hidden, rows, slots.live, slots.counts)
@@ -253,8 +270,14 @@ class Engine:
             return jax.lax.while_loop(decodes, decode, jax.lax.while_loop(wants, refill, slots))
 
         return jax.lax.while_loop(
-            lambda slots: slots.going & (slots.steps < last_step), refill_then_decode, slots
+            lambda slots: slots.going & (slots.steps < last_step),
+            refill_then_decode,
+            told(slots),  # the host may have ended rows
         )
+
+    def _rows(self, numbers: Array) -> Array:
+        """Returns i32[n * G], the rows of prompts or slots of these numbers."""
+        return (numbers[:, None] * self.group_size + jnp.arange(self.group_size)).ravel()
 
     def _busy(self, slots: Slots) -> Array:
         """Returns bool[N]: slots of which a row goes on."""
