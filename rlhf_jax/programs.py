@@ -25,8 +25,8 @@ from rlhf_jax.ops.kl import log_ratio, sequence_kl
 from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
 from rlhf_jax.optim import make_optimizer, map_moments
 from rlhf_jax.rollout.generate import RolloutPrograms, assemble, make_queue
-from rlhf_jax.rollout.sampling import read_sampling
-from rlhf_jax.rollout.slots import Completions, Engine, Slots
+from rlhf_jax.rollout.sampling import Sampling, read_sampling
+from rlhf_jax.rollout.slots import Completions, Engine, Queue, Slots
 from rlhf_jax.scoring import score_rollout
 from rlhf_jax.sharding import (
     Memory,
@@ -304,6 +304,32 @@ def reward_program(
         return forward.scores(params, _on_devices(frozen, memory), rows)
 
     return _compiled(mesh, scores)
+
+
+class SamplingPrograms(NamedTuple):
+    """The compiled rollout of a policy that is not trained; how tokens are drawn is an argument."""
+
+    start: Callable[[DecodeWeights, Prompts], Slots]
+    """Weights, prompts -> empty slots."""
+    run: Callable[[DecodeWeights, Queue, Sampling, Array, Slots, Array], Slots]
+    """Weights, queue, sampling, key, slots (donated), most steps -> the slots some steps later."""
+    end: Callable[[Slots, Array], Slots]
+    """As in `RolloutPrograms`."""
+
+
+def sampling_programs(engine: Engine, mesh: Mesh) -> SamplingPrograms:
+    """Returns the programs of a decode loop; nothing is compiled before the first call."""
+    return SamplingPrograms(
+        start=_compiled(mesh, engine.start),
+        run=_compiled(mesh, engine.run, donate_argnums=4),
+        end=_compiled(mesh, engine.end, donate_argnums=0),
+    )
+
+
+def decode_weights(model: Model, mesh: Mesh, policy: Params) -> DecodeWeights:
+    """Returns a policy's weights as decoding wants them: cast, layer by layer, on the devices of the mesh."""
+    to_decode = partial(unstack, architecture=model.architecture, dtype=model.dtype, lora=model.lora)
+    return _compiled(mesh, to_decode, out_shardings=weight_shardings(model, mesh, policy))(policy)
 
 
 def _on_devices(frozen: Params, memory: Memory) -> Params:
