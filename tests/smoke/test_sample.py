@@ -287,10 +287,10 @@ def test_a_call_tells_what_is_wrong(sampler, directory):
 @pytest.mark.slow
 def test_real_text_of_a_real_model(test_data):
     sampler = Sampler.load(str(test_data / "tinystories656k"), max_new_tokens=64, stop_strings=["."])
-    found = sampler(["Once upon a time, there was a little"] * 8, temperature=0.6)
+    found = sampler(["Once upon a time"] * 8, temperature=0.6)
     assert all(-3 < of.mean_logprob < 0 for of in found)
     assert sum(of.ended for of in found) > 4  # sentences end
     words = " ".join(of.text for of in found).split()
-    assert {"girl", "boy", "named", "She", "He", "the"} & set(words)
+    assert {"little", "girl", "boy", "named"} <= set(words)
     for of in found:
         assert "." not in of.text and (not of.ended or "." in sampler.policy.tokenizer.decode(of.tokens))
