@@ -325,10 +325,11 @@ class RolloutConfig:
     """Completions that are sampled at once, over all devices, which divide them; where one ends, another
     prompt's takes its place. 0, or the batch and more: all of the batch, until the longest has ended."""
     refill_size: Count = 0
-    """Slots of a device that have to be free before prompts are put into them, all of its slots at most; 0:
-    an eighth of them."""
+    """Prompts that a device prefills at once, before there are slots for them, as many as it has slots at
+    most; 0: for a quarter of its slots."""
     steps_per_call: PositiveInt = 256
-    """Tokens of every slot after which the program returns to the host, which then goes on with it."""
+    """Decode steps, of a token of every slot, and refills after which the program returns to the host, which
+    then goes on with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,7 +430,14 @@ class PPOConfig:
     num_minibatches: PositiveInt = 4
     """Optimiser steps of one pass; divides batch_size."""
     microbatch_size: Count = 0
-    """Rows of one forward and backward pass; 0: a whole minibatch. Divides batch_size / num_minibatches."""
+    """Rows of one forward and backward pass; 0: a whole minibatch. Divides its rows, batch_size /
+    num_minibatches / sequences_per_row."""
+    sequences_per_row: PositiveInt = 1
+    """Completions, with their prompts, that share a row in scoring and update and do not see each other: less
+    padding, the same loss. Divides batch_size / num_minibatches."""
+    length_buckets: PositiveInt = 1
+    """Different lengths of rows in scoring and update: those of a minibatch have the least of so many in
+    which all fit. Both programs are compiled for each, all at the start."""
     value_learning_rate: NonNegativeFloat = 0.0
     """Learning rate of the value model; 0: that of the optimizer section."""
     kl_coef: NonNegativeFloat = 0.05

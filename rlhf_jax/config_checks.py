@@ -39,7 +39,8 @@ from rlhf_jax.rewards.functions import load_function
 MAY_DIFFER = re.compile(
     r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates)$|mesh\.|distributed\.|"
     r"stages\.[^.]+\.(checkpoint\.|data\.cache_dir$|"
-    r"model\.(frozen_memory|remat|attention|logprob_chunk)$|rollout\.(slots|refill_size|steps_per_call)$)",
+    r"model\.(frozen_memory|remat|attention|logprob_chunk)$|rollout\.(slots|refill_size|steps_per_call)$|"
+    r"ppo\.(sequences_per_row|length_buckets)$)",
 )
 """Options that may change between a run's start and its resumption: what is computed stays the same."""
 
@@ -179,9 +180,17 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
             f"{_divisors(batch)} do"
         )
     else:
+        shared = settings.sequences_per_row if isinstance(settings, PPOConfig) else 1
         name = "batch_size / num_minibatches" if parts > 1 else "batch_size"
         size = batch // parts
-        text = f"{batch} / num_minibatches = {size}" if parts > 1 else text
+        if size % shared:
+            yield (
+                f"{path(section, 'sequences_per_row')}: must divide {name}, got {shared} for {size}; "
+                f"{_divisors(size)} do"
+            )
+        elif shared > 1:
+            name, size = f"{name} / sequences_per_row", size // shared
+        text = f"{name.replace('batch_size', str(batch))} = {size}" if size != batch else text
         if micro and size % micro:
             yield (
                 f"{path(section, 'microbatch_size')}: must divide {name}, got {micro} for {size}; "

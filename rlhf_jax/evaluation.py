@@ -54,6 +54,7 @@ def evaluate_records(programs: Programs, loader: Loader[Rows, AnyRecord], mesh: 
 def evaluate_prompts(
     collector: Collector,
     loader: Loader[Prompts, PromptOnly],
+    mesh: Mesh,
     key: Array,
     num_samples: int,
     gold: Scores | None,
@@ -68,7 +69,7 @@ def evaluate_prompts(
     def evaluate(params: Params, frozen: Params) -> Evaluation:
         metrics, samples, ids, counted = [], [], [], []
         for prompts, records in loader.eval_batches():
-            experience = collector.collect(params, frozen, prompts, records, key)
+            experience = collector.collect(params, frozen, place_rows(mesh, prompts), records, key)
             metrics.append(experience.metrics)
             ids += experience.ids
             counted += experience.rows_counted.tolist()

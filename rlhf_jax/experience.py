@@ -82,14 +82,14 @@ class Collector:
 
         Args:
             params, frozen: by role.
-            prompts: a batch on the host; rows of length 0 fill it up.
+            prompts: a batch on the mesh; rows of length 0 fill it up.
             records: the prompts' records, one for each row that is no filling.
             key: of this rollout.
         Raises:
             RewardError: where a reward function fails.
         """
         start = time.perf_counter()
-        rollout = self._programs.rollout(params, frozen, place_rows(self._mesh, prompts), key)
+        rollout = self._programs.rollout(params, frozen, prompts, key)
         rows, ended = gathered((rollout.rows, rollout.ended))
         sampled = time.perf_counter()
         watchdog.beat()

@@ -17,12 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Max, Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
-from rlhf_jax.config import StageConfig
+from rlhf_jax.config import LARGEST_INT, PPOConfig, StageConfig
 from rlhf_jax.models.forward import make_forward, policy_parts
 from rlhf_jax.models.kv_cache import DecodeWeights, by_layer, unstack
 from rlhf_jax.models.transformer import POLICY, SCORER, Model
 from rlhf_jax.ops.kl import log_ratio, sequence_kl
 from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
+from rlhf_jax.ops.packed_rows import RowLayout
 from rlhf_jax.optim import make_optimizer, map_moments
 from rlhf_jax.rollout.generate import RolloutPrograms, assemble, make_queue
 from rlhf_jax.rollout.sampling import Sampling, read_sampling
@@ -192,8 +193,27 @@ def state_shardings(
     return everywhere._replace(params=params, opt_state={role: opt_state(role) for role in shapes})
 
 
+def row_layout(stage: StageConfig, num_completion: int, prompt_length: int) -> RowLayout | None:
+    """Returns in what rows a stage scores and updates; None where these are those of its batches."""
+    settings = stage.settings
+    if not isinstance(settings, PPOConfig) or settings.sequences_per_row == settings.length_buckets == 1:
+        return None
+    return RowLayout(
+        sequences_per_row=settings.sequences_per_row,
+        length_buckets=settings.length_buckets,
+        num_completion=num_completion,
+        prompt_length=prompt_length,
+    )
+
+
 def build_programs(
-    stage: StageConfig, algorithm: Algorithm, model: Model, mesh: Mesh, num_completion: int, ids: TokenIds
+    stage: StageConfig,
+    algorithm: Algorithm,
+    model: Model,
+    mesh: Mesh,
+    num_completion: int,
+    ids: TokenIds,
+    prompt_length: int = LARGEST_INT,
 ) -> Programs:
     """Returns the programs of a stage; nothing is compiled before the first call.
 
@@ -204,6 +224,7 @@ def build_programs(
         mesh: where everything lies.
         num_completion: C, the static maximum of completion tokens of a row.
         ids: EOS and pad.
+        prompt_length: tokens of a usual prompt, for which ppo.length_buckets are made; the most by default.
     """
     settings = stage.settings
     temperature = stage.rollout.temperature if algorithm.records == "prompt_only" else 1.0
@@ -217,6 +238,7 @@ def build_programs(
         state_dtype=stage.optimizer.state_dtype,
     )
     shardings = state_shardings(model, mesh, role_parts(stage, algorithm), init, optimizers)
+    layout = row_layout(stage, num_completion, prompt_length)
     rows_on = batch_sharding(mesh)
     constrain = partial(_constrain, sharding=rows_on)
 
@@ -239,14 +261,15 @@ def build_programs(
         return engine.run(weights, queue, sampling, key, slots, stage.rollout.steps_per_call)
 
     def finish_rollout(prompts: Prompts, done: Completions) -> Rollout:
-        return constrain(assemble(prompts, done, ids.pad))
+        queue = make_queue(prompts, stage.rollout.max_new_tokens)
+        return constrain(assemble(prompts, engine.in_order(queue, done), ids.pad))
 
     def counted(rollout: Rollout) -> Array:
         return rollout.rows.sequence_mask & (rollout.ended if algorithm.leaves_out(settings) else True)
 
     def score(params: Params, frozen: Params, rollout: Rollout) -> tuple[Scored, Metrics]:
         frozen = _on_devices(frozen, stage.model.frozen_memory)
-        scored = constrain(score_rollout(forward, params, frozen, rollout))
+        scored = constrain(score_rollout(forward, params, frozen, rollout, layout))
         return scored, rollout_metrics(scored, counted(rollout))
 
     def advantages(scored: Scored, aux: dict[str, Array]) -> tuple[PolicyBatch, Metrics]:
@@ -258,7 +281,9 @@ def build_programs(
         assert algorithm.evaluate is not None
         return algorithm.evaluate(forward, params, frozen, batch, settings)
 
-    minibatch_size = settings.batch_size // settings.num_minibatches
+    minibatch_rows = settings.batch_size // settings.num_minibatches
+    if layout is not None:
+        minibatch_rows //= layout.sequences_per_row
     update = make_update(
         algorithm,
         forward,
@@ -266,9 +291,10 @@ def build_programs(
         settings,
         num_epochs=settings.num_epochs,
         num_minibatches=settings.num_minibatches,
-        num_microbatches=minibatch_size // (settings.microbatch_size or minibatch_size),
+        num_microbatches=minibatch_rows // (settings.microbatch_size or minibatch_rows),
         rows_per_unit=rows_per_unit(stage, algorithm),
         stochastic_rounding=stage.optimizer.stochastic_rounding,
+        layout=layout,
         constrain=constrain,
     )
     compiled = partial(_compiled, mesh)
@@ -315,6 +341,8 @@ class SamplingPrograms(NamedTuple):
     """Weights, queue, sampling, key, slots (donated), most steps -> the slots some steps later."""
     end: Callable[[Slots, Array], Slots]
     """As in `RolloutPrograms`."""
+    in_order: Callable[[Queue, Completions], Completions]
+    """Queue, what was drawn -> the same in the queue's order."""
 
 
 def sampling_programs(engine: Engine, mesh: Mesh) -> SamplingPrograms:
@@ -323,6 +351,7 @@ def sampling_programs(engine: Engine, mesh: Mesh) -> SamplingPrograms:
         start=_compiled(mesh, engine.start),
         run=_compiled(mesh, engine.run, donate_argnums=4),
         end=_compiled(mesh, engine.end, donate_argnums=0),
+        in_order=_compiled(mesh, engine.in_order),
     )
 
 

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 
 from rlhf_jax import command_line, keys
-from rlhf_jax.batch import Prompts
 from rlhf_jax.checkpoint import load_info
 from rlhf_jax.config import LARGEST_INT, RolloutConfig, StageConfig
 from rlhf_jax.data.collate import collate_prompts
@@ -42,7 +41,7 @@ from rlhf_jax.roles import load_policy
 from rlhf_jax.rollout.generate import run_to_end
 from rlhf_jax.rollout.sampling import Sampling, read_sampling
 from rlhf_jax.rollout.slots import Completions, Engine, Queue
-from rlhf_jax.rollout.stops import StopWatch, read_stop_ids, read_stop_strings
+from rlhf_jax.rollout.stops import StopStrings, StopWatch, read_stop_ids, read_stop_strings
 from rlhf_jax.run_tokenizer import check_vocabulary, tokenizer_dir
 from rlhf_jax.sharding import axis_rules, check_batch, gathered, make_mesh, num_parts, place_rows, traced_on
 from rlhf_jax.stage import stage_model
@@ -373,9 +372,8 @@ class Sampler:
         at_once = _rounded(QUEUE, self._parts, factor=4)
         for start in range(0, len(requests.ids), at_once):
             numbers = range(start, min(start + at_once, len(requests.ids)))
-            watch = StopWatch(strings) if strings else None
             with axis_rules(self._axes):
-                completed = self._run(engine, requests, numbers, sampling, key, watch)
+                completed = self._run(engine, requests, numbers, sampling, key, strings)
             yield from completed
 
     def _run(
@@ -385,7 +383,7 @@ class Sampler:
         numbers: range,
         sampling: Sampling,
         key: jax.Array,
-        watch: StopWatch | None,
+        strings: StopStrings | None,
     ) -> list[Completion]:
         """Returns the completions of some of the prompts: one run of the loop."""
         programs = self._programs(engine)
@@ -399,10 +397,7 @@ class Sampler:
         prompts = collate_prompts(ids, numbers, width, engine.pad_id, num_rows)
         limits = np.full(num_rows, limit, np.int32)
         limits[: len(numbers)] = [requests.limits[number] or limit for number in numbers]
-        # Dealt, so that each device has as many of the prompts that are none.
-        dealt = np.arange(num_rows).reshape(-1, self._parts).T.ravel()
-        queue = jax.tree.map(lambda x: x[dealt], Queue(Prompts(*prompts), cast(jax.Array, limits)))
-        queue = place_rows(self._mesh, queue)
+        queue = place_rows(self._mesh, Queue(prompts, cast(jax.Array, limits)))
 
         slots = programs.start(self._weights, queue.prompts)
         steps = cast(jax.Array, np.int32(cfg.steps_per_call))
@@ -410,14 +405,14 @@ class Sampler:
             lambda slots: programs.run(self._weights, queue, sampling, key, slots, steps),
             programs.end,
             slots,
-            watch,
+            StopWatch(strings) if strings else None,  # of rows in the order of the slots' queues
         )
-        done = gathered(slots.done)
-        row_of = np.argsort(dealt)
+        done = gathered(programs.in_order(queue, slots.done))
+        texts = StopWatch(strings) if strings else None
+        if texts is not None:
+            texts(done.tokens, done.lengths)
         return [
-            self._completion(
-                requests, number, sample, row_of[place] * engine.group_size + sample, done, watch
-            )
+            self._completion(requests, number, sample, place * engine.group_size + sample, done, texts)
             for place, number in enumerate(numbers)
             for sample in range(engine.group_size)
         ]
@@ -429,11 +424,11 @@ class Sampler:
         sample: int,
         row: int,
         done: Completions,
-        watch: StopWatch | None,
+        texts: StopWatch | None,
     ) -> Completion:
         length = int(done.lengths[row])
         tokens = done.tokens[row, :length].tolist()
-        text = watch.text(row) if watch else None
+        text = texts.text(row) if texts else None
         if text is None:
             tokenizer = self.policy.tokenizer
             text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

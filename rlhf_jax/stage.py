@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import Model, make_model
+from rlhf_jax.online import OnPolicy, PromptBatches
 from rlhf_jax.origins import adapter_info, adapters_of, fingerprint, is_same_base
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit
@@ -58,9 +60,15 @@ def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
         pad=cast(int, plan.tokenizer.pad_token_id),
         stops=read_stop_ids(stage.rollout, plan.tokenizer),
     )
-    programs = build_programs(stage, algorithm, model, mesh, num_completion, ids)
+    prompt_length = _usual_length(plan.train.lengths, getattr(stage.settings, "sequences_per_row", 1))
+    programs = build_programs(stage, algorithm, model, mesh, num_completion, ids, prompt_length)
     stops = read_stop_strings(stage.rollout, plan.tokenizer)
     return model, programs._replace(rollout=programs.rollout._replace(stops=stops))
+
+
+def _usual_length(lengths: np.ndarray, number: int) -> int:
+    """Returns which length so many records seldom exceed on average: a deviation of theirs above the mean."""
+    return math.ceil(lengths.mean() + lengths.std() / math.sqrt(number))
 
 
 def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
@@ -187,16 +195,10 @@ def _online(
         external=external,
     )
 
-    def source(state: TrainState, position: int, key: Array) -> NextBatch:
-        records = loader.records(position)
-        prompts, position = loader.batch(position)
-        experience = collector.collect(state.params, frozen, prompts, records, key)
-        batch, metrics = programs.advantages(experience.scored, state.aux)
-        return NextBatch(batch, position, experience.metrics | metrics, needs_update=True)
-
+    source = OnPolicy(programs, frozen, collector, PromptBatches(loader, mesh))
     held_out = Loader(plan.held_out, stage.settings.batch_size, stage.run.seed)
     key = keys.named(root, "evaluate")
-    return source, evaluate_prompts(collector, held_out, key, stage.run.num_samples, gold)
+    return source, evaluate_prompts(collector, held_out, mesh, key, stage.run.num_samples, gold)
 
 
 def _external_reward(plan: Plan, mesh: Mesh) -> ExternalReward | None:

@@ -15,6 +15,7 @@ from rlhf_jax import keys
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Max, Mean, Metrics, Params, TrainState, num_rows, reduce_metrics
 from rlhf_jax.models.forward import Forward, blank_forward
+from rlhf_jax.ops.packed_rows import Placement, RowLayout
 from rlhf_jax.ops.rounding import rounded_like, widened
 from rlhf_jax.optim import map_moments
 
@@ -66,6 +67,7 @@ def make_update(
     num_microbatches: int = 1,
     rows_per_unit: int = 1,
     stochastic_rounding: bool = True,
+    layout: RowLayout | None = None,
     constrain: Constrain = lambda batch: batch,
 ) -> Update:
     """Returns update(state, frozen, batch, key) -> (state, metrics), one program for all epochs of a batch.
@@ -84,13 +86,26 @@ def make_update(
         settings: the algorithm's section.
         num_epochs: passes over the batch; rows are shuffled anew in each when there are several minibatches.
         num_minibatches: optimiser steps of a pass; divides the rows.
-        num_microbatches: parts of a minibatch.
+        num_microbatches: parts of a minibatch's rows.
         rows_per_unit: rows that belong together and are never parted; divides those of a microbatch.
         stochastic_rounding: how bfloat16 parameters and moments are rounded; float32 ones are not.
+        layout: in what rows a minibatch, which then has `rows`, is computed; None: in its own.
         constrain: puts the rows of a minibatch on the mesh.
     """
 
     def gradients(params: Params, frozen: Params, minibatch: Any) -> tuple[Params, dict[str, Mean], Metrics]:
+        def in_rows(at: Placement) -> tuple[Params, dict[str, Mean], Metrics]:
+            assert forward.with_columns is not None
+            short = forward.with_columns(at.rung.num_completion)
+            return of_rows(short, params, frozen, constrain(at.pack(minibatch)))
+
+        if layout is None:
+            return of_rows(forward, params, frozen, minibatch)
+        return layout.in_short_rows(minibatch.rows, in_rows)
+
+    def of_rows(
+        forward: Forward, params: Params, frozen: Params, minibatch: Any
+    ) -> tuple[Params, dict[str, Mean], Metrics]:
         blank_terms, _ = algorithm.loss(blank_forward(), params, frozen, minibatch, settings)
         weights = {name: jnp.maximum(term.mean.weight, 1e-8) for name, term in blank_terms.items()}
 

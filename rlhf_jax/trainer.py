@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from rlhf_jax import keys, watchdog
+from rlhf_jax import compilations, keys, watchdog
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Metrics, Params, TrainState
 from rlhf_jax.checkpoint import Checkpointer
@@ -36,8 +36,9 @@ class NextBatch(NamedTuple):
     batch: Any
     position: int
     metrics: Metrics
-    needs_update: bool = False
-    """The next one cannot be made before the update is done: nothing is lost by waiting for it."""
+    meanwhile: Callable[[], None] | None = None
+    """Does what the batch after it can have done before the update is; then that is awaited, for the rest
+    needs it. None: nothing does."""
 
 
 Source = Callable[[TrainState, int, Array], NextBatch]
@@ -86,12 +87,16 @@ class Trainer:
         self.info = empty | info
         self._pending: tuple[int, Metrics] | None = None
         self._clock = self._last_log = time.perf_counter()
+        self._compiled = compilations.count()
+        self._known: set[object] = set()  # shapes of batches, and what else was done: it is compiled
+        self._may_compile_until = 0  # step
 
     def train(self, state: TrainState, frozen: Params, root: Array) -> TrainState:
         """Returns the state after the last step; starts where the given state stands.
 
-        Metrics of a step are read when the next one is already on its way, so that the device does not wait;
-        where the next batch needs the updated policy, the update is awaited and its seconds are a metric.
+        Metrics of a step are read when the next one's update is on its way, so that the device does not wait;
+        where the next batch needs the updated policy, what it does not need it for is done first. Then the
+        update is awaited, and its seconds are a metric.
 
         Args:
             state: donated.
@@ -111,23 +116,28 @@ class Trainer:
         elif self._is_evaluated(start) and self.info["evaluated"] != start:  # the last run did not come to it
             self._writer.amend(start, self._evaluated(state, frozen, start))
         self._last_log = time.perf_counter()
+        self._newly_compiled()
         with Progress(self._stage.name, num_steps, start, self._stage.run.log_every) as progress:
             try:
                 for iteration in range(start, num_steps):
                     watchdog.beat()
                     self._signals.check()
                     step, key = iteration + 1, keys.at_iteration(root, iteration)
-                    batch, position, gathered, needs_update = self._source(
+                    batch, position, gathered, meanwhile = self._source(
                         state, position, keys.named(key, "rollout")
                     )
+                    self._expect_compilations(tuple(map(np.shape, jax.tree.leaves(batch))), step + 1)
                     begun = time.perf_counter()
                     state, metrics = self._programs.update(state, frozen, batch, keys.named(key, "update"))
                     state = at_position(state, position)
-                    if needs_update:
+                    if meanwhile is not None:
+                        meanwhile()
+                    self._log_pending(progress)
+                    if meanwhile is not None:
                         jax.block_until_ready(state)
                         gathered = gathered | {"perf/update_seconds": time.perf_counter() - begun}
-                    self._log_pending(progress)
-                    self._pending = (step, gathered | metrics)
+                    compiled = {"perf/compilations": float(self._newly_compiled())}
+                    self._pending = (step, gathered | metrics | compiled)
                     evaluates, is_last = self._is_evaluated(step), step == num_steps
                     saves = not is_last and step % self._stage.checkpoint.every == 0
                     if evaluates and not is_last:
@@ -137,6 +147,7 @@ class Trainer:
                         found = self._evaluated(state, frozen, step) if evaluates else {}
                         self._log_pending(progress, found)
                     if saves:
+                        self._expect_compilations("saving", step + 1)
                         self.save(state)
             except (RewardError, Stopped):
                 self._log_pending(progress)
@@ -159,6 +170,7 @@ class Trainer:
 
     def _evaluated(self, state: TrainState, frozen: Params, step: int) -> dict[str, float]:
         start = time.perf_counter()
+        self._expect_compilations("evaluation", step)
         metrics, samples = self._evaluate(state.params, frozen)
         if samples:
             write_samples(self._stage.run.dir, self._stage.name, step, samples)
@@ -187,6 +199,15 @@ class Trainer:
             "perf/step_seconds": seconds,
             "perf/tokens_per_s": found["perf/tokens"] / max(seconds, 1e-9),
         }
+        found["perf/compilations"] += self._newly_compiled() if evaluated else 0
+        if found["perf/compilations"] > 0 and step > self._may_compile_until:
+            logger.warning(
+                "stage %s, step %d: %d programs were compiled, though nothing is new: some shape or type "
+                "changes from step to step, which costs time; JAX_LOG_COMPILES=1 names them",
+                self._stage.name,
+                step,
+                found["perf/compilations"],
+            )
         self._writer.write(step, found | dict(evaluated))
         algorithm = ALGORITHMS[self._stage.algorithm]
         progress.update(step, {name: found[name] for name in algorithm.figures})
@@ -201,6 +222,17 @@ class Trainer:
                     limit,
                 )
         self._watch(step, bad)
+
+    def _newly_compiled(self) -> int:
+        """Returns how many programs were compiled since it was asked before."""
+        before, self._compiled = self._compiled, compilations.count()
+        return self._compiled - before
+
+    def _expect_compilations(self, what: object, until: int) -> None:
+        """Lets programs be compiled until a step without a warning, where this is done for the first time."""
+        if what not in self._known:
+            self._known.add(what)
+            self._may_compile_until = max(self._may_compile_until, until)
 
     def _watch(self, step: int, bad: list[str]) -> None:
         """Warns of a skipped update, and raises when it has become a habit."""

@@ -11,26 +11,29 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from functools import partial
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from rlhf_jax.batch import Prompts
-from rlhf_jax.bench.harness import NEVER, Bench, arguments, commit
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.bench.harness import NEVER, Bench, arguments, resources, tailed_lengths
+from rlhf_jax.models.kv_cache import DecodeWeights, unstack
 from rlhf_jax.rollout.sampling import Sampling
+from rlhf_jax.rollout.slots import Completions, Engine, Queue
 from rlhf_jax.sharding import place_rows, traced_on
-
-MEAN_LENGTH = 0.35  # of the longest
 
 
 def main() -> None:
     """Prefill and decode of prompts, sampled at temperature 1."""
     more = {
         "queue": {"type": int, "default": 0, "help": "prompts of completions of different lengths"},
-        "refill": {"type": int, "default": 0, "help": "slots that are refilled at once; 0: an eighth"},
+        "refill": {
+            "type": int,
+            "default": 0,
+            "help": "prompts that are prefilled at once; 0: for a quarter of the slots",
+        },
     }
     bench = Bench(arguments(__doc__ or "", **more))
     params = {"policy": bench.weights("policy", 0)}
@@ -47,73 +50,55 @@ def main() -> None:
 
 def long_tailed(bench: Bench, policy: dict) -> None:
     """Prints a line that compares batches with refilled slots."""
-    args = bench.args
-    queue = bench.prompts(num_prompts=args.queue)
-    limits = lengths(args.queue, args.new)
-    made = partial(
-        generate,
-        bench.model,
-        max_new_tokens=args.new,
-        pad_id=NEVER.pad,
-        sampling=Sampling(1.0, jnp.asarray([-1])),
-    )
-    static = jax.jit(traced_on(bench.mesh, lambda *x: made(*x[:3], limits=x[3])))
-    slots = partial(made, num_slots=args.batch, refill_size=args.refill)
-    refilled = jax.jit(traced_on(bench.mesh, lambda *x: slots(*x[:3], limits=x[3])))
+    args, mesh = bench.args, bench.mesh
+    limits = tailed_lengths(args.queue, args.new)
+    queue = Queue(bench.prompts(num_prompts=args.queue), jnp.asarray(limits))
+    sampling = Sampling(1.0, jnp.asarray([-1]))
+    cast = jax.jit(traced_on(mesh, lambda params: unstack(params, bench.architecture, args.dtype)))
+
+    def completing(engine: Engine) -> Callable[[DecodeWeights, Queue, Array], Completions]:
+        def complete(weights: DecodeWeights, queue: Queue, key: Array) -> Completions:
+            return engine.run(weights, queue, sampling, key, engine.start(weights, queue.prompts)).done
+
+        return jax.jit(traced_on(mesh, complete))
+
+    static = completing(Engine(args.new, NEVER.pad))
+    refilled = completing(Engine(args.new, NEVER.pad, args.batch, args.refill))
     key = jax.random.key(0)
 
-    def in_batches() -> list:
-        batches = [slice(i, i + args.batch) for i in range(0, args.queue, args.batch)]
-        return [
-            static(policy, *place_rows(bench.mesh, (part(queue, rows),)), key, limits[rows])
-            for rows in batches
-        ]
+    def in_batches() -> list[Completions]:
+        weights = cast(policy)
+        parts = [slice(i, i + args.batch) for i in range(0, args.queue, args.batch)]
+        batches = [jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], queue) for rows in parts]
+        return [static(weights, place_rows(mesh, batch), key) for batch in batches]
 
-    def in_slots() -> list:
-        return [refilled(policy, place_rows(bench.mesh, queue), key, limits)]
+    def in_slots() -> list[Completions]:
+        return [refilled(cast(policy), place_rows(mesh, queue), key)]
 
     ways, seconds = {"batches": in_batches, "slots": in_slots}, {"batches": [], "slots": []}
-    tokens = {}
+    tokens, compile_s = {}, {}
     for step in range(args.warmup + args.steps):
         for name, way in ways.items():
             start = time.perf_counter()
             found = jax.block_until_ready(way())
+            elapsed = time.perf_counter() - start
+            compile_s.setdefault(name, round(elapsed, 1))
             if step >= args.warmup:
-                seconds[name].append(time.perf_counter() - start)
-            tokens[name] = np.concatenate([rollout.rows.tokens for rollout in found])
+                seconds[name].append(elapsed)
+            tokens[name] = np.concatenate([done.tokens for done in found])
     useful = int(limits.sum())
     medians = {name: statistics.median(of) for name, of in seconds.items()}
     line = {
-        "bench": "generate",
-        "commit": commit(),
-        "device": jax.devices()[0].device_kind,
-        "shape": args.shape,
+        **bench.header("generate"),
         "queue": args.queue,
-        "slots": args.batch,
-        "prompt": args.prompt,
-        "new": args.new,
         "mean_new": round(useful / args.queue, 1),
         "rows_alike": float(np.mean((tokens["batches"] == tokens["slots"]).all(axis=1))),
+        "first_s": compile_s,
     }
     line |= {f"{name}_s": round(median, 3) for name, median in medians.items()}
     line |= {f"{name}_tokens_per_s": round(useful / median, 1) for name, median in medians.items()}
-    print(json.dumps(line | {"ratio": round(medians["batches"] / medians["slots"], 2)}), flush=True)
-
-
-def lengths(num_prompts: int, longest: int, seed: int = 0) -> np.ndarray:
-    """Returns i32[Q] geometric lengths, at most `longest`, whose mean is MEAN_LENGTH of it."""
-    target = MEAN_LENGTH * longest
-    low, high = 1 / longest / 100, 1.0
-    for _ in range(60):  # the mean of min(geometric(p), n) is (1 - (1 - p)^n) / p
-        p = (low + high) / 2
-        low, high = (p, high) if (1 - (1 - p) ** longest) / p > target else (low, p)
-    drawn = np.random.default_rng(seed).geometric(low, num_prompts)
-    return np.minimum(drawn, longest).astype(np.int32)
-
-
-def part(prompts: Prompts, rows: slice) -> Prompts:
-    """Returns some of the prompts."""
-    return Prompts(*(x[rows] for x in prompts))
+    line |= {"ratio": round(medians["batches"] / medians["slots"], 2), **resources()}
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,26 +16,30 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from jax import Array
 from jax.sharding import Mesh
 from tokenizers import models, pre_tokenizers
 
 from rlhf_jax import config
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import Params, Prompts
+from rlhf_jax.batch import Params, Prompts, Rollout
 from rlhf_jax.data.collate import collate_prompts
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.host_memory import keep_freed_memory
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.forward import policy_parts
 from rlhf_jax.models.heads import init_score_head
 from rlhf_jax.models.transformer import Model, make_model
 from rlhf_jax.programs import Programs, TokenIds, build_programs, role_shardings
-from rlhf_jax.sharding import make_mesh
+from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.sampling import Sampling
+from rlhf_jax.sharding import make_mesh, traced_on
 
 SHAPES = {  # width, layers, heads, kv heads, mlp, vocabulary; embeddings tied but in UNTIED
     "tiny": (32, 2, 4, 2, 64, 512),
@@ -49,6 +53,13 @@ SHAPES = {  # width, layers, heads, kv heads, mlp, vocabulary; embeddings tied b
 UNTIED = ("8b",)
 PAD, FIRST_WORD = 0, 4
 NEVER = TokenIds(eos=-1, pad=PAD)  # no token is EOS: every completion has its full length
+MEAN_LENGTH = 0.35  # of long-tailed completions, of the longest
+PACKING = {
+    "sequences_per_row": {"type": int, "default": 1, "help": "that share a row in scoring and update"},
+    "length_buckets": {"type": int, "default": 1, "help": "lengths of rows in scoring and update"},
+    "tail": {"action": "store_true", "help": "long-tailed completions, with a mean of 0.35 of --new"},
+}
+"""Options of the benchmarks of an update."""
 
 
 def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
@@ -94,6 +105,17 @@ def make_stage(algorithm: Any, **sections: Any) -> config.StageConfig:
     return config.StageConfig(name=algorithm, algorithm=algorithm, **(fixed | defaults | sections))
 
 
+def tailed_lengths(num_prompts: int, longest: int, seed: int = 0) -> np.ndarray:
+    """Returns i32[Q] geometric lengths, at most `longest`, whose mean is MEAN_LENGTH of it."""
+    target = MEAN_LENGTH * longest
+    low, high = 1 / longest / 100, 1.0
+    for _ in range(60):  # the mean of min(geometric(p), n) is (1 - (1 - p)^n) / p
+        p = (low + high) / 2
+        low, high = (p, high) if (1 - (1 - p) ** longest) / p > target else (low, p)
+    drawn = np.random.default_rng(seed).geometric(low, num_prompts)
+    return np.minimum(drawn, longest).astype(np.int32)
+
+
 class Bench:
     """A PPO stage on random weights."""
 
@@ -108,15 +130,52 @@ class Bench:
         self.stage = make_stage(
             "ppo",
             settings=config.PPOConfig(
-                batch_size=args.batch, num_epochs=args.epochs, num_minibatches=args.minibatches
+                batch_size=args.batch,
+                num_epochs=args.epochs,
+                num_minibatches=args.minibatches,
+                sequences_per_row=getattr(args, "sequences_per_row", 1),
+                length_buckets=getattr(args, "length_buckets", 1),
             ),
             model=config.ModelConfig(dtype=args.dtype),
             optimizer=config.OptimizerConfig(learning_rate=1e-6),
             rollout=config.RolloutConfig(max_new_tokens=args.new),
         )
         self.programs: Programs = build_programs(
-            self.stage, ALGORITHMS["ppo"], self.model, self.mesh, args.new, NEVER
+            self.stage, ALGORITHMS["ppo"], self.model, self.mesh, args.new, NEVER, args.prompt
         )
+        self.made: list[np.ndarray] = []
+        """Tokens of the completions of each rollout with --tail."""
+        if getattr(args, "tail", False):
+            self.programs = self.programs._replace(rollout=cast(Any, self.tailed_rollout()))
+
+    def tailed_rollout(self) -> Callable[[Params, Params, Prompts, Array], Rollout]:
+        """Returns a rollout of long-tailed completions: the lengths of its i-th call are always the same."""
+
+        def of(params: Params, frozen: Params, prompts: Prompts, key: Array, limits: Array) -> Rollout:
+            return generate(
+                self.model,
+                policy_parts(params, frozen),
+                prompts,
+                key,
+                Sampling(1.0, jnp.asarray([NEVER.eos])),
+                max_new_tokens=self.args.new,
+                pad_id=NEVER.pad,
+                limits=limits,
+            )
+
+        compiled = jax.jit(traced_on(self.mesh, of))
+
+        def rollout(params: Params, frozen: Params, prompts: Prompts, key: Array) -> Rollout:
+            limits = tailed_lengths(self.args.batch, self.args.new, seed=len(self.made))
+            self.made.append(limits)
+            return compiled(params, frozen, prompts, key, limits)
+
+        return rollout
+
+    @property
+    def mean_new(self) -> float:
+        """Returns the tokens of a completion on average."""
+        return float(np.mean(self.made)) if self.made else float(self.args.new)
 
     def weights(self, role: str, seed: int) -> Params:
         """Returns random parameters of a role."""
@@ -164,8 +223,8 @@ class Bench:
         """
         n, body = self.num_parameters()
         args = self.args
-        tokens = args.batch * (args.prompt + args.new)
-        generate = 2 * n * args.batch * args.new + 2 * body * args.batch * args.prompt
+        tokens = args.batch * (args.prompt + self.mean_new)
+        generate = 2 * n * args.batch * self.mean_new + 2 * body * args.batch * args.prompt
         update = args.epochs * 6 * (n + body) * tokens
         return {
             "generate": generate,
@@ -190,8 +249,26 @@ class Bench:
             "share_of_memory": round(read / ceiling, 3),
         }
 
-    def report(self, task: str, step: Callable[[int], Any], tokens: int) -> None:
-        """Times step(i) and prints the JSON line; the step returns what has to be ready."""
+    def header(self, task: str) -> dict[str, Any]:
+        """Returns what a benchmark's line says of what is measured."""
+        args = self.args
+        return {
+            "bench": task,
+            "commit": commit(),
+            "device": jax.devices()[0].device_kind,
+            "mesh": dict(self.mesh.shape),
+            "shape": args.shape,
+            "batch": args.batch,
+            "prompt": args.prompt,
+            "new": args.new,
+            "dtype": args.dtype,
+        }
+
+    def report(self, task: str, step: Callable[[int], Any], tokens: int = 0) -> None:
+        """Times step(i) and prints the JSON line; the step returns what has to be ready.
+
+        Tokens are the useful ones of a step; 0: those of the completions.
+        """
         args = self.args
         start = time.perf_counter()
         for i in range(args.warmup):
@@ -204,19 +281,14 @@ class Bench:
             seconds.append(time.perf_counter() - start)
         median = statistics.median(seconds)
         ceiling = matrix_rate(args.dtype)
+        tokens = tokens or round(args.batch * self.mean_new)
         rate = self.useful_flops(task) / median / 1e9
         line = {
-            "bench": task,
-            "commit": commit(),
-            "device": jax.devices()[0].device_kind,
-            "mesh": dict(self.mesh.shape),
-            "shape": args.shape,
-            "batch": args.batch,
-            "prompt": args.prompt,
-            "new": args.new,
+            **self.header(task),
             "epochs": args.epochs,
             "minibatches": args.minibatches,
-            "dtype": args.dtype,
+            **{name: getattr(args, name) for name in PACKING if name in args},
+            **({"mean_new": round(self.mean_new, 1)} if self.made else {}),
             "ms": round(1000 * median, 1),
             "ms_min": round(1000 * min(seconds), 1),
             "ms_max": round(1000 * max(seconds), 1),
@@ -226,10 +298,15 @@ class Bench:
             "share_of_ceiling": round(rate / ceiling, 3),
             **(self.of_memory(median) if task == "generate" else {}),
             "warmup_s": round(warm, 1),
-            "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-            "load_1m": round(os.getloadavg()[0], 2),
+            **resources(),
         }
         print(json.dumps(line), flush=True)
+
+
+def resources() -> dict[str, float]:
+    """Returns the process's peak memory so far, and how busy the machine was."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"peak_rss_mib": round(peak), "load_1m": round(os.getloadavg()[0], 2)}
 
 
 def matrix_rate(dtype: str, repeats: int = 5) -> float:

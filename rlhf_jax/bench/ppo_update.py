@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 
 from rlhf_jax.batch import Metrics
-from rlhf_jax.bench.harness import Bench, arguments
+from rlhf_jax.bench.harness import PACKING, Bench, arguments
 from rlhf_jax.sharding import place_rows
 
 
 def main() -> None:
     """One rollout is made and scored; the update on it is repeated, each time on the state of the last."""
-    bench = Bench(arguments(__doc__ or ""))
+    bench = Bench(arguments(__doc__ or "", **PACKING))
     programs = bench.programs
     trained, frozen = bench.roles()
     state = programs.init_state(trained)
@@ -27,7 +27,8 @@ def main() -> None:
         return metrics
 
     args = bench.args
-    bench.report("ppo_update", step, tokens=args.batch * (args.prompt + args.new) * args.epochs)
+    tokens = round(args.batch * (args.prompt + bench.mean_new) * args.epochs)
+    bench.report("ppo_update", step, tokens)
 
 
 if __name__ == "__main__":

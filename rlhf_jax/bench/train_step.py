@@ -5,15 +5,16 @@ from __future__ import annotations
 import jax
 
 from rlhf_jax.batch import Metrics
-from rlhf_jax.bench.harness import Bench, arguments
+from rlhf_jax.bench.harness import PACKING, Bench, arguments
 from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.experience import Collector
 from rlhf_jax.rewards.combine import Judge
+from rlhf_jax.sharding import place_rows
 
 
 def main() -> None:
     """The parts of the trainer's loop, with a reward model, on new random prompts in each iteration."""
-    bench = Bench(arguments(__doc__ or ""))
+    bench = Bench(arguments(__doc__ or "", **PACKING))
     programs, args = bench.programs, bench.args
     trained, frozen = bench.roles()
     state = programs.init_state(trained)
@@ -23,12 +24,13 @@ def main() -> None:
 
     def step(i: int) -> Metrics:
         nonlocal state
-        experience = collector.collect(state.params, frozen, bench.prompts(i), records, jax.random.key(i))
+        prompts = place_rows(bench.mesh, bench.prompts(i))
+        experience = collector.collect(state.params, frozen, prompts, records, jax.random.key(i))
         batch, _ = programs.advantages(experience.scored, state.aux)
         state, metrics = programs.update(state, frozen, batch, jax.random.key(i))
         return metrics
 
-    bench.report("train_step", step, tokens=args.batch * args.new)
+    bench.report("train_step", step)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -103,10 +105,10 @@ def cached_attention(
         [B, H, h].
     """
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, prompt_size, num_columns = k.shape[1], prompt_k.shape[2], k.shape[2]
+    num_prompts, num_kv_heads, prompt_size, _ = prompt_k.shape
+    num_columns, group_size = k.shape[2], num_rows // num_prompts
     q_BKgh = q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    q_NGKgh = q_BKgh.reshape(len(prompt_k), -1, *q_BKgh.shape[1:])
-    lengths_N11, counts_NG1 = prompt_lengths[:, None, None], counts.reshape(len(prompt_k), -1, 1)
+    lengths_N11, counts_NG1 = prompt_lengths[:, None, None], counts.reshape(num_prompts, group_size, 1)
 
     prompt_columns = jnp.arange(prompt_size)
     ages = jnp.remainder(column - jnp.arange(num_columns), num_columns)
@@ -115,18 +117,30 @@ def cached_attention(
         prompt_seen &= lengths_N11 + counts_NG1 - 1 - prompt_columns < window
         seen &= ages < window
 
+    def together(x_BKgz: Array) -> Array:
+        """Returns [N, K, G * g, z], all that reads a prompt's keys and values of one head."""
+        x_NGKgz = x_BKgz.reshape(num_prompts, group_size, *x_BKgz.shape[1:])
+        return x_NGKgz.swapaxes(1, 2).reshape(num_prompts, num_kv_heads, -1, x_BKgz.shape[-1])
+
+    def apart(x_NKmz: Array) -> Array:
+        """Returns what `together` takes."""
+        x_NKGgz = x_NKmz.reshape(num_prompts, num_kv_heads, group_size, -1, x_NKmz.shape[-1])
+        return x_NKGgz.swapaxes(1, 2).reshape(*q_BKgh.shape[:3], -1)
+
     def scores(products: Array, is_seen: Array) -> Array:
         return jnp.where(is_seen, soft_capped(products * scale, softcap), -jnp.inf)
 
-    of_prompt = jnp.einsum("nrkgh,nkph->nrkgp", q_NGKgh, prompt_k, preferred_element_type=jnp.float32)
-    of_ring = jnp.einsum("bkgh,bksh->bkgs", q_BKgh, k, preferred_element_type=jnp.float32)
-    of_prompt = scores(of_prompt, prompt_seen[:, :, None, None]).reshape(*q_BKgh.shape[:3], prompt_size)
-    both = [of_prompt, scores(of_ring, seen[:, None, None])]
-    weights = jax.nn.softmax(jnp.concatenate(both, axis=-1), axis=-1).astype(v.dtype)
+    # In products keys and values are on the right: else the result's heads lie in another order, and XLA
+    # would reorder not them but the weights that they meet next, at every step.
+    transposed = partial(jnp.swapaxes, axis1=-1, axis2=-2)
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    of_prompt = apart(product(together(q_BKgh), transposed(prompt_k)))
+    seen_NG11P = jnp.broadcast_to(prompt_seen, (num_prompts, group_size, prompt_size))
+    of_prompt = scores(of_prompt, seen_NG11P.reshape(num_rows, 1, 1, prompt_size))
+    of_ring = scores(product(q_BKgh, transposed(k)), seen[:, None, None])
+    weights = jax.nn.softmax(jnp.concatenate([of_prompt, of_ring], axis=-1), axis=-1).astype(v.dtype)
     weights_prompt, weights_ring = jnp.split(weights, [prompt_size], axis=-1)
-    weights_NGKgP = weights_prompt.reshape(*q_NGKgh.shape[:4], prompt_size)
-    out = jnp.einsum("nrkgp,nkph->nrkgh", weights_NGKgP, prompt_v).reshape(q_BKgh.shape)
-    out += jnp.einsum("bkgs,bksh->bkgh", weights_ring, v)
+    out = apart(jnp.matmul(together(weights_prompt), prompt_v)) + jnp.matmul(weights_ring, v)
     return out.reshape(q.shape)
 
 

@@ -113,7 +113,7 @@ class Attention(nnx.Module):
         if self.is_rotary:
             q, k = rotate(q, turn), rotate(k, turn)
         attended, kept = attend(q, k, v)
-        out = jnp.einsum("btnh,nhd->btd", attended, self.o[...].astype(x.dtype))
+        out = jnp.tensordot(attended, self.o[...].astype(x.dtype), axes=2)
         return _plus(_adapted(out, self, "o", attended), self, "o_bias"), kept
 
     def _project(self, name: str, x: Array) -> Array:

@@ -54,6 +54,8 @@ class Forward(NamedTuple):
     """Log-probabilities, entropies, values: in one pass where policy and values are on one trunk."""
     score_all: Callable[[Params, Params, Rows], Said]
     """Of all roles, in one pass of those that are on one trunk."""
+    with_columns: Callable[[int], Forward] | None = None
+    """The same forward passes for rows of at most so many completion tokens."""
 
 
 def make_forward(
@@ -142,7 +144,8 @@ def make_forward(
             scores=scores_of(hidden["reward"], trees, rows) if "reward" in trees else None,
         )
 
-    return Forward(logprobs, ref_logprobs, values, scores, policy_and_value, score_all)
+    with_columns = partial(make_forward, model, temperature=temperature, logprob_chunk=logprob_chunk)
+    return Forward(logprobs, ref_logprobs, values, scores, policy_and_value, score_all, with_columns)
 
 
 def policy_parts(params: Params, frozen: Params) -> Params:

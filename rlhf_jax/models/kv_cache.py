@@ -149,27 +149,25 @@ def with_room(prompt: PromptCache, num_columns: int, group_size: int = 1) -> KVC
     return KVCache(prompt, rings, rings, jnp.int32(0))
 
 
-def put_prompts(cache: KVCache, new: PromptCache, slots: Array, is_put: Array) -> KVCache:
+def put_prompts(cache: KVCache, reserve: PromptCache, sources: Array, slots: Array, count: Array) -> KVCache:
     """Returns the cache with other prompts in some slots, written one by one: a scatter may copy the cache.
 
     Args:
         cache: of N slots.
-        new: R prompts.
-        slots: i32[R], where each goes; all differ.
-        is_put: bool[R]; the others are left out.
+        reserve: of R prompts.
+        sources: i32[N], the first `count` of which say which prompts are put.
+        slots: i32[N], where each goes; all differ.
+        count: i32[].
     """
 
     def put(i: Array, prompt: PromptCache) -> PromptCache:
         def one(old: Array, new: Array) -> Array:
-            size = (1, *old.shape[1:])
-            start = (slots[i], *(0 for _ in size[1:]))
-            there = jax.lax.dynamic_slice(old, start, size)
-            row = jax.lax.dynamic_slice_in_dim(new, i, 1)
-            return jax.lax.dynamic_update_slice(old, jnp.where(is_put[i], row, there), start)
+            row = jax.lax.dynamic_slice_in_dim(new, sources[i], 1)
+            return jax.lax.dynamic_update_slice_in_dim(old, row, slots[i], 0)
 
-        return jax.tree.map(one, prompt, new)
+        return jax.tree.map(one, prompt, reserve)
 
-    return cache._replace(prompt=jax.lax.fori_loop(0, len(slots), put, cache.prompt))
+    return cache._replace(prompt=jax.lax.fori_loop(0, count, put, cache.prompt))
 
 
 def decode_step(

@@ -54,7 +54,7 @@ def generate(
         limits: i32[Q], the most tokens of each prompt's completions; C by default and at most.
         greedy: static.
         num_slots: static, of a prompt each, on all devices; 0: one for each prompt.
-        refill_size: static, how many free slots of a device wait until they are filled; 0: an eighth of them.
+        refill_size: static, prompts that a device prefills at once; 0: for a quarter of its slots.
         group_size: G, static.
 
     Returns:
@@ -67,12 +67,13 @@ def generate(
     weights = unstack(params, model.architecture, model.dtype, model.lora)
     engine = Engine(max_new_tokens, pad_id, num_slots, refill_size, group_size, greedy)
     slots = engine.start(weights, prompts)
-    slots = engine.run(weights, make_queue(prompts, max_new_tokens, limits), sampling, key, slots)
-    return assemble(prompts, slots.done, pad_id)
+    queue = make_queue(prompts, max_new_tokens, limits)
+    slots = engine.run(weights, queue, sampling, key, slots)
+    return assemble(prompts, engine.in_order(queue, slots.done), pad_id)
 
 
 class RolloutPrograms(NamedTuple):
-    """The compiled rollout of a stage, which returns to the host after a number of decode steps."""
+    """The compiled rollout of a stage, which returns to the host after some decode steps and refills."""
 
     start: Callable[[Params, Params, Prompts], tuple[DecodeWeights, Slots]]
     """Trained and frozen parameters, prompts -> the policy's weights as decoding wants them, empty slots."""

@@ -32,8 +32,11 @@ PROGRAMS = [
 ]
 
 
-def compiled(name: str, program: str, chunk: int, **over: int):
-    """Returns a program of an algorithm, compiled for a mesh on whose devices the sizes are those above."""
+def compiled(name: str, program: str, chunk: int, layout: dict[str, int] | None = None, **over: int):
+    """Returns a program of an algorithm, compiled for a mesh on whose devices the sizes are those above.
+
+    The layout is settings of ppo.
+    """
     tensor, sequence, fsdp = (over.get(axis, 1) for axis in ("tensor", "sequence", "fsdp"))
     num_rows, length = B * over.get("data", 1) * fsdp, T * sequence
     architecture = dataclasses.replace(
@@ -51,7 +54,7 @@ def compiled(name: str, program: str, chunk: int, **over: int):
     algorithm = ALGORITHMS[name]
     records = num_rows // algorithm.rows_per_record if num_rows % 2 == 0 else num_rows
     num_rows = records * algorithm.rows_per_record
-    settings = {"batch_size": records} | ({"num_minibatches": 1} if name == "ppo" else {})
+    settings = {"batch_size": records} | ({"num_minibatches": 1} if name == "ppo" else {}) | (layout or {})
     stage = tiny.stage(name, settings=settings, model={"logprob_chunk": chunk * over.get("data", 1) * fsdp})
     programs = build_programs(stage, algorithm, model, mesh, C * sequence, TokenIds(1, 1))
 
@@ -99,6 +102,14 @@ def test_without_chunks_all_logits_are_found():
     """The test above could not fail if they were not."""
     found = logits_of(compiled("sft", "update", 0))
     assert any(made.size == B * C * V for made in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["score", "update"])
+def test_the_head_of_packed_rows_sees_completions_alone(program):
+    packed = compiled("ppo", program, 0, {"sequences_per_row": B, "length_buckets": 2})
+    assert logits_of(packed, B * C) == set()
+    assert logits_of(packed, B * C - 1)  # of the widest rows
 
 
 @pytest.mark.slow

@@ -12,10 +12,12 @@ import pytest
 from rlhf_jax import keys
 from rlhf_jax.batch import Prompts
 from rlhf_jax.command_line import ConfigError, read_command_line
-from rlhf_jax.rollout.generate import generate
+from rlhf_jax.models.kv_cache import unstack
+from rlhf_jax.rollout.generate import assemble, generate, make_queue
 from rlhf_jax.rollout.sampling import Sampling, row_keys
+from rlhf_jax.rollout.slots import Engine
 from rlhf_jax.rollout.stops import StopStrings
-from rlhf_jax.sharding import place_rows, traced_on
+from rlhf_jax.sharding import axis_rules, place_rows, traced_on
 from tests import completions, tiny
 from tests.completions import completion
 from tests.smoke.test_quickstart import SHORT
@@ -87,6 +89,84 @@ def test_a_slot_that_goes_on_keeps_its_prompt_while_other_devices_refill(prompts
     for slots in ({"num_slots": 2}, {"num_slots": 4, "refill_size": 2}):
         found = complete(tiny.mesh(data=2), **slots)
         completions.assert_same_completions(found, expected, prompts, KEY, logits)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes"),
+    [
+        ({"data": 4, "tensor": 2}, {}),
+        ({"data": 2, "expert": 2, "tensor": 2}, {}),
+        ({"data": 2, "fsdp": 4}, {"batch": ["data"], "vocab": "none"}),
+    ],
+    ids=str,
+)
+@pytest.mark.slow
+def test_groups_in_slots_on_any_mesh_are_the_same(prompts, sizes, axes):
+    """Of each prompt three completions, which end at different times, on half as many slots as prompts."""
+    model, sampling = tiny.model(), Sampling(1.0, stop_ids=jnp.asarray([tiny.EOS, 7, 11, 20]))
+
+    def complete(mesh, num_slots):
+        made = partial(generate, model, max_new_tokens=8, pad_id=tiny.PAD, num_slots=num_slots, group_size=3)
+        program = jax.jit(traced_on(mesh, lambda *args: made(*args, KEY, sampling)))
+        return jax.device_get(program(tiny.weights("policy", mesh), place_rows(mesh, prompts)))
+
+    expected = complete(tiny.mesh(), 0)
+    assert 4 < expected.ended.sum() < 24
+    with axis_rules(axes):
+        found = complete(tiny.mesh(**sizes), 4)
+    np.testing.assert_array_equal(found.rows.tokens, expected.rows.tokens)
+    np.testing.assert_array_equal(found.ended, expected.ended)
+    np.testing.assert_allclose(found.sampler_logprobs, expected.sampler_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@functools.cache
+def counted_rollout(num_slots, **sizes):
+    """Returns a function of prompts, limits, steps of a call -> (slots at the end, rollout), on the host."""
+    policy, model, mesh = tiny.weights("policy", tiny.mesh(**sizes)), tiny.model(), tiny.mesh(**sizes)
+    engine, sampling = Engine(8, tiny.PAD, num_slots, refill_size=1), Sampling(1.0, jnp.asarray([-1]))
+    weights = jax.jit(traced_on(mesh, lambda policy: unstack(policy, model.architecture, model.dtype)))(
+        policy
+    )
+
+    def run(prompts, limits, at_once, slots):
+        queue = make_queue(prompts, 8, limits)
+        slots = engine.run(weights, queue, sampling, KEY, slots, at_once)
+        return slots, assemble(prompts, engine.in_order(queue, slots.done), tiny.PAD)
+
+    start, run = (jax.jit(traced_on(mesh, made)) for made in (partial(engine.start, weights), run))
+
+    def complete(prompts, limits, at_once=1000):
+        prompts = place_rows(mesh, prompts)
+        slots, taken = start(prompts), 0
+        while slots.going:
+            slots, found = run(prompts, limits, at_once, slots)
+            assert slots.steps + slots.refills - taken <= at_once  # refills are work too
+            taken = slots.steps + slots.refills
+        return slots, jax.device_get(found)
+
+    return complete
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["limits", "lengths"])
+def test_devices_have_even_shares_of_a_queue(prompts, by):
+    """The long ones stand at its beginning. They are dealt in turn; results stand where their prompts do."""
+    limits = jnp.asarray([8, 8, 7, 7, 2, 2, 1, 1] if by == "limits" else [8] * 8)
+    if by == "lengths":
+        prompts = prompts._replace(lengths=jnp.asarray([8, 8, 7, 6, 3, 2, 1, 0]))
+    complete = counted_rollout(2, data=2)
+    slots, found = complete(prompts, limits)
+    _, expected = counted_rollout(0)(prompts, limits)
+    logits = completions.next_token_logits(tiny.model(), tiny.weights("policy", tiny.mesh()), temperature=1.0)
+    completions.assert_same_completions(found, expected, prompts, KEY, logits)
+    own = slots.done.lengths.reshape(2, 4).sum(axis=1)  # by device
+    assert own.tolist() == (
+        [18, 18] if by == "limits" else [24, 32]
+    )  # to and fro: the filling is the first's
+    if by == "limits":
+        assert slots.steps == 18  # with contiguous parts one device alone would take 30
+    _, again = complete(prompts, limits, at_once=3)
+    np.testing.assert_array_equal(again.rows.tokens, found.rows.tokens)
 
 
 def test_words_that_are_left_out_by_configuration(prompts):

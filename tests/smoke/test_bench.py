@@ -38,8 +38,10 @@ def test_one_json_line(name, dtype):
     assert done.returncode == 0, done.stderr
     (text,) = done.stdout.splitlines()
     line = json.loads(text)
-    of_memory = {"memory_gb_s", "memory_ceiling_gb_s", "share_of_memory"} if name == "generate" else set()
-    assert line.keys() == KEYS | of_memory
+    more = {"memory_gb_s", "memory_ceiling_gb_s", "share_of_memory"}
+    if name != "generate":
+        more = {"sequences_per_row", "length_buckets", "tail"}
+    assert line.keys() == KEYS | more
     assert line["bench"] == name
     assert {key: line[key] for key in sizes if key != "steps"} == {
         key: value for key, value in sizes.items() if key != "steps"
@@ -83,12 +85,12 @@ def test_programs_compile_for_a_tpu_that_is_not_there():
 def test_a_rollout_has_one_cache_and_gathers_nothing(topology):
     """Keys and values are written in place; no token waits for weights or logits of other chips."""
     stage = (
-        "--shape 1b --layers 1 --algorithm ppo --rows 512 --length 512 --completion 384 --programs rollout"
+        "--shape 1b --layers 2 --algorithm ppo --rows 512 --length 512 --completion 384 --programs rollout"
     )
     sizes = "--rollout.slots 128 --rollout.refill_size 1 --mesh.data 2 --mesh.tensor 2 --model.dtype bfloat16"
     (line,) = run_aot(*stage.split(), *sizes.split(), topology=topology)
     slots, kv_heads, head_dim = 128 // 2, 8 // 2, 64
-    cache = 2 * slots * kv_heads * 512 * head_dim * 2  # keys and values in bfloat16
+    cache = 2 * 2 * slots * kv_heads * 512 * head_dim * 2  # keys and values of two layers in bfloat16
     assert cache < line["alias_bytes"] < 1.1 * cache  # donated, and the rest that slots hold is little
     assert line["temp_bytes"] < 1.1 * cache
     assert (
@@ -125,3 +127,17 @@ def test_memory_of_roles_that_share_a_base():
         assert line["peak"] == line["live_init"] + line["score"]
     stays = [line["state"] + line["frozen"] for line in (separate, hydra)]
     assert stays[1] < 0.4 * stays[0]  # at this width adapters are a large part: 0.31
+
+
+def test_long_tailed_completions_have_the_same_lengths_however_rows_are_laid_out():
+    sizes = {"shape": "tiny", "steps": 1, "batch": 4, "prompt": 8, "new": 8, "minibatches": 1}
+    flags = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+    lines = []
+    for layout in ([], ["--sequences_per_row", "2", "--length_buckets", "2"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "rlhf_jax.bench.train_step", *flags, "--tail", *layout],
+            cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines.append(json.loads(done.stdout))
+    assert lines[0]["mean_new"] == lines[1]["mean_new"] < 8

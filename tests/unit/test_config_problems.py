@@ -128,6 +128,24 @@ from tests.conftest import ROOT
             "ppo.microbatch_size: must divide batch_size / num_minibatches, got 3 for 16; 1, 2, 4, 8, 16 do",
         ),
         (
+            "ppo: {sequences_per_row: 3}",
+            [],
+            "ppo.sequences_per_row: must divide batch_size / num_minibatches, got 3 for 16; "
+            "1, 2, 4, 8, 16 do",
+        ),
+        (
+            "ppo: {sequences_per_row: 2, microbatch_size: 16}",
+            [],
+            "ppo.microbatch_size: must divide batch_size / num_minibatches / sequences_per_row, got 16 for "
+            "8; 1, 2, 4, 8 do",
+        ),
+        (
+            "mesh: {data: 4}\nppo: {sequences_per_row: 8}",
+            [],
+            "ppo.batch_size: must fill the mesh with a multiple of 4 (mesh.data 4), got 64 / num_minibatches "
+            "/ sequences_per_row = 2",
+        ),
+        (
             "ppo: {batch_size: 1000000007, num_iterations: 2}",
             [],
             "ppo.num_minibatches: must divide batch_size, got 4 for 1000000007; 1, 1000000007 do",
@@ -656,6 +674,7 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
         "--model.remat=full",
         "--model.attention=xla",
         "--model.logprob_chunk=64",
+        "--ppo.sequences_per_row=2",
         "--rollout.slots=8",
         "--rollout.refill_size=2",
         "--rollout.steps_per_call=4",

@@ -106,7 +106,7 @@ def evaluate_ppo(missing_eos, batch_size):
     collector = Collector(programs, judge, Numbers(), mesh, leaves_out=missing_eos == "mask")
     loader = Loader(examples("prompt_only"), batch_size, 0)
     key = jax.random.key(3)
-    return evaluate_prompts(collector, loader, key, num_samples=10, gold=length)(trained, frozen)
+    return evaluate_prompts(collector, loader, mesh, key, num_samples=10, gold=length)(trained, frozen)
 
 
 @pytest.mark.parametrize("size", [4, 16])

@@ -99,6 +99,33 @@ class Run:
         return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_the_host_works_before_it_waits_for_the_update(tmp_path, monkeypatch):
+    """What the next batch can have is made and the last step's line is written, and then only is waited."""
+    events = []
+
+    class Online(Run):
+        def source(self, state, position, key):
+            events.append(f"source {position}")
+            made = super().source(state, position, key)
+            return made._replace(meanwhile=lambda: events.append(f"prompts {made.position}"))
+
+        def update(self, state, frozen, step, key):
+            events.append(f"update {step}")
+            return super().update(state, frozen, step, key)
+
+    write = MetricWriter.write
+    monkeypatch.setattr(MetricWriter, "write", lambda *args: events.append(f"line {args[1]}") or write(*args))
+    monkeypatch.setattr(jax, "block_until_ready", lambda state: events.append(f"wait {int(state.step)}"))
+    run = Online(tmp_path, num_steps=3)
+    run.train()
+    assert events[1:-2] == [  # between an evaluation before the first step and one after the last
+        *("source 0", "update 1", "prompts 4", "wait 1"),
+        *("source 4", "update 2", "prompts 8", "line 1", "wait 2", "wait 2", "line 2"),  # and saves
+        *("source 8", "update 3", "prompts 12", "wait 3"),
+    ]
+    assert all("perf/update_seconds" in line for line in run.lines()[1:])
+
+
 def test_too_many_bad_updates_in_a_row_stop_the_run(tmp_path):
     run = Run(tmp_path, bad_steps=range(5, 10), most_skipped=3)
     with pytest.raises(NotFiniteError, match=r"stage sft, step 7: .* 3 steps in a row.*policy/grad_norm"):
@@ -319,3 +346,38 @@ def test_a_first_ratio_that_is_not_one_is_told(tmp_path, caplog):
         PPORun(tmp_path, gaps=[0.01, 0.049, 0.06, 0.0]).train()
     (told,) = [r.getMessage() for r in caplog.records if r.name.startswith("rlhf_jax")]
     assert "step 3: policy/ratio_gap_first is 0.06, above 0.05" in told
+
+
+class Compiling(Run):
+    """Compiles a program in some updates; batches are wider from some step on."""
+
+    def __init__(self, directory, steps, wider_from=100):
+        super().__init__(directory, num_steps=9, eval_every=4)
+        self.steps, self.wider_from = steps, wider_from
+
+    def source(self, state, position, key):
+        batch = super().source(state, position, key)
+        return batch._replace(batch=np.full(1 + (batch.batch >= self.wider_from), batch.batch))
+
+    def update(self, state, frozen, batch, key):
+        step = int(batch[0])
+        if step in self.steps:
+            jax.jit(lambda x: x + step)(1.0)
+        return super().update(state, frozen, step, key)
+
+
+def test_what_is_compiled_again_is_told(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        Compiling(tmp_path, steps=[1, 2, 4, 7]).train()
+    told = [r.getMessage() for r in caplog.records if "compiled" in r.getMessage()]
+
+    assert [message.partition(":")[0] for message in told] == ["stage sft, step 4", "stage sft, step 7"]
+
+
+def test_a_batch_of_a_new_shape_may_be_compiled_for(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        run = Compiling(tmp_path, steps=[1, 6, 7, 9], wider_from=6)
+        run.train()
+    told = [r.getMessage() for r in caplog.records if "compiled" in r.getMessage()]
+    assert [message.partition(":")[0] for message in told] == ["stage sft, step 9"]
+    assert [line["perf/compilations"] for line in run.lines()[6:]] == [1, 1, 0, 1]
