@@ -6,14 +6,16 @@ All processes call these functions, and in the same order: none may decide by it
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rlhf_jax import watchdog
+from rlhf_jax import distributed, watchdog
 from rlhf_jax.distributed import num_processes, process_id
+from rlhf_jax.failures import is_of_runtime
 
 TOLD = (ValueError, OSError)
 """Errors that one process meets and all raise; any other ends its process, and that the run."""
@@ -96,6 +98,16 @@ def check_alike(what: str, make: Callable[[], object]) -> None:
 def is_of_another(error: BaseException) -> bool:
     """Returns whether an error is one that another process met, of which this one was told."""
     return error.__dict__.get("_met_by", process_id()) != process_id()
+
+
+def ended_with(error: BaseException) -> int:
+    """Returns the exit code 2 after telling, on stderr and to all other processes, what was wrong."""
+    message = f"rlhf_jax: {error}"
+    if is_early := distributed.lifeline() is None:
+        print(message, file=sys.stderr, flush=True)
+    may_follow = is_of_another(error) or is_of_runtime(error)
+    distributed.fail(message, 2, may_follow=may_follow, is_told=is_early)
+    return 2
 
 
 def _of(error: Exception, rank: int) -> Exception:

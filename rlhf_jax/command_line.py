@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax import config_checks, strict_yaml
-from rlhf_jax.config import ALGORITHM_SECTIONS, LARGEST_INT, STAGE_SECTIONS, Config
-from rlhf_jax.config_file import EXAMPLE, STAGE_KEYS, dump_config, resolve
+from rlhf_jax.config import ALGORITHM_SECTIONS, LARGEST_INT, STAGE_SECTIONS, Config, StageConfig
+from rlhf_jax.config_file import EXAMPLE, STAGE_KEYS, dump_config, ignored, resolve
 from rlhf_jax.options import AXES, OPTIONS, REQUIRED, SECTIONS, STAGE_FIELDS, Option, did_you_mean, show
 
 PLAIN_FLAGS = ("--config", "--help", "--json", "--print_config", "--print_sharding")
@@ -86,6 +86,40 @@ def read_config(argv: list[str], *, runs: bool = True) -> Config:
         print(dump_config(resolved.config), end="")
         raise SystemExit(0)
     return resolved.config
+
+
+def read_stage(
+    tree: dict[str, Any], argv: list[str], *, sections: Collection[str], unread: Collection[str]
+) -> StageConfig:
+    """Returns the only stage of a tree with flags over it, for entries that train nothing.
+
+    Args:
+        tree: what the entry decides, and defaults of its own.
+        argv: flags.
+        sections: that the entry reads.
+        unread: options of them that it does not.
+
+    Raises:
+        ValueError: flags that are unknown or wrong; all of them.
+    """
+    line = parse(argv)
+    foreign = [
+        path
+        for path in line.overrides
+        if path.split(".")[0] not in sections or ".".join(path.split(".")[:2]) in unread
+    ]
+    problems = [f"--{path}: is not read here; other options of {', '.join(sections)} are" for path in foreign]
+    overridden, misplaced = apply(tree, line.overrides)
+    resolved = resolve(overridden, line.overrides)
+    problems += [*line.problems, *misplaced, *resolved.problems]
+    problems += [
+        f"{resolved.path_of(where)}: would be ignored: {why}"
+        for where, why in ignored(resolved).items()
+        if resolved.path_of(where).startswith("--")
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return resolved.config.stages[0]
 
 
 def parse(argv: list[str]) -> CommandLine:

@@ -317,6 +317,10 @@ class RolloutConfig:
     """Draws from the fewest words whose probabilities sum up to this, after top_k; 1: from all of them."""
     min_p: Fraction = 0.0
     """Draws no word less likely than this times the most likely one; 0: any."""
+    stop_tokens: tuple[int | str, ...] = ()
+    """Tokens of the vocabulary, by name or id, that end a completion as EOS does."""
+    stop_strings: tuple[str, ...] = ()
+    """A completion ends with the token that completes the first of these in its text."""
     slots: Count = 0
     """Completions that are sampled at once, over all devices, which divide them; where one ends, another
     prompt's takes its place. 0, or the batch and more: all of the batch, until the longest has ended."""

@@ -12,13 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from rlhf_jax import distributed
-from rlhf_jax.agreement import check_alike, is_of_another
+from rlhf_jax import command_line, distributed
+from rlhf_jax.agreement import check_alike, ended_with
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import load_info
-from rlhf_jax.command_line import apply, parse
 from rlhf_jax.config import LARGEST_INT, DataConfig, StageConfig
-from rlhf_jax.config_file import ignored, resolve
 from rlhf_jax.data.columns import record_format
 from rlhf_jax.data.examples import Examples, load_examples
 from rlhf_jax.data.loader import Loader
@@ -27,7 +25,6 @@ from rlhf_jax.data.tokenize import text_difference, text_settings
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.evaluation import evaluate_records
 from rlhf_jax.export import read_run_config
-from rlhf_jax.failures import is_of_runtime
 from rlhf_jax.files import to_json
 from rlhf_jax.metrics import format_number
 from rlhf_jax.models import hf
@@ -91,12 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found = measure(args.model, args.data, args.batch_size, others)
     except (ValueError, OSError) as error:
-        message = f"rlhf_jax: {error}"
-        may_follow = is_of_another(error) or is_of_runtime(error)
-        if is_early := distributed.lifeline() is None:
-            print(message, file=sys.stderr, flush=True)
-        distributed.fail(message, 2, may_follow=may_follow, is_told=is_early)
-        return 2
+        return ended_with(error)
     distributed.wait_for_all("done")
     if not distributed.is_first():
         return 0
@@ -207,20 +199,7 @@ def read_stage(
         "model": {"logprob_chunk": CHUNK},
         name: {"batch_size": batch_size},
     }
-    line = parse(flags)
-    foreign = [path for path in line.overrides if path.partition(".")[0] not in SECTIONS or path in UNREAD]
-    problems = [f"--{path}: is not read here; other options of {', '.join(SECTIONS)} are" for path in foreign]
-    overridden, misplaced = apply(tree, line.overrides)
-    resolved = resolve(overridden, line.overrides)
-    problems += [*line.problems, *misplaced, *resolved.problems]
-    problems += [
-        f"{resolved.path_of(where)}: would be ignored: {why}"
-        for where, why in ignored(resolved).items()
-        if resolved.path_of(where).startswith("--")
-    ]
-    if problems:
-        raise ValueError("\n".join(problems))
-    return resolved.config.stages[0]
+    return command_line.read_stage(tree, flags, sections=SECTIONS, unread=UNREAD)
 
 
 def _metrics(

@@ -81,7 +81,7 @@ def lower_rollout(
         built, model, mesh: as for `lower_programs`.
         trained, frozen, prompts: placed shape structs.
     """
-    start, run, finish = cast(Any, built.rollout)
+    start, run, _, finish, _ = cast(Any, built.rollout)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     weights, slots = start.eval_shape(trained, frozen, prompts)
     weights_at = weight_shardings(model, mesh, policy_parts(trained, frozen))

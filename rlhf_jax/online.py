@@ -83,7 +83,7 @@ class OnPolicy:
         return NextBatch(batch, taken.end, experience.metrics | metrics, meanwhile)
 
 
-class Sampler:
+class RolloutWorker:
     """Completes prompts on devices of its own while others update the policy."""
 
     def __init__(
@@ -117,7 +117,7 @@ class Sampler:
 
         Args:
             params: by role, on the training mesh.
-            prompts: on the sampler's mesh.
+            prompts: on the worker's mesh.
             key: of this rollout.
         """
         policy = jax.device_put(self._to_decode(params["policy"]), self._shardings["policy"])
@@ -138,7 +138,7 @@ class Asynchronous:
         frozen: Params,
         collector: Collector,
         batches: PromptBatches,
-        sampler: Sampler,
+        worker: RolloutWorker,
         root: Array,
         num_iterations: int,
     ) -> None:
@@ -146,8 +146,8 @@ class Asynchronous:
 
         Args:
             programs, frozen, collector: see `OnPolicy`.
-            batches: of prompts, on the sampler's mesh.
-            sampler: completes.
+            batches: of prompts, on the worker's mesh.
+            worker: completes.
             root: root key of the stage.
             num_iterations: of the stage: behind the last one nothing is sampled.
         """
@@ -155,7 +155,7 @@ class Asynchronous:
         self._frozen = frozen
         self._collector = collector
         self._batches = batches
-        self._sampler = sampler
+        self._worker = worker
         self._root = root
         self._num_iterations = num_iterations
 
@@ -164,11 +164,11 @@ class Asynchronous:
         begun = time.perf_counter()
         taken, rollout, following = self._batches(position), state.ahead, int(state.step) + 1
         if rollout is None:
-            rollout = self._sampler.begin(state.params, taken.prompts, key)()
+            rollout = self._worker.begin(state.params, taken.prompts, key)()
         finish = None
         if following < self._num_iterations:
             next_key = keys.named(keys.at_iteration(self._root, following), "rollout")
-            finish = self._sampler.begin(state.params, self._batches(taken.end).prompts, next_key)
+            finish = self._worker.begin(state.params, self._batches(taken.end).prompts, next_key)
         experience = self._collector.judge(state.params, self._frozen, rollout, taken.records, begun)
         batch, metrics = self._programs.advantages(experience.scored, state.aux)
 

@@ -29,6 +29,8 @@ _NOUNS = {
     str: "a string",
     MIXTURE: "a string, or a mapping of strings to weights",
     AXES: "a mapping of names to a string or a list of strings",
+    tuple[str, ...]: "a list of strings",
+    tuple[int | str, ...]: "a list of integers and strings",
 }
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -51,7 +53,7 @@ class Option:
 
     @property
     def is_list(self) -> bool:
-        """Returns whether the value is a list of choices."""
+        """Returns whether the value is a list."""
         return typing.get_origin(self.base) is tuple
 
     @property
@@ -113,9 +115,14 @@ class Option:
             raise ValueError(f"must be made of letters, digits, '_' and '-', got {show(value)}")
         raise ValueError(f"expected {self.kind}, got {show(value)}")
 
-    def _read_list(self, value: Any) -> tuple[str, ...]:
+    def _read_list(self, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple):
             raise ValueError(f"expected {self.kind}, got {show(value)}")
+        if not self.choices:
+            try:
+                return TypeAdapter(self.hint).validate_python(tuple(value), strict=True)
+            except ValidationError:
+                raise ValueError(f"expected {self.kind}, got {show(value)}") from None
         for item in value:
             if item not in self.choices or list(value).count(item) > 1:
                 twice = " twice" if item in self.choices else ""

@@ -42,6 +42,7 @@ from rlhf_jax.origins import (
 from rlhf_jax.programs import Parts, part_shardings, role_parts, role_shardings, rows_per_unit
 from rlhf_jax.reward_origin import External, external_reward
 from rlhf_jax.rewards.functions import RewardFunction, load_function
+from rlhf_jax.rollout.stops import read_stop_ids, read_stop_strings
 from rlhf_jax.run_tokenizer import check_vocabulary
 from rlhf_jax.sharding import check_batch, compute_capability, stage_meshes
 from rlhf_jax.unread import unread
@@ -192,6 +193,8 @@ def _plan(
         )
         if lora is not None and external is None:
             attempt(_check_base, stage, where, lora, earlier)
+    attempt(read_stop_ids, stage.rollout, tokenizer)
+    attempt(read_stop_strings, stage.rollout, tokenizer)
     function = judge(stage.rewards.function, train, held_out)
     gold = judge(stage.rewards.gold, held_out)
     if problems or architecture is None or train is None or held_out is None:

@@ -23,7 +23,7 @@ from rich.text import Text
 from rlhf_jax.command_line import ConfigError, read_config
 from rlhf_jax.data.collate import Row
 from rlhf_jax.data.examples import Examples
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.tokenizer import GrowingText, Tokenizer, special_ids
 from rlhf_jax.files import to_json
 from rlhf_jax.models.hub import fetch_models, read_commits
 from rlhf_jax.options import did_you_mean
@@ -91,36 +91,27 @@ def _count(text: str) -> int:
 def read_tokens(row: Row, tokenizer: Tokenizer, *, is_prompt_alone: bool) -> list[Token]:
     """Returns the tokens of a row with their texts, whose concatenation is the text of the row.
 
-    A character of several tokens is the text of its last one. Decoded is no more than the tokens since the
-    last two places where a character ended: what a decoder does at the beginning of a text (such as to leave
-    out a blank) then falls into what is already read.
+    A character of several tokens is the text of its last one.
 
     Args:
         row: of a record.
         tokenizer: that made it.
         is_prompt_alone: of a prompt to complete: nothing of it carries loss.
     """
-    added = tokenizer.added_tokens_decoder
-    special = {*tokenizer.all_special_ids, *(id_ for id_, token in added.items() if token.special)}
+    special = special_ids(tokenizer)
+    text = GrowingText(tokenizer)
     tokens = []
-    start = told = 0
-
-    def text(end: int) -> str:
-        ids = row.ids[start:end]
-        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
     for end, id_ in enumerate(row.ids, start=1):
         is_other = any(start < end <= behind for start, behind in row.excluded)
         in_prompt = is_prompt_alone or end <= row.prompt_length
         part: Part = "prompt" if in_prompt else "other turns" if is_other else "completion"
-        if id_ in special:
-            tokens.append(Token(id_, str(tokenizer.convert_ids_to_tokens(id_)), part, is_special=True))
-            continue
-        longer = text(end)
-        is_whole = end == len(row.ids) or not longer.endswith("\ufffd")
-        tokens.append(Token(id_, longer[len(text(told)) :] if is_whole else "", part, is_special=False))
-        if is_whole:
-            start, told = told, end
+        is_special = id_ in special
+        read = (
+            str(tokenizer.convert_ids_to_tokens(id_))
+            if is_special
+            else text.add(id_, is_last=end == len(row.ids))
+        )
+        tokens.append(Token(id_, read, part, is_special))
     return tokens
 
 

@@ -27,8 +27,8 @@ from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
 from rlhf_jax.ops.packed_rows import RowLayout
 from rlhf_jax.optim import make_optimizer, map_moments
 from rlhf_jax.rollout.generate import RolloutPrograms, assemble, make_queue
-from rlhf_jax.rollout.sampling import Sampling
-from rlhf_jax.rollout.slots import Completions, Engine, Slots
+from rlhf_jax.rollout.sampling import Sampling, read_sampling
+from rlhf_jax.rollout.slots import Completions, Engine, Queue, Slots
 from rlhf_jax.scoring import score_rollout
 from rlhf_jax.sharding import (
     Memory,
@@ -48,6 +48,8 @@ class TokenIds(NamedTuple):
 
     eos: int
     pad: int
+    stops: tuple[int, ...] = ()
+    """Others that end completions."""
 
 
 class Programs(NamedTuple):
@@ -257,13 +259,7 @@ def build_programs(
         return weights, engine.start(weights, prompts)
 
     def run_rollout(weights: DecodeWeights, prompts: Prompts, key: Array, slots: Slots) -> Slots:
-        sampling = Sampling(
-            temperature,
-            stop_ids=jnp.asarray([ids.eos]),
-            top_k=stage.rollout.top_k or None,
-            top_p=None if stage.rollout.top_p == 1 else stage.rollout.top_p,
-            min_p=stage.rollout.min_p or None,
-        )
+        sampling = read_sampling(stage.rollout, jnp.asarray([ids.eos, *ids.stops]))
         queue = make_queue(prompts, stage.rollout.max_new_tokens)
         return engine.run(weights, queue, sampling, key, slots, stage.rollout.steps_per_call)
 
@@ -315,6 +311,7 @@ def build_programs(
         rollout=RolloutPrograms(
             start=compiled(start_rollout),
             run=compiled(run_rollout, donate_argnums=3),
+            end=compiled(engine.end, donate_argnums=0),
             finish=compiled(finish_rollout),
         ),
         to_decode=compiled(partial(cast_to_decode, dtype=model.dtype)),
@@ -342,6 +339,35 @@ def reward_program(
         return forward.scores(params, _on_devices(frozen, memory), rows)
 
     return _compiled(mesh, scores)
+
+
+class SamplingPrograms(NamedTuple):
+    """The compiled rollout of a policy that is not trained; how tokens are drawn is an argument."""
+
+    start: Callable[[DecodeWeights, Prompts], Slots]
+    """Weights, prompts -> empty slots."""
+    run: Callable[[DecodeWeights, Queue, Sampling, Array, Slots, Array], Slots]
+    """Weights, queue, sampling, key, slots (donated), most steps -> the slots some steps later."""
+    end: Callable[[Slots, Array], Slots]
+    """As in `RolloutPrograms`."""
+    in_order: Callable[[Queue, Completions], Completions]
+    """Queue, what was drawn -> the same in the queue's order."""
+
+
+def sampling_programs(engine: Engine, mesh: Mesh) -> SamplingPrograms:
+    """Returns the programs of a decode loop; nothing is compiled before the first call."""
+    return SamplingPrograms(
+        start=_compiled(mesh, engine.start),
+        run=_compiled(mesh, engine.run, donate_argnums=4),
+        end=_compiled(mesh, engine.end, donate_argnums=0),
+        in_order=_compiled(mesh, engine.in_order),
+    )
+
+
+def decode_weights(model: Model, mesh: Mesh, policy: Params) -> DecodeWeights:
+    """Returns a policy's weights as decoding wants them: cast, layer by layer, on the devices of the mesh."""
+    to_decode = partial(unstack, architecture=model.architecture, dtype=model.dtype, lora=model.lora)
+    return _compiled(mesh, to_decode, out_shardings=weight_shardings(model, mesh, policy))(policy)
 
 
 def _on_devices(frozen: Params, memory: Memory) -> Params:

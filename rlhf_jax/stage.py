@@ -24,7 +24,7 @@ from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import Model, make_model
-from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, Sampler, ahead_of
+from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, RolloutWorker, ahead_of
 from rlhf_jax.origins import adapter_info, adapters_of, fingerprint, is_same_base
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import (
@@ -39,6 +39,7 @@ from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.rewards.external import ExternalReward
 from rlhf_jax.rewards.once import scored_once
 from rlhf_jax.roles import load_frozen_reward, load_roles
+from rlhf_jax.rollout.stops import read_stop_ids, read_stop_strings
 from rlhf_jax.sharding import gathered, place, place_rows, row_holders, stage_meshes
 from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
@@ -61,9 +62,15 @@ def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
         if algorithm.records == "prompt_only"
         else max(plan.train.most_loss_tokens, plan.held_out.most_loss_tokens)
     )
-    ids = TokenIds(eos=plan.text["stop"], pad=cast(int, plan.tokenizer.pad_token_id))
+    ids = TokenIds(
+        eos=plan.text["stop"],
+        pad=cast(int, plan.tokenizer.pad_token_id),
+        stops=read_stop_ids(stage.rollout, plan.tokenizer),
+    )
     prompt_length = _usual_length(plan.train.lengths, getattr(stage.settings, "sequences_per_row", 1))
-    return model, build_programs(stage, algorithm, model, mesh, num_completion, ids, prompt_length)
+    programs = build_programs(stage, algorithm, model, mesh, num_completion, ids, prompt_length)
+    stops = read_stop_strings(stage.rollout, plan.tokenizer)
+    return model, programs._replace(rollout=programs.rollout._replace(stops=stops))
 
 
 def _usual_length(lengths: np.ndarray, number: int) -> int:
@@ -110,8 +117,8 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     model, programs = stage_programs(plan, mesh)
     trained, frozen = load_roles(stage, algorithm, plan.origins, model, mesh, root)
     if is_online:
-        sampler = None if sampling is mesh else _sampler(plan, programs, frozen, mesh, sampling)
-        source, evaluate = _online(plan, programs, frozen, mesh, root, sampler)
+        worker = None if sampling is mesh else _worker(plan, programs, frozen, mesh, sampling)
+        source, evaluate = _online(plan, programs, frozen, mesh, root, worker)
     else:
         source, evaluate = _offline(plan, programs, mesh)
     with (
@@ -181,7 +188,7 @@ def _offline(plan: Plan, programs: Programs, mesh: Mesh) -> tuple[Source, Evalua
 
 
 def _online(
-    plan: Plan, programs: Programs, frozen: Params, mesh: Mesh, root: Array, sampler: Sampler | None
+    plan: Plan, programs: Programs, frozen: Params, mesh: Mesh, root: Array, worker: RolloutWorker | None
 ) -> tuple[Source, Evaluate]:
     """Returns where batches of experience come from, and the evaluation on held-out prompts."""
     stage = plan.stage
@@ -199,23 +206,23 @@ def _online(
         external=external,
     )
 
-    if sampler is None:
+    if worker is None:
         source = OnPolicy(programs, frozen, collector, PromptBatches(loader, mesh))
     else:
-        batches = PromptBatches(loader, sampler.mesh)
+        batches = PromptBatches(loader, worker.mesh)
         num_iterations = stage.settings.num_updates
-        source = Asynchronous(programs, frozen, collector, batches, sampler, root, num_iterations)
+        source = Asynchronous(programs, frozen, collector, batches, worker, root, num_iterations)
     held_out = Loader(plan.held_out, stage.settings.batch_size, stage.run.seed)
     key = keys.named(root, "evaluate")
     return source, evaluate_prompts(collector, held_out, mesh, key, stage.run.num_samples, gold)
 
 
-def _sampler(plan: Plan, programs: Programs, frozen: Params, mesh: Mesh, sampling: Mesh) -> Sampler:
+def _worker(plan: Plan, programs: Programs, frozen: Params, mesh: Mesh, sampling: Mesh) -> RolloutWorker:
     """Returns what samples on a mesh of its own for a stage that trains on another."""
     model, of_sampling = stage_programs(plan, sampling)
     base = {role: tree for role, tree in frozen.items() if role == "base"}
     shardings = {role: part_shardings(model, sampling, plan.parts()[role]) for role in ("policy", *base)}
-    return Sampler(of_sampling.rollout, programs.to_decode, shardings, base, sampling, mesh)
+    return RolloutWorker(of_sampling.rollout, programs.to_decode, shardings, base, sampling, mesh)
 
 
 def _external_reward(plan: Plan, mesh: Mesh) -> ExternalReward | None:

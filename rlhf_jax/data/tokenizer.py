@@ -229,6 +229,48 @@ def encode_after(
     ]
 
 
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    """Returns the ids of the tokens that are no part of a text when it is decoded."""
+    added = tokenizer.added_tokens_decoder
+    return {*tokenizer.all_special_ids, *(id_ for id_, token in added.items() if token.special)}
+
+
+class GrowingText:
+    """The text of tokens that come one by one; a character of several tokens comes with its last one.
+
+    Decoded is no more than the tokens since the last two places where a character ended: what a decoder does
+    at the beginning of a text (such as to leave out a blank) then falls into what is already read.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Begins with no tokens."""
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = self._told = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Returns how many tokens there are so far."""
+        return len(self._ids)
+
+    def add(self, id_: int, *, is_last: bool = False) -> str:
+        """Returns what a token adds to the text; what is no whole character yet, only if it is the last."""
+        self._ids.append(id_)
+        longer = self._read(self.num_tokens)
+        if longer.endswith("\ufffd") and not is_last:
+            return ""
+        added = longer[len(self._read(self._told)) :]
+        if added:
+            self._start, self._told = self._told, self.num_tokens
+            self.text += added
+        return added
+
+    def _read(self, end: int) -> str:
+        ids = self._ids[self._start : end]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 def _check_directory(path: str, key: str) -> None:
     """Raises ValueError for what can only be a directory and is none; all else may be a name on the hub."""
     directory = Path(path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,8 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.logprobs import contiguous_columns, put_columns
 from rlhf_jax.rollout.sampling import Sampling
 from rlhf_jax.rollout.slots import Completions, Engine, Queue, Slots
+from rlhf_jax.rollout.stops import StopStrings, StopWatch
+from rlhf_jax.sharding import gathered
 
 
 def generate(
@@ -76,8 +79,12 @@ class RolloutPrograms(NamedTuple):
     """Trained and frozen parameters, prompts -> the policy's weights as decoding wants them, empty slots."""
     run: Callable[[DecodeWeights, Prompts, Array, Slots], Slots]
     """Weights, prompts, key, slots (donated) -> the slots some steps later."""
+    end: Callable[[Slots, Array], Slots]
+    """Slots (donated), tokens left of rows that the host has cut -> slots in which they have ended."""
     finish: Callable[[Prompts, Completions], Rollout]
     """Prompts, what was drawn -> rows."""
+    stops: StopStrings | None = None
+    """Strings that end completions."""
 
     def __call__(self, params: Params, frozen: Params, prompts: Prompts, key: Array) -> Rollout:
         """Returns completions of the prompts by the policy."""
@@ -86,16 +93,36 @@ class RolloutPrograms(NamedTuple):
     def begin(self, params: Params, frozen: Params, prompts: Prompts, key: Array) -> Callable[[], Rollout]:
         """Returns what waits for the completions and returns them; the first steps are on their way."""
         weights, slots = self.start(params, frozen, prompts)
-        slots = self.run(weights, prompts, key, slots)
+        run = partial(self.run, weights, prompts, key)
+        slots = run(slots)
 
         def finish() -> Rollout:
-            now = slots
-            while np.asarray(now.going):
-                watchdog.beat()
-                now = self.run(weights, prompts, key, now)
-            return self.finish(prompts, now.done)
+            watch = StopWatch(self.stops) if self.stops else None
+            return self.finish(prompts, run_to_end(run, self.end, slots, watch).done)
 
         return finish
+
+
+def run_to_end(
+    run: Callable[[Slots], Slots], end: Callable[[Slots, Any], Slots], slots: Slots, watch: StopWatch | None
+) -> Slots:
+    """Returns the slots when all of their rows have ended.
+
+    Args:
+        run: some steps of the loop; slots are donated.
+        end: as in `RolloutPrograms`.
+        slots: of `run`.
+        watch: looks for stop strings whenever `run` returns.
+    """
+    while True:
+        is_going = bool(np.asarray(slots.going))
+        if watch is not None:
+            stops = watch(*gathered((slots.done.tokens, slots.done.lengths)))
+            slots = end(slots, stops) if stops.any() else slots
+        if not is_going:
+            return slots
+        watchdog.beat()
+        slots = run(slots)
 
 
 def make_queue(prompts: Prompts, max_new_tokens: int, limits: Array | None = None) -> Queue:

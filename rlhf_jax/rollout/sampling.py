@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.config import RolloutConfig
 from rlhf_jax.sharding import constrain, num_parts
 
 BLOCK = 128  # words; a TPU's lane width
@@ -38,6 +39,22 @@ class Sampling(NamedTuple):
     def truncates(self) -> bool:
         """Returns whether some words are never drawn."""
         return any(limit is not None for limit in (self.top_k, self.top_p, self.min_p))
+
+
+def read_sampling(cfg: RolloutConfig, stop_ids: Array) -> Sampling:
+    """Returns how tokens are drawn by the options of a configuration.
+
+    Args:
+        cfg: reads temperature, top_k, top_p, min_p.
+        stop_ids: i32[n].
+    """
+    return Sampling(
+        cfg.temperature,
+        stop_ids,
+        top_k=cfg.top_k or None,
+        top_p=None if cfg.top_p == 1 else cfg.top_p,
+        min_p=cfg.min_p or None,
+    )
 
 
 def row_keys(key: Array, prompt_index: Array, sample_index: Array) -> Array:

@@ -183,13 +183,33 @@ class Engine:
         # Laid out as `start` does, so that going on compiles nothing anew.
         return laid_out(by_rows(on_device, (queue, slots), whole)[1])
 
+    def end(self, slots: Slots, stops: Array) -> Slots:
+        """Returns the slots with rows that the host has cut: each has ended with its last token.
+
+        Args:
+            slots: of `run`, which is then called with these.
+            stops: i32[Q * G], the tokens that are left of each row, in the order of `Slots.done`; 0 where it
+                stays as it is.
+        """
+
+        def on_device(rows: tuple[Array, Slots], whole: tuple[()]) -> tuple[Array, Slots]:
+            stops, slots = rows
+            is_cut = stops > 0
+            done = slots.done._replace(
+                lengths=jnp.where(is_cut, stops, slots.done.lengths), ended=slots.done.ended | is_cut
+            )
+            live = slots.live & ~is_cut[self._rows(slots.prompt)]
+            return stops, slots._replace(live=live, done=done)
+
+        return laid_out(by_rows(on_device, (stops, slots), ())[1])
+
     def in_order(self, queue: Queue, done: Completions) -> Completions:
         """Returns what `run` has drawn, in the queue's order."""
         order = self._dealt(queue)
         if order is None:
             return done
-        rows = jnp.argsort(order)[:, None] * self.group_size + jnp.arange(self.group_size)
-        return jax.tree.map(lambda x: x[rows.ravel()], done)
+        rows = self._rows(jnp.argsort(order))
+        return jax.tree.map(lambda x: x[rows], done)
 
     def _num_slots(self, num_prompts: int) -> int:
         return min(self.num_slots or num_prompts, num_prompts)
@@ -221,20 +241,15 @@ class Engine:
         queue: Queue,
         slots: Slots,
     ) -> Slots:
-        group = jnp.arange(self.group_size)
         num_prompts, num_slots = len(queue.limits), len(slots.prompt)
         index = jnp.repeat(queue.prompts.index, self.group_size)
-        keys = row_keys(key, index, jnp.tile(group, num_prompts))
+        keys = row_keys(key, index, jnp.tile(jnp.arange(self.group_size), num_prompts))
         limits = jnp.repeat(queue.limits, self.group_size)
         starts = (queue.prompts.lengths > 0) & (queue.limits > 0)
 
-        def rows_of(of_group: Array) -> Array:
-            """Returns the rows of groups, i32[n * G] of i32[n]."""
-            return (of_group[:, None] * self.group_size + group).ravel()
-
         def draw(slots: Slots, hidden: Array) -> Slots:
             """Returns the slots with one more token of every row that goes on, from hidden states [B, D]."""
-            rows, counts, live = rows_of(slots.prompt), slots.counts, slots.live
+            rows, counts, live = self._rows(slots.prompt), slots.counts, slots.live
             logits = decode_logits(weights, hidden)
             if self.greedy:
                 tokens, logprobs = most_likely(logits, sampling.temperature)
@@ -267,8 +282,10 @@ class Engine:
                 cache=put_prompts(slots.cache, reserve.prompts, source, order, count),
                 first=slots.first.at[at].set(reserve.hidden[source], mode="drop"),
                 prompt=slots.prompt.at[at].set(prompt, mode="drop"),
-                counts=slots.counts.at[rows_of(at)].set(0, mode="drop"),
-                live=slots.live.at[rows_of(at)].set(jnp.repeat(starts[prompt], self.group_size), mode="drop"),
+                counts=slots.counts.at[self._rows(at)].set(0, mode="drop"),
+                live=slots.live.at[self._rows(at)].set(
+                    jnp.repeat(starts[prompt], self.group_size), mode="drop"
+                ),
                 taken=slots.taken + count,
             )
 
@@ -318,13 +335,17 @@ class Engine:
         def refill_then_decode(slots: Slots) -> Slots:
             return jax.lax.while_loop(decodes, decode, jax.lax.while_loop(wants, refill, slots))
 
-        return jax.lax.while_loop(goes_on, refill_then_decode, slots)
+        return jax.lax.while_loop(goes_on, refill_then_decode, told(slots))  # the host may have ended rows
 
     def _wants(self, slots: Slots, num_prompts: int) -> Array:
         """Returns bool[]: this device has a free slot, and prompts for it that are not yet prefilled."""
         end = slots.taken if slots.reserve is None else slots.reserve.end
         is_empty = slots.taken[0] == end[0]
         return is_empty & (end[0] < num_prompts) & ~jnp.all(self._busy(slots))
+
+    def _rows(self, numbers: Array) -> Array:
+        """Returns i32[n * G], the rows of prompts or slots of these numbers."""
+        return (numbers[:, None] * self.group_size + jnp.arange(self.group_size)).ravel()
 
     def _busy(self, slots: Slots) -> Array:
         """Returns bool[N]: slots of which a row goes on."""

@@ -19,7 +19,7 @@ from rlhf_jax.data.loader import Loader
 from rlhf_jax.evaluation import Evaluation
 from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
-from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, Sampler, ahead_of
+from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, RolloutWorker, ahead_of
 from rlhf_jax.programs import part_shardings, role_parts
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.sharding import make_mesh, stage_meshes
@@ -63,7 +63,9 @@ class Setting:
         parts, model = role_parts(self.stage, ALGORITHMS["ppo"]), tiny.model(self.stage)
         base = {role: tree for role, tree in frozen.items() if role == "base"}
         at = {role: part_shardings(model, self.sampling, parts[role]) for role in ("policy", *base)}
-        sampler = Sampler(self.elsewhere.rollout, self.programs.to_decode, at, base, self.sampling, self.mesh)
+        sampler = RolloutWorker(
+            self.elsewhere.rollout, self.programs.to_decode, at, base, self.sampling, self.mesh
+        )
         batches = PromptBatches(self.loader, self.sampling)
         return Asynchronous(self.programs, frozen, self.collector, batches, sampler, ROOT, NUM_ITERATIONS)
 

@@ -2,6 +2,7 @@
 
 import functools
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from rlhf_jax.models.kv_cache import unstack
 from rlhf_jax.rollout.generate import assemble, generate, make_queue
 from rlhf_jax.rollout.sampling import Sampling, row_keys
 from rlhf_jax.rollout.slots import Engine
+from rlhf_jax.rollout.stops import StopStrings
 from rlhf_jax.sharding import axis_rules, place_rows, traced_on
 from tests import completions, tiny
 from tests.completions import completion
@@ -174,6 +176,35 @@ def test_words_that_are_left_out_by_configuration(prompts):
     one, two = (jax.device_get(program(policy, {}, prompts, jax.random.key(seed))) for seed in (0, 1))
     np.testing.assert_array_equal(one.rows.tokens, two.rows.tokens)
     assert (one.sampler_logprobs[one.rows.completion_mask] < -1e-3).all()
+
+
+def test_stop_strings_cut_rows_as_if_they_had_ended_there(prompts, alone):
+    """A text of tokens as words `<7>`; on four devices, whichever of them has the row."""
+    lengths = alone.rows.lengths - alone.rows.prompt_lengths
+    words = [f"<{completion(alone, row)[2]}>" for row in range(8) if lengths[row] > 3]
+    stops = StopStrings((words[0], words[-1]), cast(Any, Words()))
+    mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
+    program = programs_of(mesh, 4).rollout._replace(stops=stops)
+    policy = {"policy": tiny.weights("policy", mesh)}
+    found = jax.device_get(program(policy, {}, place_rows(mesh, prompts), KEY))
+    num_cut = 0
+    for row in range(8):
+        whole, cut = completion(alone, row), completion(found, row)
+        ends = [place + 1 for place, id_ in enumerate(whole) if f"<{id_}>" in stops.strings]
+        assert cut == whole[: min(ends, default=None)]
+        assert found.ended[row] == (bool(ends) or alone.ended[row])
+        num_cut += len(cut) < len(whole)
+    assert num_cut >= 2
+    behind = ~found.rows.completion_mask & ~found.rows.prompt_mask
+    assert (found.rows.tokens[behind] == tiny.PAD).all()
+    assert not found.sampler_logprobs[~found.rows.completion_mask].any()
+
+
+class Words:
+    """In place of a tokenizer."""
+
+    def decode(self, ids, **unused):
+        return "".join(f"<{id_}>" for id_ in ids)
 
 
 def test_order_and_neighbours_do_not_matter(prompts, alone):

@@ -15,6 +15,7 @@ from rlhf_jax.models.lora import Lora
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.programs import part_shardings, role_shardings
 from rlhf_jax.roles import load_policy, load_reward
+from rlhf_jax.sample import Sampler
 from tests import tiny
 from tests.smoke.test_quickstart import SHORT
 
@@ -104,6 +105,11 @@ def test_the_export_is_the_adapted_model(finished, mesh, tmp_path):
         evaluate.measure(str(at), str(data), 8, [])["perplexity"] for at in (run / "ppo", out)
     )
     assert of_stage == pytest.approx(of_export, rel=1e-5)
+    sampled = [
+        [of.tokens for of in Sampler.load(str(at), max_new_tokens=8)(["Customer: hello"] * 8)]
+        for at in (run / "ppo", out)
+    ]
+    assert sampled[0] == sampled[1] and len(set(map(tuple, sampled[0]))) > 1
 
 
 def test_a_reward_model_is_merged_for_others(finished, mesh):

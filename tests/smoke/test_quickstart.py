@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from rlhf_jax import evaluate, export
+from rlhf_jax import evaluate, export, sample
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.metrics import format_number
 from rlhf_jax.models.scorers import read_scorer
@@ -262,6 +262,19 @@ def test_what_cannot_be_measured_is_told_in_a_line(finished, tmp_path, capsys, f
     assert evaluate.main([*flags, *([] if "--data" in flags else ["--data", "none.jsonl"])]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and "Traceback" not in error
+
+
+def test_a_run_is_sampled_as_its_export_is(finished, capsys):
+    """Of a run the last policy, on the held-out prompts of its task."""
+    run, _, _ = finished
+    found = []
+    for model in (run, run / "export"):
+        flags = ["--model", str(model), "--data", "synthetic", "--rollout.max_new_tokens", "6", "--json"]
+        assert sample.main(flags) == 0
+        found.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    of_run, of_export = found
+    assert len(of_run) == 192 and all(line["prompt"].startswith("Customer:") for line in of_run)
+    assert [line["completion"] for line in of_run] == [line["completion"] for line in of_export]
 
 
 def test_the_same_command_again_trains_nothing(finished, run_train):
