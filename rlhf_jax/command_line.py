@@ -117,9 +117,12 @@ def read_stage(
         for where, why in ignored(resolved).items()
         if resolved.path_of(where).startswith("--")
     ]
+    stage = resolved.config.stages[0]
+    problems += config_checks.check_formats(stage, lambda section, name: f"--{section}.{name}")
+    problems += config_checks.check_mesh(resolved)
     if problems:
         raise ValueError("\n".join(problems))
-    return resolved.config.stages[0]
+    return stage
 
 
 def parse(argv: list[str]) -> CommandLine:

@@ -441,10 +441,11 @@ class PPOConfig:
     num_minibatches / sequences_per_row."""
     sequences_per_row: PositiveInt = 1
     """Completions, with their prompts, that share a row in scoring and update and do not see each other: less
-    padding, the same loss. Divides batch_size / num_minibatches."""
+    padding, the same loss. Divides batch_size / num_minibatches. Attention is over rows so many times longer,
+    which costs more where no kernel skips what is not seen, as cuDNN's does not."""
     length_buckets: PositiveInt = 1
-    """Different lengths of rows in scoring and update: those of a minibatch have the least of so many in
-    which all fit. Both programs are compiled for each, all at the start."""
+    """Different lengths of rows in scoring and update, or fewer: those of a minibatch have the least in which
+    all fit. Both programs are compiled for each, all at the start."""
     value_learning_rate: NonNegativeFloat = 0.0
     """Learning rate of the value model; 0: that of the optimizer section."""
     kl_coef: NonNegativeFloat = 0.05

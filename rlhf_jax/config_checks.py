@@ -28,7 +28,7 @@ from rlhf_jax.config import (
     RewardModelConfig,
     StageConfig,
 )
-from rlhf_jax.config_file import Resolved, Where, dump_config, ignored
+from rlhf_jax.config_file import Resolved, Where, dump_config, ignored, resolve
 from rlhf_jax.data.columns import SERVES, Kind
 from rlhf_jax.data.records import PROMPT
 from rlhf_jax.data.sources import local_path
@@ -40,7 +40,7 @@ MAY_DIFFER = re.compile(
     r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates)$|mesh\.|distributed\.|"
     r"stages\.[^.]+\.(checkpoint\.|data\.cache_dir$|"
     r"model\.(frozen_memory|remat|attention|logprob_chunk)$|rollout\.(slots|refill_size|steps_per_call)$|"
-    r"ppo\.(sequences_per_row|length_buckets)$)",
+    r"(sft|reward_model|ppo)\.microbatch_size$|ppo\.(sequences_per_row|length_buckets)$)",
 )
 """Options that may change between a run's start and its resumption: what is computed stays the same."""
 
@@ -471,6 +471,11 @@ def check_rollout_devices(stage: StageConfig, path: PathOf) -> Iterator[str]:
     number, mesh = stage.rollout.devices, stage.mesh
     if stage.algorithm != "ppo" or not number:
         return
+    if isinstance(stage.settings, PPOConfig) and stage.settings.kl_controller == "adaptive":
+        yield (
+            f"{path('ppo', 'kl_controller')}: must be fixed where rollout.devices is not 0, as the KL of the "
+            "rollout is then not that of the policy which is held to ppo.kl_target, got 'adaptive'"
+        )
     where, open_axes = path("rollout", "devices"), [axis for axis, size in mesh.sizes.items() if size == -1]
     if mesh.slice != 1:
         yield f"{where}: must be 0 where mesh.slice is not 1, got {number} for {mesh.slice}"
@@ -520,7 +525,8 @@ def check_run_directory(cfg: Config) -> Iterator[str]:
     if not isinstance(tree, dict) or not {"run", "stages"} <= tree.keys():
         yield f"run.dir: {str(saved)!r} is no run's configuration; choose another run.dir"
         return
-    there = _flat(tree)
+    stored = resolve(tree)  # an option that is newer than the run had its default there
+    there = _flat(tree if stored.problems else strict_yaml.load(dump_config(stored.config), str(saved)))
     here = _flat(strict_yaml.load(dump_config(cfg), "this configuration"))
     differing = [
         key

@@ -179,7 +179,7 @@ class Asynchronous:
             ahead = finish()
             seconds = time.perf_counter() - begun
             self._batches(self._batches(taken.end).end)
-            return ahead, {"perf/rollout_seconds": seconds}
+            return ahead, {"perf/rollout_wait_seconds": seconds}
 
         return NextBatch(batch, taken.end, experience.metrics | metrics, meanwhile)
 

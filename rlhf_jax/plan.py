@@ -85,10 +85,12 @@ class Plan(NamedTuple):
     def row_counts(self) -> dict[str, int]:
         """Returns the numbers of rows that the mesh has to divide, by the option that decides them."""
         settings, per_unit = self.stage.settings, rows_per_unit(self.stage, self.algorithm)
-        minibatch = settings.batch_size // settings.num_minibatches
+        sequences_per_row = getattr(settings, "sequences_per_row", 1)
+        minibatch = settings.batch_size // settings.num_minibatches // sequences_per_row
+        of_minibatch = "batch_size / num_minibatches" + " / sequences_per_row" * (sequences_per_row > 1)
         return {
             "batch_size": per_unit * settings.batch_size,
-            "batch_size / num_minibatches": per_unit * minibatch,
+            of_minibatch: per_unit * minibatch,
             "microbatch_size": per_unit * (settings.microbatch_size or minibatch),
         }
 
@@ -350,13 +352,15 @@ def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
         if sampling is not mesh:
             name = f"{plan.stage.algorithm}.batch_size, sampled on rollout.devices,"
             _attempt(problems, check_batch, sampling, plan.stage.settings.batch_size, name)
+            for role in {"policy", "base"} & plan.parts().keys():
+                _attempt(problems, part_shardings, model, sampling, plan.parts()[role])
         model_section = plan.stage.model
         lack = flash_lack(
             mesh.devices.flat[0].platform,
             jnp.dtype(model_section.dtype),
             head_dim=plan.architecture.head_dim,
             softcap=plan.architecture.attention_softcap,
-            is_packed=plan.stage.data.packing,
+            is_packed=plan.stage.data.packing or getattr(plan.stage.settings, "sequences_per_row", 1) > 1,
             capability=compute_capability(),
         )
         if model_section.attention == "flash" and lack:

@@ -273,7 +273,8 @@ def build_programs(
     def score(params: Params, frozen: Params, rollout: Rollout) -> tuple[Scored, Metrics]:
         frozen = _on_devices(frozen, stage.model.frozen_memory)
         scored = constrain(score_rollout(forward, params, frozen, rollout, layout))
-        return scored, rollout_metrics(scored, counted(rollout))
+        is_own = not stage.rollout.devices
+        return scored, rollout_metrics(scored, counted(rollout), is_own=is_own)
 
     def advantages(scored: Scored, aux: dict[str, Array]) -> tuple[PolicyBatch, Metrics]:
         assert algorithm.prepare is not None
@@ -385,21 +386,23 @@ def _constrain(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
 
 
-def rollout_metrics(scored: Scored, rows_counted: Array) -> Metrics:
+def rollout_metrics(scored: Scored, rows_counted: Array, *, is_own: bool = True) -> Metrics:
     """Returns what can be told before the host's judges have spoken: KL, lengths, EOS, the sampler's gap.
 
     Args:
         scored: a rollout that the models have scored.
         rows_counted: bool[B]; the others, fillings and rows that the missing-EOS rule leaves out, count only
             in the share of completions that ended.
+        is_own: the scored policy itself has sampled. Else the KL is that of the one which did.
     """
     rollout, rows = scored.rollout, scored.rollout.rows
     mask = rows.completion_mask & rows_counted[:, None]
     lengths = _lengths(rows)
+    logprobs = scored.old_logprobs if is_own else rollout.sampler_logprobs
     gap = jnp.abs(jnp.where(mask, rollout.sampler_logprobs - scored.old_logprobs, 0.0))
     return {
-        "policy/kl": sequence_kl(scored.old_logprobs, scored.ref_logprobs, mask),
-        "policy/kl_per_token": masked(scored.old_logprobs - scored.ref_logprobs, mask),
+        "policy/kl": sequence_kl(logprobs, scored.ref_logprobs, mask),
+        "policy/kl_per_token": masked(logprobs - scored.ref_logprobs, mask),
         "policy/nll": masked(-scored.old_logprobs, mask),
         "policy/ref_nll": masked(-scored.ref_logprobs, mask),
         "policy/sampler_gap": masked(gap, mask),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ from rlhf_jax.rollout.sampling import Sampling, read_sampling
 from rlhf_jax.rollout.slots import Completions, Engine, Queue, Slots
 from rlhf_jax.rollout.stops import StopStrings, StopWatch, read_stop_ids, read_stop_strings
 from rlhf_jax.run_tokenizer import check_vocabulary, tokenizer_dir
-from rlhf_jax.sharding import axis_rules, check_batch, gathered, make_mesh, num_parts, place_rows, traced_on
+from rlhf_jax.sharding import axis_rules, gathered, make_mesh, num_parts, place_rows, traced_on
 from rlhf_jax.stage import stage_model
 
 logger = logging.getLogger(__name__)
@@ -57,12 +58,15 @@ UNREAD = (
     "data.train",
     "distributed.save_timeout",
     "distributed.step_timeout",
+    "model.attention",
     "model.logprob_chunk",
     "model.param_dtype",
     "model.frozen_dtype",
     "model.frozen_memory",
     "model.sharing",
     "model.remat",
+    "rollout.devices",
+    "rollout.importance_cap",
 )
 """Options of these sections that it does not read."""
 OF_FILES = ("data.cache_dir", "data.columns", "data.format", "data.prompt_tokens")
@@ -71,7 +75,7 @@ OF_A_CALL = ("temperature", "top_k", "top_p", "min_p", "stop_tokens", "stop_stri
 """Options of the section rollout that each call may change."""
 LIMIT = "max_new_tokens"
 """The column of a record that bounds its completions."""
-SLOTS = 16  # of each device over which rows are divided, unless rollout.slots says otherwise
+SLOTS = 16  # unless rollout.slots says otherwise; as many more as the devices need to divide them
 STEPS = 32  # between two looks of the host for stop strings
 QUEUE = 1024  # prompts of one run of the loop, or a few more
 WIDTH = 16  # tokens of the shortest static prompt
@@ -156,10 +160,11 @@ def read_options(
             "max_prompt_length": context_length,
             "prompt_template": prompt_template,
         },
-        "rollout": {"steps_per_call": STEPS, **rollout},
+        "rollout": {"steps_per_call": STEPS, "slots": SLOTS},
     }
     unread = UNREAD if data else (*UNREAD, *OF_FILES)
-    return command_line.read_stage(tree, list(flags), sections=SECTIONS, unread=unread)
+    of_rollout = [f"--rollout.{name}={json.dumps(value)}" for name, value in rollout.items()]
+    return command_line.read_stage(tree, [*flags, *of_rollout], sections=SECTIONS, unread=unread)
 
 
 def find_policy(model: str, flags: Sequence[str] = (), *, data: str = "", **rollout: Any) -> StoredPolicy:
@@ -285,13 +290,12 @@ class Sampler:
     """A policy on the devices, and the programs that sample from it."""
 
     def __init__(self, policy: StoredPolicy) -> None:
-        """Loads the policy. Raises ValueError where the mesh does not divide it, or rollout.slots."""
+        """Loads the policy. Raises ValueError where the mesh does not divide it."""
         self.policy = policy
-        cfg, self._axes = policy.stage.rollout, policy.stage.mesh.axes
+        self._axes = policy.stage.mesh.axes
         with axis_rules(self._axes):
             self._mesh = make_mesh(policy.stage.mesh)
             self._parts = traced_on(self._mesh, num_parts)("batch")
-            check_batch(self._mesh, cfg.slots, "rollout.slots")
             model = stage_model(policy.stage, policy.architecture)
             loaded = load_policy(policy.path, model, self._mesh, policy.stage.model.dtype)
             self._weights = decode_weights(model, self._mesh, loaded)
@@ -363,7 +367,7 @@ class Sampler:
         engine = Engine(
             num_columns=cfg.max_new_tokens,
             pad_id=cast(int, tokenizer.pad_token_id),
-            num_slots=cfg.slots or SLOTS * self._parts,
+            num_slots=-(-cfg.slots // self._parts) * self._parts,
             refill_size=cfg.refill_size,
             group_size=group_size,
             greedy=greedy,

@@ -74,7 +74,7 @@ def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
 
 
 def _usual_length(lengths: np.ndarray, number: int) -> int:
-    """Returns which length so many records seldom exceed on average: a deviation of theirs above the mean."""
+    """Returns the length that so many records have on average, and a deviation of that average more."""
     return math.ceil(lengths.mean() + lengths.std() / math.sqrt(number))
 
 

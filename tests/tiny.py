@@ -139,9 +139,10 @@ def roles(algorithm: str, on: Mesh, sharing: str = "separate") -> tuple[Params, 
     return trained, every
 
 
-def programs(of: config.StageConfig, on: Mesh, num_completion: int = 8) -> Programs:
+def programs(of: config.StageConfig, on: Mesh, num_completion: int = 8, prompt_length: int = 8) -> Programs:
     """Returns the stage's programs."""
-    return build_programs(of, ALGORITHMS[of.algorithm], model(of), on, num_completion, TokenIds(EOS, PAD))
+    ids = TokenIds(EOS, PAD)
+    return build_programs(of, ALGORITHMS[of.algorithm], model(of), on, num_completion, ids, prompt_length)
 
 
 def rows(num_rows: int = 8, length: int = 16, seed: int = 0) -> Rows:

@@ -106,14 +106,18 @@ def make_stage(algorithm: Any, **sections: Any) -> config.StageConfig:
 
 
 def tailed_lengths(num_prompts: int, longest: int, seed: int = 0) -> np.ndarray:
-    """Returns i32[Q] geometric lengths, at most `longest`, whose mean is MEAN_LENGTH of it."""
+    """Returns i32[Q] geometric lengths, at most `longest`, whose mean is MEAN_LENGTH of it.
+
+    They are the distribution's Q quantiles in an order of the seed, so that their mean is that of many more.
+    """
     target = MEAN_LENGTH * longest
     low, high = 1 / longest / 100, 1.0
     for _ in range(60):  # the mean of min(geometric(p), n) is (1 - (1 - p)^n) / p
         p = (low + high) / 2
         low, high = (p, high) if (1 - (1 - p) ** longest) / p > target else (low, p)
-    drawn = np.random.default_rng(seed).geometric(low, num_prompts)
-    return np.minimum(drawn, longest).astype(np.int32)
+    shares = (np.random.default_rng(seed).permutation(num_prompts) + 0.5) / num_prompts
+    quantiles = np.ceil(np.log1p(-shares) / np.log1p(-low))
+    return np.clip(quantiles, 1, longest).astype(np.int32)
 
 
 class Bench:
@@ -167,15 +171,16 @@ class Bench:
 
         def rollout(params: Params, frozen: Params, prompts: Prompts, key: Array) -> Rollout:
             limits = tailed_lengths(self.args.batch, self.args.new, seed=len(self.made))
-            self.made.append(limits)
-            return compiled(params, frozen, prompts, key, limits)
+            made = compiled(params, frozen, prompts, key, limits)
+            self.made.append(np.asarray(made.rows.lengths - made.rows.prompt_lengths))
+            return made
 
         return rollout
 
     @property
     def mean_new(self) -> float:
-        """Returns the tokens of a completion on average."""
-        return float(np.mean(self.made)) if self.made else float(self.args.new)
+        """Returns the tokens of a completion on average, of as many rollouts as are measured."""
+        return float(np.mean(self.made[-self.args.steps :])) if self.made else float(self.args.new)
 
     def weights(self, role: str, seed: int) -> Params:
         """Returns random parameters of a role."""

@@ -141,7 +141,11 @@ def flash_lack(
         )
     if softcap:
         return f"cuDNN has no kernel that caps scores, as this model does at {softcap}"
-    return "cuDNN has no kernel for rows of several sequences (data.packing)" if is_packed else ""
+    return (
+        "cuDNN has no kernel for rows of several sequences (data.packing, ppo.sequences_per_row)"
+        if is_packed
+        else ""
+    )
 
 
 def splash_attention(

@@ -118,7 +118,7 @@ def run_to_end(
         is_going = bool(np.asarray(slots.going))
         if watch is not None:
             stops = watch(*gathered((slots.done.tokens, slots.done.lengths)))
-            slots = end(slots, stops) if stops.any() else slots
+            slots = end(slots, stops)  # also where none is met: nothing is compiled later than at first
         if not is_going:
             return slots
         watchdog.beat()

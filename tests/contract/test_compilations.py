@@ -27,9 +27,10 @@ checkpoint: {{every: 1}}  # the first save slices what several devices hold
 ppo: {{num_iterations: 6, batch_size: 16, num_minibatches: 2, num_epochs: 2, eval_every: 3}}
 """
 PACKED = ["--ppo.sequences_per_row", "2", "--ppo.length_buckets", "3"]
+ELSEWHERE = ["--rollout.devices", "2", "--rollout.stop_strings", "[e]"]
 
 
-@pytest.mark.parametrize("flags", [[], PACKED], ids=["rows of one", "packed rows"])
+@pytest.mark.parametrize("flags", [[], PACKED, ELSEWHERE], ids=["rows of one", "packed", "asynchronous"])
 def test_nothing_is_compiled_after_the_second_iteration(flags, tmp_path, caplog):
     (tmp_path / "run.yaml").write_text(RUN.format(dir=tmp_path / "run"))
     config, _ = read_command_line(["--config", str(tmp_path / "run.yaml"), *flags])

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax.batch import Rollout, Rows
 from rlhf_jax.metrics import to_host
+from rlhf_jax.ops.packed_rows import RowLayout
 from tests import tiny
 from tests.contract.test_algorithms import GRADIENT, VALUE, assert_same, policy_batch, updated
 
@@ -62,14 +63,15 @@ def test_devices_change_nothing():
 
 
 @functools.cache
-def programs_of(missing_eos="none", **layout):
-    settings = {"num_epochs": 2, "num_minibatches": 2, "missing_eos": missing_eos} | layout
-    return tiny.programs(tiny.stage("ppo", settings=settings), tiny.mesh())
+def programs_of(**settings):
+    """Buckets are made for prompts of four tokens."""
+    settings = {"num_epochs": 2, "num_minibatches": 2, "missing_eos": "mask"} | settings
+    return tiny.programs(tiny.stage("ppo", settings=settings), tiny.mesh(), prompt_length=4)
 
 
-def iteration(rollout, **options):
+def iteration(rollout, **settings):
     """Returns what is said of a rollout, the parameters after the update, and all metrics."""
-    programs = programs_of(**options)
+    programs = programs_of(**settings)
     trained, frozen = tiny.roles("ppo", tiny.mesh())
     state = programs.init_state(trained)
     scored, told = programs.score(state.params, frozen, rollout)
@@ -78,12 +80,25 @@ def iteration(rollout, **options):
     return jax.device_get(scored), jax.device_get(state.params), to_host(told | more | metrics)
 
 
-def test_an_iteration_with_epochs_and_minibatches():
+@pytest.mark.parametrize(
+    ("sequences_per_row", "is_short"),
+    [(1, True), pytest.param(1, False, marks=pytest.mark.slow), (2, True), (2, False)],
+)
+def test_an_iteration_with_epochs_and_minibatches(sequences_per_row, is_short):
     """Scores, the same minibatches, the parameters that they lead to, and every metric; rows are left out."""
     rows = tiny.rows()
+    if is_short:
+        prompt_lengths = jnp.minimum(rows.prompt_lengths, 4)
+        completions = jnp.minimum(rows.lengths - rows.prompt_lengths, 3)
+        rows = Rows(rows.tokens, prompt_lengths, prompt_lengths + completions)
+    planned = RowLayout(
+        sequences_per_row=sequences_per_row, length_buckets=2, num_completion=8, prompt_length=4
+    )
+    width = planned.in_short_rows(rows, lambda at: jnp.int32(at.rung.width))
+    assert width == sequences_per_row * (8 if is_short else 16)
     rollout = Rollout(rows, jnp.arange(8) % 3 != 1, jnp.where(rows.completion_mask, -4.0, 1e6))
-    found = iteration(rollout, missing_eos="mask", sequences_per_row=2, length_buckets=2)
-    expected = iteration(rollout, missing_eos="mask")
+    found = iteration(rollout, sequences_per_row=sequences_per_row, length_buckets=2)
+    expected = iteration(rollout)
     for field in ("old_logprobs", "ref_logprobs", "values", "scores"):
         ours, theirs = getattr(found[0], field), getattr(expected[0], field)
         np.testing.assert_allclose(ours, theirs, atol=VALUE * max(1, np.abs(theirs).max()), err_msg=field)

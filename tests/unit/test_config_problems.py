@@ -577,6 +577,12 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
             "rollout.devices: must be 0 where mesh.slice is not 1, got 2 for 2",
         ),
         (
+            PPO_ONLY
+            + FUNCTION
+            + "rollout: {devices: 2}\nppo: {kl_controller: adaptive, kl_target: 6.0, kl_horizon: 100}",
+            "ppo.kl_controller: must be fixed where rollout.devices is not 0, as the KL of the rollout is then",
+        ),
+        (
             PPO_ONLY + FUNCTION + "data: {max_length: 99}",
             "data.max_length: would be ignored: ppo has max_prompt_length and rollout.max_new_tokens",
         ),
@@ -692,6 +698,7 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
         "--model.attention=xla",
         "--model.logprob_chunk=64",
         "--ppo.sequences_per_row=2",
+        "--ppo.microbatch_size=4",
         "--rollout.slots=8",
         "--rollout.refill_size=2",
         "--rollout.steps_per_call=4",
@@ -707,7 +714,13 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
     )
     fewer = CHAIN.replace("  - {name: ppo, algorithm: ppo, from: sft, reward_from: reward}\n", "")
     assert "stages.ppo.from was 'sft', is null" in problems(fewer)[0]
-    (tmp_path / "run" / "config.yaml").write_text("a: 1\na: 2\n")
+    saved = tmp_path / "run" / "config.yaml"
+    older = saved.read_text().replace("    devices: 0\n", "").replace("    sequences_per_row: 1\n", "")
+    assert older != saved.read_text()
+    saved.write_text(older)  # of a run that began before there were these options
+    assert problems(CHAIN) == []
+    assert "stages.ppo.rollout.devices was 0, is 2" in problems(CHAIN, "--rollout.devices=2")[0]
+    saved.write_text("a: 1\na: 2\n")
     assert problems(CHAIN)[0].endswith("config.yaml:2: key 'a' is given twice; choose another run.dir")
 
 

@@ -107,7 +107,7 @@ def test_the_host_works_before_it_waits_for_the_update(tmp_path, monkeypatch):
         def source(self, state, position, key):
             events.append(f"source {position}")
             made = super().source(state, position, key)
-            return made._replace(meanwhile=lambda: events.append(f"prompts {made.position}"))
+            return made._replace(meanwhile=lambda: events.append(f"prompts {made.position}") or (None, {}))
 
         def update(self, state, frozen, step, key):
             events.append(f"update {step}")
