@@ -580,7 +580,7 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
             PPO_ONLY
             + FUNCTION
             + "rollout: {devices: 2}\nppo: {kl_controller: adaptive, kl_target: 6.0, kl_horizon: 100}",
-            "ppo.kl_controller: must be fixed where rollout.devices is not 0, as the KL of the rollout is then",
+            "ppo.kl_controller: must be fixed where rollout.devices is not 0, as the KL of the rollout is",
         ),
         (
             PPO_ONLY + FUNCTION + "data: {max_length: 99}",
