@@ -205,8 +205,8 @@ class Trainer:
         found["perf/compilations"] += self._newly_compiled() if evaluated else 0
         if found["perf/compilations"] > 0 and step > self._may_compile_until:
             logger.warning(
-                "stage %s, step %d: %d programs were compiled, though nothing is new: some shape or type "
-                "changes from step to step, which costs time; JAX_LOG_COMPILES=1 names them",
+                "stage %s, step %d: %d programs were compiled, which costs time: after the second step some "
+                "shape or type is new; JAX_LOG_COMPILES=1 names them",
                 self._stage.name,
                 step,
                 found["perf/compilations"],

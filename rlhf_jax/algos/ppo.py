@@ -60,8 +60,11 @@ def clipped_value_loss(values: Array, batch: PolicyBatch, clip_eps: float) -> tu
     near_old = old_values + jnp.clip(values - old_values, -clip_eps, clip_eps)
     plain = jnp.square(values - returns)
     clipped = jnp.square(near_old - returns)
+    binds = (clipped > plain) & (
+        jnp.abs(values - old_values) > clip_eps
+    )  # else both are equal but for rounding
     return masked(0.5 * jnp.maximum(plain, clipped), mask), {
-        "value/clip_frac": masked(jnp.float32(clipped > plain), mask)
+        "value/clip_frac": masked(jnp.float32(binds), mask)
     }
 
 

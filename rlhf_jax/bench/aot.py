@@ -122,7 +122,7 @@ def lower_shape(
     make_batch = Prompts if is_online else Rows
     batch = make_batch(*(cast(Array, ShapeDtypeStruct(x, jnp.int32)) for x in (tokens, lengths, lengths)))
     num_completion = new if is_online else length
-    programs = build_programs(stage, algorithm, model, mesh, num_completion, NEVER)
+    programs = build_programs(stage, algorithm, model, mesh, num_completion, NEVER, length - new)
     return lower_programs(programs, stage, role_parts(stage, algorithm), model, mesh, batch)
 
 

@@ -52,7 +52,7 @@ def measure(
     shapes = ((num_rows, length - new), (num_rows,), (num_rows,))
     prompts = Prompts(*(cast(Array, ShapeDtypeStruct(x, jnp.int32)) for x in shapes))
     parts = role_parts(stage, algorithm)
-    built = build_programs(stage, algorithm, model, mesh, new, NEVER)
+    built = build_programs(stage, algorithm, model, mesh, new, NEVER, length - new)
     trained, frozen = abstract_roles(stage, parts, model, mesh)
     state = cast(Any, built.init_state).eval_shape(trained)
     found = {"state": of_one_device(state), "frozen": of_one_device(frozen)}

@@ -122,7 +122,11 @@ def test_the_kernel_runs_on_the_rows_and_heads_of_each_device(monkeypatch):
             "cuDNN's kernel takes heads of up to 128 numbers, in multiples of 8, on this ",
         ),
         ("gpu", {"softcap": 2.0}, "cuDNN has no kernel that caps scores, as this model does at 2.0"),
-        ("gpu", {"is_packed": True}, "cuDNN has no kernel for rows of several sequences (data.packing)"),
+        (
+            "gpu",
+            {"is_packed": True},
+            "cuDNN has no kernel for rows of several sequences (data.packing, ppo.sequences_per_row)",
+        ),
         ("cpu", {}, "there is no kernel for a cpu"),
     ],
 )
