@@ -320,7 +320,8 @@ class RolloutConfig:
     stop_tokens: tuple[int | str, ...] = ()
     """Tokens of the vocabulary, by name or id, that end a completion as EOS does."""
     stop_strings: tuple[str, ...] = ()
-    """A completion ends with the token that completes the first of these in its text."""
+    """A completion ends with the token that completes the first of these in its text. They are looked for
+    whenever the program returns to the host, see steps_per_call."""
     slots: Count = 0
     """Completions that are sampled at once, over all devices, which divide them; where one ends, another
     prompt's takes its place. 0, or the batch and more: all of the batch, until the longest has ended."""
