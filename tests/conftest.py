@@ -65,6 +65,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped():
+    """Drops compiled programs behind a module where they take much of what a process may map.
+
+    On a CPU a program has many mappings; beyond Linux's limit of 65530 XLA would end by a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Returns the directory of the real checkpoints and texts that some tests read."""
