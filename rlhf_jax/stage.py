@@ -70,7 +70,9 @@ def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
     prompt_length = _usual_length(plan.train.lengths, getattr(stage.settings, "sequences_per_row", 1))
     programs = build_programs(stage, algorithm, model, mesh, num_completion, ids, prompt_length)
     stops = read_stop_strings(stage.rollout, plan.tokenizer)
-    return model, programs._replace(rollout=programs.rollout._replace(stops=stops))
+    if stops is not None:
+        programs = programs._replace(rollout=programs.rollout._replace(stops=stops))
+    return model, programs
 
 
 def _usual_length(lengths: np.ndarray, number: int) -> int:

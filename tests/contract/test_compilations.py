@@ -27,7 +27,7 @@ checkpoint: {{every: 1}}  # the first save slices what several devices hold
 ppo: {{num_iterations: 6, batch_size: 16, num_minibatches: 2, num_epochs: 2, eval_every: 3}}
 """
 PACKED = ["--ppo.sequences_per_row", "2", "--ppo.length_buckets", "3"]
-ELSEWHERE = ["--rollout.devices", "2", "--rollout.stop_strings", "[e]"]
+ELSEWHERE = ["--rollout.devices", "4", "--rollout.stop_strings", "[e]"]
 
 
 @pytest.mark.parametrize("flags", [[], PACKED, ELSEWHERE], ids=["rows of one", "packed", "asynchronous"])
