@@ -1,4 +1,4 @@
-"""Whether the options of a configuration fit each other, the files they name, and an earlier run.
+"""Whether the options of a configuration fit each other, and the files they name.
 
 Each check yields lines `path: what is wrong, with the value, what is allowed and the fix`. A line names all
 options that it rests on, those of other sections as section.option, so that what only follows from an option
@@ -13,36 +13,26 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from rlhf_jax import strict_yaml
 from rlhf_jax.axes import axis_problems, axis_table
 from rlhf_jax.config import (
     LARGEST_INT,
     PATH_OPTIONS,
     RESERVED_NAMES,
-    Config,
     DataConfig,
     LoraConfig,
     PPOConfig,
     RewardModelConfig,
     StageConfig,
 )
-from rlhf_jax.config_file import Resolved, Where, dump_config, ignored, resolve
+from rlhf_jax.config_file import Resolved, Where, ignored
 from rlhf_jax.data.columns import SERVES, Kind
 from rlhf_jax.data.records import PROMPT
 from rlhf_jax.data.sources import local_path
 from rlhf_jax.models.hub import PREFIX, is_hub, split_name
-from rlhf_jax.options import did_you_mean, show
+from rlhf_jax.options import did_you_mean
 from rlhf_jax.rewards.functions import load_function
-
-MAY_DIFFER = re.compile(
-    r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates)$|mesh\.|distributed\.|"
-    r"stages\.[^.]+\.(checkpoint\.|data\.cache_dir$|"
-    r"model\.(frozen_memory|remat|attention|logprob_chunk)$|rollout\.(slots|refill_size|steps_per_call)$|"
-    r"(sft|reward_model|ppo)\.microbatch_size$|ppo\.(sequences_per_row|length_buckets)$)",
-)
-"""Options that may change between a run's start and its resumption: what is computed stays the same."""
+from rlhf_jax.run_directory import check_run_directory
 
 KINDS: dict[str, Kind] = {"sft": "prompt_completion", "reward_model": "preference", "ppo": "prompt_only"}
 """What an algorithm reads (the registry of algorithms says so too; a test compares them)."""
@@ -504,57 +494,6 @@ def check_ignored(resolved: Resolved, file_alone: Resolved) -> Iterator[str]:
         whole = len(alike) > 1 and all(idle.get(w) == why and not by_flag(w) for w in alike)
         path = (f"stages.{stage}.{section}" if stage else section) if whole else resolved.path_of(where)
         yield f"{path}: would be ignored: {why}"
-
-
-def check_run_directory(cfg: Config) -> Iterator[str]:
-    """Yields that the directory is no run's, or of another configuration, with the options that differ."""
-    directory = cfg.run.dir
-    if Path(directory).exists() and not Path(directory).is_dir():
-        yield f"run.dir: {directory!r} is not a directory"
-        return
-    saved = Path(directory) / "config.yaml"
-    if not saved.is_file():
-        return
-    try:
-        tree = strict_yaml.load(saved.read_text(encoding="utf-8"), str(saved))
-    except UnicodeDecodeError:
-        tree = None
-    except ValueError as error:
-        yield f"run.dir: {error}; choose another run.dir"
-        return
-    if not isinstance(tree, dict) or not {"run", "stages"} <= tree.keys():
-        yield f"run.dir: {str(saved)!r} is no run's configuration; choose another run.dir"
-        return
-    stored = resolve(tree)  # an option that is newer than the run had its default there
-    there = _flat(tree if stored.problems else strict_yaml.load(dump_config(stored.config), str(saved)))
-    here = _flat(strict_yaml.load(dump_config(cfg), "this configuration"))
-    differing = [
-        key
-        for key in [*here, *(there.keys() - here.keys())]
-        if here.get(key) != there.get(key) and not MAY_DIFFER.match(key)
-    ]
-    if differing:
-        shown = [
-            f"{key} was {show(there.get(key))}, is {show(here.get(key))}" for key in sorted(differing)[:8]
-        ]
-        more = f"; and {len(differing) - 8} more" if len(differing) > 8 else ""
-        yield (
-            f"run.dir: {directory!r} belongs to a run of another configuration: {'; '.join(shown)}{more}; "
-            "choose another run.dir, or the configuration that it was started with to resume it"
-        )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns {path: value} of a tree; stages go by their names, and lora.targets have one order."""
-    if isinstance(tree, list) and prefix == "stages.":
-        tree = {str(entry.get("name")): entry for entry in tree if isinstance(entry, dict)}
-    if isinstance(tree, list) and prefix.endswith(".lora.targets."):
-        tree = sorted(map(str, tree))
-    if not isinstance(tree, dict):
-        return {prefix.removesuffix("."): tree}
-    return {
-        path: value for key, item in tree.items() for path, value in _flat(item, f"{prefix}{key}.").items()
-    }
 
 
 def _speaks_of(line: str, option: str) -> bool:

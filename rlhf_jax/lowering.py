@@ -17,7 +17,8 @@ from rlhf_jax.data.loader import Loader
 from rlhf_jax.models.forward import policy_parts
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import Parts, Programs, part_structs, weight_shardings
+from rlhf_jax.programs import Programs
+from rlhf_jax.role_parts import Parts, part_structs, weight_shardings
 from rlhf_jax.rollout.slots import slot_shardings
 from rlhf_jax.sharding import batch_sharding, placed_structs, replicated, stage_meshes
 from rlhf_jax.stage import stage_programs

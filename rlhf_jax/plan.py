@@ -39,9 +39,10 @@ from rlhf_jax.origins import (
     reward_adapter_info,
     stored_architecture,
 )
-from rlhf_jax.programs import Parts, part_shardings, role_parts, role_shardings, rows_per_unit
+from rlhf_jax.programs import rows_per_unit
 from rlhf_jax.reward_origin import External, external_reward
 from rlhf_jax.rewards.functions import RewardFunction, load_function
+from rlhf_jax.role_parts import Parts, part_shardings, role_parts, role_shardings
 from rlhf_jax.rollout.stops import read_stop_ids, read_stop_strings
 from rlhf_jax.run_tokenizer import check_vocabulary
 from rlhf_jax.sharding import check_batch, compute_capability, stage_meshes

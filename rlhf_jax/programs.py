@@ -6,37 +6,32 @@ for a whole stage, so that each is compiled once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from rlhf_jax.algos.algorithm import Algorithm
-from rlhf_jax.batch import Max, Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
+from rlhf_jax.batch import Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
 from rlhf_jax.config import LARGEST_INT, PPOConfig, StageConfig
 from rlhf_jax.models.forward import make_forward, policy_parts
-from rlhf_jax.models.kv_cache import DecodeWeights, by_layer, cast_to_decode, unstack
-from rlhf_jax.models.transformer import POLICY, SCORER, Model
+from rlhf_jax.models.kv_cache import DecodeWeights, cast_to_decode, unstack
+from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.importance import importance_weights
-from rlhf_jax.ops.kl import log_ratio, sequence_kl
-from rlhf_jax.ops.masking import masked, masked_mean, masked_var, told_of_any
 from rlhf_jax.ops.packed_rows import RowLayout
-from rlhf_jax.optim import make_optimizer, map_moments
+from rlhf_jax.optim import make_optimizer
+from rlhf_jax.role_parts import role_parts, state_shardings, weight_shardings
 from rlhf_jax.rollout.generate import RolloutPrograms, assemble, make_queue
 from rlhf_jax.rollout.sampling import Sampling, read_sampling
 from rlhf_jax.rollout.slots import Completions, Engine, Queue, Slots
-from rlhf_jax.scoring import score_rollout
+from rlhf_jax.scoring import rollout_metrics, score_metrics, score_rollout
 from rlhf_jax.sharding import (
     Memory,
     batch_sharding,
-    decode_shardings,
-    in_memory,
-    param_shardings,
-    placed_structs,
     replicated,
     traced_on,
 )
@@ -78,82 +73,6 @@ def rows_per_unit(stage: StageConfig, algorithm: Algorithm) -> int:
     return 1 if stage.data.packing else algorithm.rows_per_record
 
 
-Parts = dict[str, tuple[str, ...]]
-"""By role: which of trunk, lm_head, score_head and adapter its tree holds."""
-
-
-def role_parts(stage: StageConfig, algorithm: Algorithm, *, reward_is_whole: bool = False) -> Parts:
-    """Returns the parts of each role, and of the frozen `base` where roles are adapters on one.
-
-    A trunk that a role lacks is the base's; a value model's without a base is the policy's. The reference of
-    a base is the base alone, and has no tree.
-
-    Args:
-        stage: lora.rank and model.sharing decide.
-        algorithm: of the stage.
-        reward_is_whole: the frozen reward model was trained without adapters.
-    """
-    has_base = stage.lora.rank >= 1
-    parts: Parts = {}
-    for role in (*algorithm.trains, *algorithm.reads):
-        own_trunk = not has_base or (role == "reward" and role in algorithm.reads and reward_is_whole)
-        if role in ("value", "reward"):
-            shares = role == "value" and stage.model.sharing == "trunk"
-            parts[role] = ("score_head",) if shares else SCORER if own_trunk else ("adapter", "score_head")
-        elif own_trunk or role == "policy":
-            parts[role] = POLICY if own_trunk else ("adapter",)
-    if has_base:
-        parts["base"] = POLICY if "policy" in algorithm.trains else ("trunk",)
-    return parts
-
-
-def part_shardings(model: Model, mesh: Mesh, parts: Iterable[str]) -> Params:
-    """Returns the sharding of every parameter of these parts, of those that the model has."""
-    parts = tuple(parts)
-    return param_shardings(mesh, model.axes_of(parts), model.shapes_of(parts))
-
-
-def part_structs(
-    model: Model, mesh: Mesh, parts: Iterable[str], dtype: str = "float32", memory: Memory = "device"
-) -> Params:
-    """Returns shape structs of the parameters of these parts, of those that the model has, with shardings.
-
-    Args:
-        model: the transformer.
-        mesh: where they lie.
-        parts: see `Parts`.
-        dtype: of trunk and LM head; heads of scores and adapters are float32.
-        memory: where they lie if a trunk is among them; adapters and heads alone are on the devices.
-    """
-    shapes = model.shapes_of(parts)
-    shardings = part_shardings(model, mesh, shapes)
-    if "trunk" in shapes:
-        shardings = in_memory(shardings, memory)
-
-    def structs(part: str) -> Params:
-        to = dtype if part in POLICY else "float32"
-        typed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, to), shapes[part])
-        return placed_structs(typed, shardings[part])
-
-    return {part: structs(part) for part in shapes}
-
-
-def role_shardings(model: Model, mesh: Mesh, role: str) -> Params:
-    """Returns the sharding of every parameter of a role that is a model of its own."""
-    return part_shardings(model, mesh, SCORER if role in ("value", "reward") else POLICY)
-
-
-def weight_shardings(model: Model, mesh: Mesh, policy_parts: Iterable[str]) -> DecodeWeights:
-    """Returns the sharding of each of the weights that decoding reads."""
-    parts = tuple(policy_parts)
-    stacked = decode_shardings(mesh, model.axes_of(parts), model.shapes_of(parts))
-
-    def of_layer(_: int, sharding: NamedSharding) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
-
-    return by_layer(stacked, of_layer, model.architecture, model.lora)
-
-
 def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
     """Returns an optimiser per trained role; the schedule counts optimiser steps."""
     settings = stage.settings
@@ -163,37 +82,6 @@ def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
         role: make_optimizer(stage.optimizer, num_steps, rates.get(role), eps=algorithm.adam_eps)
         for role in algorithm.trains
     }
-
-
-def state_shardings(
-    model: Model, mesh: Mesh, parts: Parts, init: Callable[[Params], TrainState], roles: Iterable[str]
-) -> TrainState:
-    """Returns the sharding of every leaf of the train state.
-
-    What an optimiser keeps of a parameter lies as the parameter does, where it has its shape. The rest is on
-    every device: counts, and the rows and columns of factored second moments, a thousandth of the matrices.
-
-    Args:
-        model: the transformer.
-        mesh: where it all lies.
-        parts: of each role.
-        init: makes the state of parameters by role.
-        roles: that are trained.
-    """
-    shapes = {role: model.shapes_of(parts[role]) for role in roles}
-    params = {role: part_shardings(model, mesh, parts[role]) for role in shapes}
-    state = jax.eval_shape(init, shapes)
-    everywhere = jax.tree.map(lambda _: replicated(mesh), state)
-
-    def beside(leaf: Array, param: jax.ShapeDtypeStruct) -> NamedSharding:
-        assert isinstance(param.sharding, NamedSharding)
-        return param.sharding if leaf.shape == param.shape else replicated(mesh)
-
-    def opt_state(role: str) -> Params:
-        lying = placed_structs(shapes[role], params[role])
-        return map_moments(beside, lambda _: replicated(mesh), state.opt_state[role], lying)
-
-    return everywhere._replace(params=params, opt_state={role: opt_state(role) for role in shapes})
 
 
 def row_layout(stage: StageConfig, num_completion: int, prompt_length: int) -> RowLayout | None:
@@ -384,51 +272,3 @@ def _compiled(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
 def _constrain(tree: Any, sharding: NamedSharding) -> Any:
     """Lays the leading axis of every array over the batch axes of the mesh."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
-
-
-def rollout_metrics(scored: Scored, rows_counted: Array, *, is_own: bool = True) -> Metrics:
-    """Returns what can be told before the host's judges have spoken: KL, lengths, EOS, the sampler's gap.
-
-    Args:
-        scored: a rollout that the models have scored.
-        rows_counted: bool[B]; the others, fillings and rows that the missing-EOS rule leaves out, count only
-            in the share of completions that ended.
-        is_own: the scored policy itself has sampled. Else the KL is that of the one which did.
-    """
-    rollout, rows = scored.rollout, scored.rollout.rows
-    mask = rows.completion_mask & rows_counted[:, None]
-    lengths = _lengths(rows)
-    logprobs = scored.old_logprobs if is_own else rollout.sampler_logprobs
-    gap = jnp.abs(jnp.where(mask, rollout.sampler_logprobs - scored.old_logprobs, 0.0))
-    return {
-        "policy/kl": sequence_kl(logprobs, scored.ref_logprobs, mask),
-        "policy/kl_per_token": masked(logprobs - scored.ref_logprobs, mask),
-        "policy/nll": masked(-scored.old_logprobs, mask),
-        "policy/ref_nll": masked(-scored.ref_logprobs, mask),
-        "policy/sampler_gap": masked(gap, mask),
-        "policy/sampler_gap_max": Max(jnp.max(gap)),
-        "policy/sampler_ratio": masked(
-            jnp.exp(log_ratio(scored.old_logprobs, rollout.sampler_logprobs, mask)), mask
-        ),
-        "rollout/length": masked(lengths, rows_counted),
-        "rollout/eos_rate": masked(jnp.float32(rollout.ended), rows.sequence_mask),
-        "perf/tokens": jnp.sum(lengths),
-    }
-
-
-def score_metrics(scored: Scored, rows_counted: Array) -> Metrics:
-    """Returns mean and deviation of the scores, and their correlation with the length of the completion."""
-    scores, lengths = scored.scores, _lengths(scored.rollout.rows)
-    variance, length_variance = masked_var(scores, rows_counted), masked_var(lengths, rows_counted)
-    centred = (scores - masked_mean(scores, rows_counted)) * (lengths - masked_mean(lengths, rows_counted))
-    spread = jnp.sqrt(variance * length_variance)
-    correlation = masked_mean(centred, rows_counted) / jnp.where(spread == 0, 1.0, spread)
-    return {
-        "reward/score": masked(scores, rows_counted),
-        "reward/score_std": told_of_any(jnp.sqrt(variance), rows_counted),
-        "reward/length_correlation": told_of_any(correlation, rows_counted),
-    }
-
-
-def _lengths(rows: Rows) -> Array:
-    return jnp.where(rows.sequence_mask, rows.lengths - rows.prompt_lengths, 0).astype(jnp.float32)

@@ -29,7 +29,7 @@ from rlhf_jax.origins import (
     reward_adapter_info,
     stored_adapters,
 )
-from rlhf_jax.programs import part_shardings, part_structs, role_parts, role_shardings
+from rlhf_jax.role_parts import part_shardings, part_structs, role_parts, role_shardings
 from rlhf_jax.sharding import Memory, in_memory
 
 

@@ -24,12 +24,10 @@ from rlhf_jax.agreement import check_alike, ended_with
 from rlhf_jax.data.columns import Content
 from rlhf_jax.files import replace_file, to_json
 from rlhf_jax.origins import fingerprint
-from rlhf_jax.sampler import (
-    Completion,
+from rlhf_jax.sampler import Completion, Sampler, check_call
+from rlhf_jax.stored_policy import (
     Requests,
-    Sampler,
     StoredPolicy,
-    check_call,
     find_policy,
     read_file,
     read_options,
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="Options of rollout, data, model, tokenizer, mesh and distributed are given as for\n"
         "rlhf_jax.train, such as --rollout.temperature 0.7, --rollout.max_new_tokens 128,\n"
         "--rollout.stop_strings '[\"Customer:\"]', --data.columns.prompt question. By default\n"
-        "rollout.slots is 16 of each device, and rollout.steps_per_call 32.",
+        "rollout.slots is 16, and rollout.steps_per_call 32.",
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,
     )

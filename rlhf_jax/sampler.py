@@ -13,97 +13,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 
-from rlhf_jax import command_line, keys
-from rlhf_jax.checkpoint import load_info
-from rlhf_jax.config import LARGEST_INT, RolloutConfig, StageConfig
+from rlhf_jax import keys
+from rlhf_jax.config import RolloutConfig
 from rlhf_jax.data.collate import collate_prompts
 from rlhf_jax.data.columns import Content
-from rlhf_jax.data.examples import load_records, tokenize_records
-from rlhf_jax.data.records import PromptOnly, in_template
-from rlhf_jax.data.tokenize import stop_id, text_difference, text_settings
-from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
-from rlhf_jax.export import last_policy, read_run_config
-from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.models.hub import local_directory
-from rlhf_jax.options import OPTIONS, did_you_mean, show
-from rlhf_jax.origins import is_stage_dir, stored_architecture
-from rlhf_jax.plan import TEXT_OF_MODEL
+from rlhf_jax.options import OPTIONS, did_you_mean
 from rlhf_jax.programs import decode_weights, sampling_programs
 from rlhf_jax.roles import load_policy
 from rlhf_jax.rollout.generate import run_to_end
 from rlhf_jax.rollout.sampling import Sampling, read_sampling
 from rlhf_jax.rollout.slots import Completions, Engine, Queue, Slots
 from rlhf_jax.rollout.stops import StopStrings, StopWatch, read_stop_ids, read_stop_strings
-from rlhf_jax.run_tokenizer import check_vocabulary, tokenizer_dir
 from rlhf_jax.sharding import axis_rules, gathered, make_mesh, num_parts, place_rows, traced_on
 from rlhf_jax.stage import stage_model
+from rlhf_jax.stored_policy import Requests, StoredPolicy, find_policy, read_limit, read_prompts
 
-logger = logging.getLogger(__name__)
-
-SECTIONS = ("rollout", "data", "model", "tokenizer", "mesh", "distributed")
-"""Sections of the configuration that sampling reads."""
-UNREAD = (
-    "data.eval",
-    "data.length_buckets",
-    "data.max_eval_records",
-    "data.train",
-    "distributed.save_timeout",
-    "distributed.step_timeout",
-    "model.attention",
-    "model.logprob_chunk",
-    "model.param_dtype",
-    "model.frozen_dtype",
-    "model.frozen_memory",
-    "model.sharing",
-    "model.remat",
-    "rollout.devices",
-    "rollout.importance_cap",
-)
-"""Options of these sections that it does not read."""
-OF_FILES = ("data.cache_dir", "data.columns", "data.format", "data.prompt_tokens")
-"""Options that only a file of prompts needs."""
 OF_A_CALL = ("temperature", "top_k", "top_p", "min_p", "stop_tokens", "stop_strings")
 """Options of the section rollout that each call may change."""
-LIMIT = "max_new_tokens"
-"""The column of a record that bounds its completions."""
-SLOTS = 16  # unless rollout.slots says otherwise; as many more as the devices need to divide them
-STEPS = 32  # between two looks of the host for stop strings
 QUEUE = 1024  # prompts of one run of the loop, or a few more
 WIDTH = 16  # tokens of the shortest static prompt
 STOPS = 8  # the static number of stop tokens is a multiple of it
-
-
-class StoredPolicy(NamedTuple):
-    """A policy in a directory, and how it is to be sampled: what the host can tell before it is loaded."""
-
-    path: Path
-    """RUN/STAGE, or a Hugging Face directory."""
-    architecture: Architecture
-    tokenizer: Tokenizer
-    stage: StageConfig
-    """Its sections are those of SECTIONS."""
-    text: Mapping[str, Any]
-    """How the text was treated that it was trained on; empty where no stage tells."""
-
-
-class Requests(NamedTuple):
-    """Prompts in tokens."""
-
-    prompts: list[Content]
-    ids: list[list[int]]
-    limits: list[int | None]
-    """The most tokens of each one's completions, where its record says so."""
-    stop: int
-    """The token that ends completions of such prompts."""
 
 
 class Completion(NamedTuple):
@@ -126,164 +61,6 @@ class Completion(NamedTuple):
     def mean_logprob(self) -> float:
         """Returns the mean over the tokens, in nats."""
         return float(np.mean(self.logprobs))
-
-
-def read_options(
-    model: str,
-    flags: Sequence[str] = (),
-    *,
-    data: str = "",
-    context_length: int = LARGEST_INT,
-    prompt_template: str = "",
-    **rollout: Any,
-) -> StageConfig:
-    """Returns the options of sampling: those given, over the defaults.
-
-    Args:
-        model: named in messages alone.
-        flags: `--section.option value`.
-        data: a file of prompts, in the notation of data.train; empty: they are given in another way.
-        context_length: of the model.
-        prompt_template: that the model was trained with.
-        rollout: options of that section.
-
-    Raises:
-        ValueError: options that are unknown, wrong, or would be ignored; all of them.
-    """
-    tree: dict[str, Any] = {
-        "run": {"dir": "."},
-        "stages": [{"name": "sample", "algorithm": "ppo", "from": model}],
-        "data": {
-            "train": data or "-",
-            "eval": data or "-",
-            "max_eval_records": LARGEST_INT,
-            "max_prompt_length": context_length,
-            "prompt_template": prompt_template,
-        },
-        "rollout": {"steps_per_call": STEPS, "slots": SLOTS},
-    }
-    unread = UNREAD if data else (*UNREAD, *OF_FILES)
-    of_rollout = [f"--rollout.{name}={json.dumps(value)}" for name, value in rollout.items()]
-    return command_line.read_stage(tree, [*flags, *of_rollout], sections=SECTIONS, unread=unread)
-
-
-def find_policy(model: str, flags: Sequence[str] = (), *, data: str = "", **rollout: Any) -> StoredPolicy:
-    """Returns the policy of a directory; of a run the last that it trained. Arguments as in `read_options`.
-
-    Args:
-        model: a run, RUN/STAGE, a Hugging Face directory, or hub:OWNER/NAME[@REVISION].
-
-    Raises:
-        ValueError: options that are wrong, no policy there, or a tokenizer that is not its own.
-    """
-    read_options(model, flags, data=data, **rollout)  # what is wrong with these is told first
-    path = local_directory(model)
-    if not is_stage_dir(path) and (path / "config.yaml").is_file():
-        name = last_policy(read_run_config(path))
-        if not name:
-            raise ValueError(f"{path} has no stage that trains a policy, which alone can be sampled")
-        path = path / name
-        if not is_stage_dir(path):
-            raise ValueError(f"{path} holds no checkpoint yet; name a stage of that run which does")
-    architecture = stored_architecture(path, "policy")
-    is_stage = is_stage_dir(path)
-    text = load_info(path)["text"] if is_stage else {}
-    stage = read_options(
-        model,
-        flags,
-        data=data,
-        context_length=architecture.context_length,
-        prompt_template=text.get("prompt_template") or "",
-        **rollout,
-    )
-    tokenizer = load_tokenizer(stage.tokenizer, str(tokenizer_dir(path) if is_stage else path))
-    check_vocabulary(path, tokenizer, stage.tokenizer, architecture)
-    read_stop_ids(stage.rollout, tokenizer)
-    read_stop_strings(stage.rollout, tokenizer)
-    if stage.rollout.max_new_tokens >= architecture.context_length:
-        raise ValueError(
-            f"rollout.max_new_tokens is {stage.rollout.max_new_tokens}, but the model's context has "
-            f"{architecture.context_length} tokens, prompts included; lower it"
-        )
-    return StoredPolicy(path, architecture, tokenizer, stage, text)
-
-
-def read_file(policy: StoredPolicy) -> Requests:
-    """Returns the prompts of the file that the policy's options name; of synthetic the held-out ones.
-
-    A column `max_new_tokens` of a record bounds its completions.
-
-    Raises:
-        ValueError: as load_records, tokenize_records, `read_prompts`.
-    """
-    (source,) = load_records(policy.stage.data, "prompt_only", "eval", policy.stage.run.seed)
-    if source.left_out:
-        logger.warning("%s: left out: %s", source.name, dict(source.left_out))
-    return _tokenized(policy, [cast(PromptOnly, record) for record in source.records], source.name)
-
-
-def read_prompts(policy: StoredPolicy, prompts: Sequence[Content], where: str = "prompts") -> Requests:
-    """Returns prompts in tokens: of a text as of plain records, of messages by the chat template.
-
-    Args:
-        policy: to complete them.
-        prompts: texts or conversations, at least one; not some of each.
-        where: they come from, for messages.
-
-    Raises:
-        ValueError: none, an empty one where the tokenizer has no BOS, a conversation without a chat template,
-            or one that is longer than the model's context less the longest completion.
-    """
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"{where}: give a list of at least one prompt, got {show(prompts)}")
-    template = policy.stage.data.prompt_template
-    records = [PromptOnly(prompt) for prompt in prompts]
-    return _tokenized(policy, [in_template(record, template) for record in records], where)
-
-
-def _tokenized(policy: StoredPolicy, records: Sequence[PromptOnly], where: str) -> Requests:
-    data, rollout, tokenizer = policy.stage.data, policy.stage.rollout, policy.tokenizer
-    limit = min(data.max_prompt_length, policy.architecture.context_length - rollout.max_new_tokens)
-    drops = data.prompt_truncation == "drop"
-    to_tokens = dataclasses.replace(data, max_prompt_length=LARGEST_INT if drops else limit)
-    examples = tokenize_records(records, "prompt_only", tokenizer, to_tokens, where=where)
-    if examples.num_dropped:
-        why = f"have no more than data.prompt_tokens = {data.prompt_tokens} tokens"
-        logger.warning("%s: %d records %s, and are left out", where, examples.num_dropped, why)
-    ids = [list(row.ids) for row in examples.rows]
-    kept = [cast(PromptOnly, record) for record in examples.records]
-    too_long = [number for number, row in enumerate(ids, start=1) if len(row) > limit]
-    if too_long:
-        raise ValueError(
-            f"{where}: {len(too_long)} of {len(ids)} prompts are too long, number {too_long[0]} the first of "
-            f"them with {len(ids[too_long[0] - 1])} tokens; {limit} are allowed, as the context has "
-            f"{policy.architecture.context_length} and rollout.max_new_tokens is {rollout.max_new_tokens}; "
-            "lower that, shorten the prompts, or set data.prompt_truncation to left"
-        )
-    ours = text_settings(tokenizer, data, has_conversations=examples.has_conversations)
-    if policy.text and (differing := text_difference(policy.text, ours, TEXT_OF_MODEL)):
-        logger.warning("%s was trained on text that is treated otherwise: %s", policy.path, differing)
-    return Requests(
-        prompts=[record.prompt for record in kept],
-        ids=ids,
-        limits=[
-            _limit(record.columns.get(LIMIT), rollout.max_new_tokens, f"{where}: record {number}")
-            for number, record in enumerate(kept, start=1)
-        ],
-        stop=stop_id(tokenizer, has_conversations=examples.has_conversations),
-    )
-
-
-def _limit(value: object, most: int, where: str) -> int | None:
-    """Returns the most tokens of a request; ValueError where that is none that the engine was made for."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(
-            f"{where}: max_new_tokens must be an integer from 1 to {most}, which rollout.max_new_tokens is "
-            f"for all, got {show(value)}"
-        )
-    return value
 
 
 class Sampler:
@@ -350,7 +127,7 @@ class Sampler:
             if len(limits) != len(prompts):
                 raise ValueError(f"max_new_tokens: {len(limits)} numbers for {len(prompts)} prompts")
             most = self.policy.stage.rollout.max_new_tokens
-            requests = requests._replace(limits=[_limit(x, most, "the call") for x in limits])
+            requests = requests._replace(limits=[read_limit(x, most, "the call") for x in limits])
         cfg = changed(self.policy.stage.rollout, options)
         return list(self.complete(requests, cfg, group_size=group_size, greedy=greedy, seed=seed))
 

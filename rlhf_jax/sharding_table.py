@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rlhf_jax.lowering import abstract_roles
 from rlhf_jax.models.transformer import SCORER, make_model
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import part_structs
+from rlhf_jax.role_parts import part_structs
 from rlhf_jax.sharding import HOST_MEMORY
 from rlhf_jax.stage import stage_programs
 

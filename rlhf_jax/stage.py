@@ -27,17 +27,11 @@ from rlhf_jax.models.transformer import Model, make_model
 from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, RolloutWorker, ahead_of
 from rlhf_jax.origins import adapter_info, adapters_of, fingerprint, is_same_base
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import (
-    Programs,
-    TokenIds,
-    build_programs,
-    part_shardings,
-    reward_program,
-    rows_per_unit,
-)
+from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.rewards.external import ExternalReward
 from rlhf_jax.rewards.once import scored_once
+from rlhf_jax.role_parts import part_shardings
 from rlhf_jax.roles import load_frozen_reward, load_roles
 from rlhf_jax.rollout.stops import read_stop_ids, read_stop_strings
 from rlhf_jax.sharding import gathered, place, place_rows, row_holders, stage_meshes

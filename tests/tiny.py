@@ -22,14 +22,8 @@ from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import init_score_head
 from rlhf_jax.models.transformer import Model, make_model
 from rlhf_jax.origins import adapters_of
-from rlhf_jax.programs import (
-    Programs,
-    TokenIds,
-    build_programs,
-    part_shardings,
-    role_parts,
-    role_shardings,
-)
+from rlhf_jax.programs import Programs, TokenIds, build_programs
+from rlhf_jax.role_parts import part_shardings, role_parts, role_shardings
 from rlhf_jax.sharding import make_mesh, param_shardings
 
 ARCHITECTURE = Architecture(

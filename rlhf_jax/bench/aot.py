@@ -41,7 +41,8 @@ from rlhf_jax.lowering import lower_programs, lower_stage
 from rlhf_jax.models import hub
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.plan import check_mesh, plan_stages
-from rlhf_jax.programs import build_programs, role_parts, rows_per_unit
+from rlhf_jax.programs import build_programs, rows_per_unit
+from rlhf_jax.role_parts import role_parts
 from rlhf_jax.run_tokenizer import prepare_tokenizer
 from rlhf_jax.sharding import axis_rules, make_mesh
 from rlhf_jax.stage import stage_model

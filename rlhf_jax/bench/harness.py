@@ -36,7 +36,8 @@ from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.forward import policy_parts
 from rlhf_jax.models.heads import init_score_head
 from rlhf_jax.models.transformer import Model, make_model
-from rlhf_jax.programs import Programs, TokenIds, build_programs, role_shardings
+from rlhf_jax.programs import Programs, TokenIds, build_programs
+from rlhf_jax.role_parts import role_shardings
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.rollout.sampling import Sampling
 from rlhf_jax.sharding import make_mesh, traced_on

@@ -33,7 +33,8 @@ from rlhf_jax.batch import Params, Prompts, TrainState
 from rlhf_jax.bench.aot import stage_of_shape, tpu_devices
 from rlhf_jax.bench.harness import NEVER, SHAPES, commit, make_architecture
 from rlhf_jax.lowering import abstract_roles, lower_programs
-from rlhf_jax.programs import Programs, build_programs, role_parts
+from rlhf_jax.programs import Programs, build_programs
+from rlhf_jax.role_parts import role_parts
 from rlhf_jax.sharding import HOST_MEMORY, make_mesh, place_rows
 from rlhf_jax.stage import stage_model
 

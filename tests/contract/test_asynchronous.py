@@ -20,8 +20,8 @@ from rlhf_jax.evaluation import Evaluation
 from rlhf_jax.experience import Collector
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, RolloutWorker, ahead_of
-from rlhf_jax.programs import part_shardings, role_parts
 from rlhf_jax.rewards.combine import Judge
+from rlhf_jax.role_parts import part_shardings, role_parts
 from rlhf_jax.sharding import make_mesh, stage_meshes
 from rlhf_jax.stop_signals import Stopped, StopSignals
 from rlhf_jax.trainer import Trainer, at_position

@@ -17,7 +17,8 @@ from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import PolicyBatch, Prompts, Rollout, Rows
 from rlhf_jax.lowering import lower_rollout
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.programs import TokenIds, build_programs, role_shardings
+from rlhf_jax.programs import TokenIds, build_programs
+from rlhf_jax.role_parts import role_shardings
 from rlhf_jax.sharding import batch_sharding
 from tests import hlo, tiny
 

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax.checkpoint import Checkpointer, load_params
 from rlhf_jax.optim import make_optimizer
-from rlhf_jax.programs import role_shardings
+from rlhf_jax.role_parts import role_shardings
 from tests import tiny
 
 NAMES = ["adamw", "adafactor", "lion", "muon"]

@@ -20,7 +20,7 @@ from rlhf_jax.models.lora import merge
 from rlhf_jax.models.peft import read_adapter
 from rlhf_jax.models.scorers import load_scorer, read_scorer
 from rlhf_jax.models.transformer import SCORER, make_model
-from rlhf_jax.programs import part_shardings
+from rlhf_jax.role_parts import part_shardings
 from tests import tiny
 
 pytestmark = pytest.mark.slow  # a minute of training

@@ -13,7 +13,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.lora import Lora
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.programs import part_shardings, role_shardings
+from rlhf_jax.role_parts import part_shardings, role_shardings
 from rlhf_jax.roles import load_policy, load_reward
 from rlhf_jax.sample import Sampler
 from tests import tiny

@@ -24,7 +24,7 @@ from rlhf_jax.rollout.generate import generate, run_to_end
 from rlhf_jax.rollout.sampling import read_sampling
 from rlhf_jax.rollout.stops import StopStrings, StopWatch
 from rlhf_jax.sample import Sampler
-from rlhf_jax.sampler import find_policy, read_prompts
+from rlhf_jax.stored_policy import find_policy, read_prompts
 
 C, CONTEXT = 12, 40
 TEXTS = ["my toy broke", "the lamp is red", "a pen", "so many books on one desk"]

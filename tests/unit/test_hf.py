@@ -17,7 +17,7 @@ from rlhf_jax.config import MeshConfig
 from rlhf_jax.models import hf, tensor_files
 from rlhf_jax.models.families import from_hf
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.programs import role_shardings
+from rlhf_jax.role_parts import role_shardings
 from rlhf_jax.sharding import make_mesh
 from tests import random_llama, tiny
 from tests.random_llama import CONFIG, SHAPES, random_tensors

@@ -11,7 +11,7 @@ import pytest
 from rlhf_jax.models.kv_cache import unstack
 from rlhf_jax.models.lora import Lora, choose_targets, merge
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.programs import part_shardings
+from rlhf_jax.role_parts import part_shardings
 from rlhf_jax.sharding import batch_sharding, traced_on
 from tests import tiny
 

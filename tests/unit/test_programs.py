@@ -7,7 +7,8 @@ import pytest
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Rollout, Rows, Scored
 from rlhf_jax.metrics import to_host
-from rlhf_jax.programs import optimizers_of, rollout_metrics, score_metrics
+from rlhf_jax.programs import optimizers_of
+from rlhf_jax.scoring import rollout_metrics, score_metrics
 from tests import tiny
 
 PROMPT_LENGTHS = np.array([2, 1, 3, 1, 2, 0])

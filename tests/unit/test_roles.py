@@ -20,7 +20,7 @@ from rlhf_jax.models.forward import make_forward
 from rlhf_jax.models.scorers import Normalizer, save_scorer
 from rlhf_jax.origins import Origins, adapter_info, check_base
 from rlhf_jax.plan import Plan
-from rlhf_jax.programs import role_parts
+from rlhf_jax.role_parts import role_parts
 from rlhf_jax.roles import load_policy, load_reward, load_roles
 from rlhf_jax.stage import _normalized
 from tests import tiny
