@@ -353,8 +353,9 @@ def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
         if sampling is not mesh:
             name = f"{plan.stage.algorithm}.batch_size, sampled on rollout.devices,"
             _attempt(problems, check_batch, sampling, plan.stage.settings.batch_size, name)
-            for role in {"policy", "base"} & plan.parts().keys():
-                _attempt(problems, part_shardings, model, sampling, plan.parts()[role])
+            for role, parts in plan.parts().items():
+                if role in ("policy", "base"):
+                    _attempt(problems, part_shardings, model, sampling, parts)
         model_section = plan.stage.model
         lack = flash_lack(
             mesh.devices.flat[0].platform,
