@@ -129,8 +129,8 @@ class Scored(NamedTuple):
 
     rollout: Rollout
     old_logprobs: Array  # f32[B, T], nats, by the training forward of the policy that made the rollout
-    ref_logprobs: Array  # f32[B, T], nats, by the frozen reference
-    values: Array  # f32[B, T], the state before token t
+    ref_logprobs: Array | None  # f32[B, T], nats, by the frozen reference; None where the stage has none
+    values: Array | None  # f32[B, T], the state before token t; None without a value model
     scores: Array  # f32[B], the judges' combined verdict
 
 
@@ -140,10 +140,10 @@ class PolicyBatch(NamedTuple):
     rows: Rows
     completion_mask: Array  # bool[B, T]; the rows' own, less the rows that the missing-EOS rule leaves out
     old_logprobs: Array  # f32[B, T], nats
-    ref_logprobs: Array  # f32[B, T], nats
-    old_values: Array  # f32[B, T]
+    ref_logprobs: Array | None  # f32[B, T], nats; None where the stage has no reference
+    old_values: Array | None  # f32[B, T]; None, like the returns, without a value model
     advantages: Array  # f32[B, T], whitened when the algorithm says so
-    returns: Array  # f32[B, T]
+    returns: Array | None  # f32[B, T]
     importance: Array | None = None  # f32[B, T], weights of the policy loss's terms; None: all 1
 
 

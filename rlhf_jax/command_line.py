@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax import config_checks, strict_yaml
-from rlhf_jax.config import ALGORITHM_SECTIONS, LARGEST_INT, STAGE_SECTIONS, Config, StageConfig
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS
+from rlhf_jax.config import STAGE_SECTIONS, Config, StageConfig
 from rlhf_jax.config_file import EXAMPLE, STAGE_KEYS, dump_config, ignored, resolve
+from rlhf_jax.config_types import LARGEST_INT
 from rlhf_jax.options import AXES, OPTIONS, REQUIRED, SECTIONS, STAGE_FIELDS, Option, did_you_mean, show
 
 PLAIN_FLAGS = ("--config", "--help", "--json", "--print_config", "--print_sharding")

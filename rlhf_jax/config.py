@@ -1,4 +1,4 @@
-"""Every knob, with its one default.
+"""Every knob, with its one default; those of the algorithms are in `algo_config.py`.
 
 Frozen dataclasses are the only schema: a YAML file chooses values, dotted flags override them, and the help
 text is the docstring that follows each field. `options.py` reads them; nothing here touches a device.
@@ -8,24 +8,25 @@ A section is what a part of the program takes as its argument, never the whole c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-LARGEST_INT = 2**31 - 1
-"""The bound of all integers but the seed: they meet int32 on the device."""
-PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
-Count = Annotated[int, Field(ge=0, le=LARGEST_INT)]
-AxisSize = Annotated[int, Field(le=LARGEST_INT)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""JAX takes the lowest 32 bits of a seed: any above would give the keys of a smaller one."""
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFraction = Annotated[float, Field(gt=0, le=1)]
-AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+from rlhf_jax.algo_config import AlgorithmConfig, AlgorithmName, OnlineConfig
+from rlhf_jax.config_types import (
+    LARGEST_INT,
+    AdapterTarget,
+    AxisSize,
+    Count,
+    FiniteFloat,
+    Fraction,
+    Name,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Seed,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,135 +365,6 @@ class CheckpointConfig:
     """Newest checkpoints kept of a stage."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SFTConfig:
-    """Supervised fine-tuning."""
-
-    num_epochs: ClassVar[int] = 1
-    num_minibatches: ClassVar[int] = 1
-    num_steps: PositiveInt = 300
-    """Optimiser steps."""
-    batch_size: PositiveInt = 32
-    """Records of one step, over all devices; rows where data.packing."""
-    microbatch_size: Count = 0
-    """Records (rows where data.packing) of one forward and backward pass; 0: the whole batch. Divides
-    batch_size."""
-    loss_on: Literal["completion", "all"] = "completion"
-    """Tokens that carry loss: the completion's, or the prompt's too."""
-    eval_every: PositiveInt = 100
-    """Steps between two evaluations; there is one before the first step and one after the last."""
-
-    @property
-    def num_updates(self) -> int:
-        """Returns the number of update calls of the stage."""
-        return self.num_steps
-
-    @property
-    def num_optimizer_steps(self) -> int:
-        """Returns the number of optimiser steps of the stage."""
-        return self.num_steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardModelConfig:
-    """Reward model: Bradley-Terry on preference pairs."""
-
-    num_epochs: ClassVar[int] = 1
-    num_minibatches: ClassVar[int] = 1
-    num_steps: PositiveInt = 300
-    """Optimiser steps."""
-    batch_size: PositiveInt = 32
-    """Pairs of one step, over all devices; rows where data.packing."""
-    microbatch_size: Count = 0
-    """Pairs (rows where data.packing) of one forward and backward pass; 0: the whole batch. Divides
-    batch_size."""
-    normalizer: Literal["none", "mean", "mean_std"] = "mean"
-    """What is made 0 (and 1) on demonstrations: nothing, the mean score, the mean and the deviation."""
-    normalize_on: Literal["demonstrations", "chosen"] = "demonstrations"
-    """Texts on which the normaliser is measured: the training records of the SFT stage that this one starts
-    from, or the chosen completions of its own."""
-    eval_every: PositiveInt = 100
-    """Steps between two evaluations; there is one before the first step and one after the last."""
-
-    @property
-    def num_updates(self) -> int:
-        """Returns the number of update calls of the stage."""
-        return self.num_steps
-
-    @property
-    def num_optimizer_steps(self) -> int:
-        """Returns the number of optimiser steps of the stage."""
-        return self.num_steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPOConfig:
-    """Proximal policy optimisation with a value model and a KL penalty in the reward."""
-
-    num_iterations: PositiveInt = 100
-    """Iterations of rollout and update."""
-    batch_size: PositiveInt = 64
-    """Prompts of one iteration, over all devices."""
-    num_epochs: PositiveInt = 4
-    """Passes over a rollout."""
-    num_minibatches: PositiveInt = 4
-    """Optimiser steps of one pass; divides batch_size."""
-    microbatch_size: Count = 0
-    """Rows of one forward and backward pass; 0: a whole minibatch. Divides its rows, batch_size /
-    num_minibatches / sequences_per_row."""
-    sequences_per_row: PositiveInt = 1
-    """Completions, with their prompts, that share a row in scoring and update and do not see each other: less
-    padding, the same loss. Divides batch_size / num_minibatches. Attention is over rows so many times longer,
-    which costs more where no kernel skips what is not seen, as cuDNN's does not."""
-    length_buckets: PositiveInt = 1
-    """Different lengths of rows in scoring and update, or fewer: those of a minibatch have the least in which
-    all fit. Both programs are compiled for each, all at the start."""
-    value_learning_rate: NonNegativeFloat = 0.0
-    """Learning rate of the value model; 0: that of the optimizer section."""
-    kl_coef: NonNegativeFloat = 0.05
-    """Weight of the KL term in the reward, to start with."""
-    kl_controller: Literal["fixed", "adaptive"] = "fixed"
-    """Whether the weight follows the measured KL."""
-    kl_target: PositiveFloat = 6.0
-    """Adaptive controller: KL to the reference to hold, nats per sequence."""
-    kl_horizon: PositiveInt = 10000
-    """Adaptive controller: episodes over which the weight adapts; more than 0.2 batch_size."""
-    gamma: Fraction = 1.0
-    """Discount of a token."""
-    gae_lambda: Fraction = 0.95
-    """Lambda of generalised advantage estimation."""
-    clip_eps: PositiveFloat = 0.2
-    """Clip of the policy ratio."""
-    value_clip_eps: PositiveFloat = 0.2
-    """Clip of the value around its old estimate."""
-    value_coef: NonNegativeFloat = 0.1
-    """Weight of the value loss. A value model with parameters of its own has clipping and Adam to itself: the
-    weight then only decides at which norm its gradients are clipped."""
-    entropy_coef: NonNegativeFloat = 0.0
-    """Weight of the entropy bonus."""
-    whiten_rewards: bool = False
-    """Divide rewards by their deviation over the batch, keeping their mean."""
-    whiten_advantages: bool = True
-    """Whiten advantages over the valid tokens of the whole batch."""
-    missing_eos: Literal["none", "subtract", "replace", "mask"] = "none"
-    """Completions without EOS: nothing, subtract missing_eos_value from the score, replace the score by it,
-    or leave the row out of loss, whitening and metrics, those of evaluations too."""
-    missing_eos_value: FiniteFloat = 1.0
-    """See missing_eos."""
-    eval_every: PositiveInt = 20
-    """Iterations between two evaluations; there is one before the first iteration and one after the last."""
-
-    @property
-    def num_updates(self) -> int:
-        """Returns the number of update calls of the stage, one an iteration."""
-        return self.num_iterations
-
-    @property
-    def num_optimizer_steps(self) -> int:
-        """Returns the number of optimiser steps of the stage."""
-        return self.num_iterations * self.num_epochs * self.num_minibatches
-
-
 RESERVED_NAMES = ("checkpoints", "export", "samples", "tensorboard", "tokenizer")
 """Directories of a run that are not a stage's."""
 PATH_OPTIONS = (
@@ -523,16 +395,13 @@ STAGE_SECTIONS = {
     "checkpoint": CheckpointConfig,
 }
 
-ALGORITHM_SECTIONS = {"sft": SFTConfig, "reward_model": RewardModelConfig, "ppo": PPOConfig}
-AlgorithmConfig = SFTConfig | RewardModelConfig | PPOConfig
-
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage, all its sections resolved: what the program is run with."""
 
     name: Name
-    algorithm: Literal["sft", "reward_model", "ppo"]
+    algorithm: AlgorithmName
     start_from: str
     """Stage, directory or `hub:OWNER/NAME` whose policy or trunk this stage starts from; empty: the model
     section."""
@@ -550,6 +419,11 @@ class StageConfig:
     rewards: RewardsConfig
     checkpoint: CheckpointConfig
     run: RunConfig
+
+    @property
+    def is_online(self) -> bool:
+        """Returns whether the stage learns from completions that its policy samples."""
+        return isinstance(self.settings, OnlineConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,28 +14,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from rlhf_jax.algo_config import OnlineConfig, PPOConfig, RewardModelConfig
 from rlhf_jax.axes import axis_problems, axis_table
-from rlhf_jax.config import (
-    LARGEST_INT,
-    PATH_OPTIONS,
-    RESERVED_NAMES,
-    DataConfig,
-    LoraConfig,
-    PPOConfig,
-    RewardModelConfig,
-    StageConfig,
-)
+from rlhf_jax.config import PATH_OPTIONS, RESERVED_NAMES, DataConfig, LoraConfig, StageConfig
 from rlhf_jax.config_file import Resolved, Where, ignored
-from rlhf_jax.data.columns import SERVES, Kind
+from rlhf_jax.config_types import LARGEST_INT
+from rlhf_jax.data.columns import SERVES
 from rlhf_jax.data.records import PROMPT
 from rlhf_jax.data.sources import local_path
 from rlhf_jax.models.hub import PREFIX, is_hub, split_name
 from rlhf_jax.options import did_you_mean
 from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.run_directory import check_run_directory
-
-KINDS: dict[str, Kind] = {"sft": "prompt_completion", "reward_model": "preference", "ppo": "prompt_only"}
-"""What an algorithm reads (the registry of algorithms says so too; a test compares them)."""
 
 PathOf = Callable[[str, str], str]
 """(section, option) -> the path at which the stage's option is set."""
@@ -67,7 +57,8 @@ def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> 
         found += check_hub(stage, path)
         found += check_batches(stage, path)
         found += check_architecture(stage, earlier, path)
-        found += check_ppo(stage, path)
+        found += check_scores(stage, path)
+        found += check_controller(stage, path)
         found += check_rollout_devices(stage, path)
         found += check_lora(stage, earlier, path)
         found += check_formats(stage, path)
@@ -104,13 +95,16 @@ def check_sources(stage: StageConfig, earlier: dict[str, StageConfig], others: l
         if earlier[source].algorithm == "reward_model":
             yield (
                 f"stages.{stage.name}.from: {source!r} is a reward model; {stage.algorithm} starts from a "
-                "policy, the result of an sft or ppo stage"
+                "policy, the result of a stage that trains one, such as sft"
             )
     elif source and (source in others or not _is_directory(source)):
         yield missing("from", source)
 
-    if judge and stage.algorithm != "ppo":
-        yield f"stages.{stage.name}.reward_from: would be ignored: only a ppo stage trains on scores"
+    if judge and not stage.is_online:
+        yield (
+            f"stages.{stage.name}.reward_from: would be ignored: only an online stage, such as ppo, trains "
+            "on scores"
+        )
     elif judge in earlier:
         if earlier[judge].algorithm != "reward_model":
             yield (
@@ -162,17 +156,17 @@ def check_hub(stage: StageConfig, path: PathOf) -> Iterator[str]:
 def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields the batch sizes of a stage that do not divide, by each other or over the mesh."""
     settings, section = stage.settings, stage.algorithm
-    parts = settings.num_minibatches if isinstance(settings, PPOConfig) else 1
-    batch, micro = settings.batch_size, settings.microbatch_size
+    parts, batch, micro = settings.num_minibatches, settings.rows_per_update, settings.microbatch_size
     option, size, text = "batch_size", batch, f"{batch}"
+    whole = "batch_size" if batch == settings.batch_size else "batch_size * group_size"
     if batch % parts:
         yield (
-            f"{path(section, 'num_minibatches')}: must divide batch_size, got {parts} for {batch}; "
+            f"{path(section, 'num_minibatches')}: must divide {whole}, got {parts} for {batch}; "
             f"{_divisors(batch)} do"
         )
     else:
-        shared = settings.sequences_per_row if isinstance(settings, PPOConfig) else 1
-        name = "batch_size / num_minibatches" if parts > 1 else "batch_size"
+        shared = settings.sequences_per_row if isinstance(settings, OnlineConfig) else 1
+        name = f"{whole} / num_minibatches" if parts > 1 else whole
         size = batch // parts
         if size % shared:
             yield (
@@ -181,7 +175,7 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
             )
         elif shared > 1:
             name, size = f"{name} / sequences_per_row", size // shared
-        text = f"{name.replace('batch_size', str(batch))} = {size}" if size != batch else text
+        text = f"{name.replace(whole, str(batch))} = {size}" if size != batch else text
         if micro and size % micro:
             yield (
                 f"{path(section, 'microbatch_size')}: must divide {name}, got {micro} for {size}; "
@@ -194,15 +188,17 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
     over = {axis: sizes[axis] for axis in axes if sizes.get(axis, 1) > 1}
     # A pair is two rows. What divides the smallest of batch, minibatch and microbatch divides the others.
     devices = math.prod(over.values())
-    unit = devices // math.gcd(devices, 2) if stage.algorithm == "reward_model" else devices
+    unit = devices // math.gcd(devices, 2) if settings.records == "preference" else devices
+    if size % unit == 0:  # of groups the prompts are dealt as well
+        option, size, text = "batch_size", settings.batch_size, f"{settings.batch_size}"
     if size % unit:
         shown = " * ".join(f"mesh.{axis} {parts}" for axis, parts in over.items())
         yield f"{path(section, option)}: must fill the mesh with a multiple of {unit} ({shown}), got {text}"
     steps = settings.num_optimizer_steps
     if steps > LARGEST_INT:
         yield (
-            f"{path('ppo', 'num_iterations')}: num_iterations * num_epochs * num_minibatches must be at most "
-            f"{LARGEST_INT}, got {steps}"
+            f"{path(section, 'num_iterations')}: num_iterations * num_epochs * num_minibatches must be at "
+            f"most {LARGEST_INT}, got {steps}"
         )
     elif settings.num_updates * batch > LARGEST_INT:
         yield (
@@ -211,8 +207,8 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
         )
     if stage.optimizer.warmup_steps > steps:
         names = (f"{section}.num_steps",)
-        if isinstance(settings, PPOConfig):
-            names = ("ppo.num_iterations", "ppo.num_epochs", "ppo.num_minibatches")
+        if isinstance(settings, OnlineConfig):
+            names = tuple(f"{section}.{of}" for of in ("num_iterations", "num_epochs", "num_minibatches"))
         yield (
             f"{path('optimizer', 'warmup_steps')}: must be at most the optimiser steps of the stage, "
             f"{' * '.join(names)} = {steps}, got {stage.optimizer.warmup_steps}"
@@ -251,7 +247,7 @@ def check_architecture(stage: StageConfig, earlier: dict[str, StageConfig], path
             is_few = odd == ["num_kv_heads"]
             whole = "; with mesh.axes.kv_heads: none each device has all keys and values" if is_few else ""
             yield f"{path('mesh', 'tensor')}: must divide {sizes}, got {tensor}{whole}"
-    if stage.algorithm == "ppo":
+    if stage.is_online:
         longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
         if longest > model.context_length:
             yield (
@@ -266,10 +262,10 @@ def check_architecture(stage: StageConfig, earlier: dict[str, StageConfig], path
         )
 
 
-def check_ppo(stage: StageConfig, path: PathOf) -> Iterator[str]:
-    """Yields what is wrong with where a ppo stage's scores come from, and with its controller."""
-    settings, rewards = stage.settings, stage.rewards
-    if not isinstance(settings, PPOConfig):
+def check_scores(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields what is wrong with where an online stage's scores come from."""
+    rewards = stage.rewards
+    if not stage.is_online:
         return
     if stage.reward_from and rewards.model_weight == 0:
         yield f"stages.{stage.name}.reward_from: would be ignored: {path('rewards', 'model_weight')} is 0"
@@ -280,27 +276,36 @@ def check_ppo(stage: StageConfig, path: PathOf) -> Iterator[str]:
             f"stages.{stage.name}: nothing gives its completions a score; set reward_from to a reward_model "
             "stage or a directory, or rewards.function to package.module:name"
         )
+
+
+def check_controller(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields what is wrong with the controller of the weight of the KL."""
+    settings, section = stage.settings, stage.algorithm
+    if not isinstance(settings, PPOConfig):
+        return
     if settings.kl_controller == "adaptive" and settings.kl_coef == 0:
         yield (
-            f"{path('ppo', 'kl_coef')}: must be > 0 where ppo.kl_controller is 'adaptive', which multiplies "
-            "it and so would leave it at 0, got 0"
+            f"{path(section, 'kl_coef')}: must be > 0 where {section}.kl_controller is 'adaptive', which "
+            "multiplies it and so would leave it at 0, got 0"
         )
-    if settings.kl_controller == "adaptive" and settings.kl_horizon <= 0.2 * settings.batch_size:
+    rows = settings.rows_per_update
+    if settings.kl_controller == "adaptive" and settings.kl_horizon <= 0.2 * rows:
+        of = "batch_size" if rows == settings.batch_size else "batch_size * group_size"
         yield (
-            f"{path('ppo', 'kl_horizon')}: must be more than 0.2 * batch_size = "
-            f"{0.2 * settings.batch_size:g}, got {settings.kl_horizon}"
+            f"{path(section, 'kl_horizon')}: must be more than 0.2 * {of} = "
+            f"{0.2 * rows:g}, got {settings.kl_horizon}"
         )
 
 
 def check_lora(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf) -> Iterator[str]:
     """Yields adapters without the sharing that trains them, or without a model that they would adapt."""
     rank, sharing = stage.lora.rank, stage.model.sharing
-    if stage.algorithm == "ppo" and sharing == "hydra" and rank == 0:
+    if stage.is_online and sharing == "hydra" and rank == 0:
         yield f"{path('lora', 'rank')}: must be >= 1 where model.sharing is 'hydra', got 0"
-    if stage.algorithm == "ppo" and sharing != "hydra" and rank:
+    if stage.is_online and sharing != "hydra" and rank:
         yield (
-            f"{path('lora', 'rank')}: would be ignored, got {rank}: adapters of ppo need model.sharing: "
-            f"hydra; set that, or lora: {{rank: 0}} in the stage {stage.name}"
+            f"{path('lora', 'rank')}: would be ignored, got {rank}: adapters of {stage.algorithm} need "
+            f"model.sharing: hydra; set that, or lora: {{rank: 0}} in the stage {stage.name}"
         )
     elif rank and not stage.start_from and not stage.model.path:
         yield (
@@ -355,13 +360,13 @@ def _told(lora: LoraConfig) -> str:
 
 def check_formats(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields record formats that a stage cannot learn from, and prompts whose length is not given."""
-    data, allowed = stage.data, SERVES[KINDS[stage.algorithm]]
+    data, allowed = stage.data, SERVES[stage.settings.records]
     if data.format != "auto" and data.format not in allowed:
         yield (
             f"{path('data', 'format')}: a stage that runs {stage.algorithm} reads {', '.join(allowed)} (or "
             f"auto), got {data.format!r}"
         )
-    elif data.prompt_tokens == 0 and stage.algorithm == "ppo" and data.format == "text":
+    elif data.prompt_tokens == 0 and stage.is_online and data.format == "text":
         yield (
             f"{path('data', 'prompt_tokens')}: must be >= 1 where data.format is 'text' and a stage needs "
             "prompts, got 0"
@@ -459,12 +464,13 @@ def check_mesh(resolved: Resolved) -> Iterator[str]:
 def check_rollout_devices(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields why devices cannot be set aside for rollouts, whatever their number is."""
     number, mesh = stage.rollout.devices, stage.mesh
-    if stage.algorithm != "ppo" or not number:
+    if not stage.is_online or not number:
         return
     if isinstance(stage.settings, PPOConfig) and stage.settings.kl_controller == "adaptive":
         yield (
-            f"{path('ppo', 'kl_controller')}: must be fixed where rollout.devices is not 0, as the KL of the "
-            "rollout is then not that of the policy which is held to ppo.kl_target, got 'adaptive'"
+            f"{path(stage.algorithm, 'kl_controller')}: must be fixed where rollout.devices is not 0, as the "
+            f"KL of the rollout is then not that of the policy which is held to {stage.algorithm}.kl_target, "
+            "got 'adaptive'"
         )
     where, open_axes = path("rollout", "devices"), [axis for axis, size in mesh.sizes.items() if size == -1]
     if mesh.slice != 1:

@@ -13,14 +13,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from rlhf_jax import strict_yaml
-from rlhf_jax.config import (
-    ALGORITHM_SECTIONS,
-    PATH_OPTIONS,
-    RUN_SECTIONS,
-    STAGE_SECTIONS,
-    Config,
-    StageConfig,
-)
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS
+from rlhf_jax.config import PATH_OPTIONS, RUN_SECTIONS, STAGE_SECTIONS, Config, StageConfig
 from rlhf_jax.options import OPTIONS, REQUIRED, SECTIONS, STAGE_FIELDS, did_you_mean, show
 from rlhf_jax.unread import ARCHITECTURE, unread
 

@@ -16,7 +16,8 @@ from rlhf_jax import command_line, distributed
 from rlhf_jax.agreement import check_alike, ended_with
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import load_info
-from rlhf_jax.config import LARGEST_INT, DataConfig, StageConfig
+from rlhf_jax.config import DataConfig, StageConfig
+from rlhf_jax.config_types import LARGEST_INT
 from rlhf_jax.data.columns import record_format
 from rlhf_jax.data.examples import Examples, load_examples
 from rlhf_jax.data.loader import Loader
@@ -131,7 +132,7 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
     tokenizer = load_tokenizer(stage.tokenizer, str(subject.tokenizer))
     check_vocabulary(subject.path, tokenizer, stage.tokenizer, architecture)
     check_length(stage, algorithm, architecture)
-    examples = load_examples(stage.data, algorithm.records, "eval", tokenizer, stage.run.seed)
+    examples = load_examples(stage.data, stage.settings.records, "eval", tokenizer, stage.run.seed)
     ours = text_settings(tokenizer, stage.data, has_conversations=examples.has_conversations)
     if distributed.is_first() and text and (differing := text_difference(text, ours, TEXT_OF_MODEL)):
         logger.warning("%s was trained on text that is treated otherwise: %s", subject.path, differing)

@@ -62,14 +62,15 @@ def evaluate_prompts(
     """Returns the evaluation of an online stage: held-out prompts, completed with the same key each time.
 
     The metrics are those of a rollout under eval/, with mean and deviation of the gold function's scores
-    where there is one. eval/ref_perplexity is the completions' perplexity under the reference. Completions
-    that the missing-EOS rule leaves out count in none of them but eval/rollout/eos_rate.
+    where there is one. eval/ref_perplexity is the completions' perplexity under the reference, if any.
+    Completions that the missing-EOS rule leaves out count in none of them but eval/rollout/eos_rate.
     """
 
     def evaluate(params: Params, frozen: Params) -> Evaluation:
         metrics, samples, ids, counted = [], [], [], []
         for prompts, records in loader.eval_batches():
-            experience = collector.collect(params, frozen, place_rows(mesh, prompts), records, key)
+            placed = place_rows(mesh, prompts)
+            experience = collector.collect(params, frozen, placed, records, key, in_groups=False)
             metrics.append(experience.metrics)
             ids += experience.ids
             counted += experience.rows_counted.tolist()
@@ -85,7 +86,8 @@ def evaluate_prompts(
                     sample["gold"] = float(score)
         over_all = _over_batches(metrics) | text_metrics(ids, np.array(counted))
         found = {f"eval/{name}": x for name, x in over_all.items() if not name.startswith("perf/")}
-        found["eval/ref_perplexity"] = _perplexity(found["eval/policy/ref_nll"])
+        if "eval/policy/ref_nll" in found:
+            found["eval/ref_perplexity"] = _perplexity(found["eval/policy/ref_nll"])
         of_counted = [sample for sample, counts in zip(samples, counted, strict=True) if counts]
         for name in ("score", "gold") if gold is not None else ("score",):
             found |= _mean_and_deviation(f"eval/{name}", [sample[name] for sample in of_counted])

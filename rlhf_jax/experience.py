@@ -75,6 +75,8 @@ class Collector:
         prompts: Prompts,
         records: Sequence[PromptOnly],
         key: Array,
+        *,
+        in_groups: bool = True,
     ) -> Experience:
         """Returns completions of the prompts by the policy, scored by the models and the judge's functions.
 
@@ -83,14 +85,15 @@ class Collector:
         Args:
             params, frozen: by role.
             prompts: a batch on the mesh; rows of length 0 fill it up.
-            records: the prompts' records, one for each row that is no filling.
+            records: the prompts' records, one for each completion of a prompt that is no filling.
             key: of this rollout.
+            in_groups: each prompt has as many completions as the stage says, one behind the other; else one.
         Raises:
             RewardError: where a reward function fails.
         """
         begun = time.perf_counter()
-        rollout = self._programs.rollout(params, frozen, prompts, key)
-        return self.judge(params, frozen, rollout, records, begun)
+        complete = self._programs.rollout if in_groups else self._programs.rollout_of_one
+        return self.judge(params, frozen, complete(params, frozen, prompts, key), records, begun)
 
     def judge(
         self, params: Params, frozen: Params, rollout: Rollout, records: Sequence[PromptOnly], begun: float

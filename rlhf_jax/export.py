@@ -283,7 +283,7 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 def generation_config(stage: StageConfig) -> dict[str, Any]:
     """Returns how a policy was sampled while it was trained; nothing where it was not."""
-    if ALGORITHMS[stage.algorithm].records != "prompt_only":
+    if not stage.is_online:
         return {}
     rollout = stage.rollout
     return {

@@ -59,7 +59,7 @@ def lower_programs(
     state = programs.init_state.eval_shape(trained)
     learned = rows(batch)
     lowered: dict[str, Lowered] = {}
-    if ALGORITHMS[stage.algorithm].records == "prompt_only":
+    if stage.is_online:
         lowered, rollout = lower_rollout(built, model, mesh, trained, frozen, learned)
         lowered["score"] = programs.score.lower(trained, frozen, rollout)
         scored = rows(programs.score.eval_shape(trained, frozen, rollout)[0])

@@ -29,7 +29,7 @@ class PromptBatch(NamedTuple):
     prompts: Prompts
     """On the mesh."""
     records: list[PromptOnly]
-    """One for each row."""
+    """One for each completion."""
     end: int
     """The next position in the data order."""
 
@@ -37,12 +37,13 @@ class PromptBatch(NamedTuple):
 class PromptBatches:
     """The batches of prompts of a loader, on a mesh; those taken last are kept."""
 
-    def __init__(self, loader: Loader[Prompts, PromptOnly], mesh: Mesh) -> None:
-        """Takes nothing yet."""
+    def __init__(self, loader: Loader[Prompts, PromptOnly], mesh: Mesh, group_size: int = 1) -> None:
+        """Takes nothing yet; each prompt is going to have so many completions."""
 
         def take(position: int) -> PromptBatch:
             prompts, end = loader.batch(position)
-            return PromptBatch(place_rows(mesh, prompts), loader.records(position), end)
+            records = [record for record in loader.records(position) for _ in range(group_size)]
+            return PromptBatch(place_rows(mesh, prompts), records, end)
 
         self._take = lru_cache(maxsize=2)(take)
 

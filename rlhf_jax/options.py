@@ -7,13 +7,16 @@ import dataclasses
 import difflib
 import inspect
 import typing
+from collections import ChainMap
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from rlhf_jax import config
-from rlhf_jax.config import ALGORITHM_SECTIONS, LARGEST_INT, RUN_SECTIONS, STAGE_SECTIONS, PositiveFloat
+from rlhf_jax import algo_config, config
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS
+from rlhf_jax.config import RUN_SECTIONS, STAGE_SECTIONS
+from rlhf_jax.config_types import LARGEST_INT, PositiveFloat
 
 SECTIONS = RUN_SECTIONS | STAGE_SECTIONS | ALGORITHM_SECTIONS
 REQUIRED = dataclasses.MISSING
@@ -145,9 +148,10 @@ def _weights(value: dict[str, Any]) -> dict[str, float]:
 
 
 def _texts() -> dict[str, dict[str, str]]:
-    """Returns {class: {field: the string that follows it}} of config.py."""
+    """Returns {class: {field: the string that follows it}} of config.py and algo_config.py."""
     texts = {}
-    for node in ast.parse(inspect.getsource(config)).body:
+    sources = [inspect.getsource(module) for module in (config, algo_config)]
+    for node in [node for source in sources for node in ast.parse(source).body]:
         if isinstance(node, ast.ClassDef):
             texts[node.name] = {
                 field.target.id: " ".join(text.value.value.split())
@@ -159,8 +163,9 @@ def _texts() -> dict[str, dict[str, str]]:
     return texts
 
 
-def _options_of(section: type, texts: dict[str, str]) -> dict[str, Option]:
+def _options_of(section: type) -> dict[str, Option]:
     hints = typing.get_type_hints(section, include_extras=True)
+    texts = ChainMap(*(_TEXTS.get(cls.__name__, {}) for cls in section.__mro__))
     options = {}
     for f in dataclasses.fields(section):
         default = f.default if f.default_factory is REQUIRED else f.default_factory()
@@ -169,9 +174,9 @@ def _options_of(section: type, texts: dict[str, str]) -> dict[str, Option]:
 
 
 _TEXTS = _texts()
-OPTIONS = {name: _options_of(cls, _TEXTS[cls.__name__]) for name, cls in SECTIONS.items()}
+OPTIONS = {name: _options_of(cls) for name, cls in SECTIONS.items()}
 """{section: {option name: Option}}"""
-STAGE_FIELDS = _options_of(config.StageConfig, _TEXTS["StageConfig"])
+STAGE_FIELDS = _options_of(config.StageConfig)
 """The fields of a stage; `start_from` is written `from` in a file."""
 
 

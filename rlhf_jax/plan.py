@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rlhf_jax.algo_config import RewardModelConfig, SFTConfig
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import load_info
-from rlhf_jax.config import PROMPTLESS_FORMATS, Config, RewardModelConfig, SFTConfig, StageConfig
+from rlhf_jax.config import PROMPTLESS_FORMATS, Config, StageConfig
 from rlhf_jax.data.collate import LENGTH_MULTIPLE
 from rlhf_jax.data.columns import Format, is_read
 from rlhf_jax.data.examples import Examples, Split, load_examples
@@ -87,8 +88,9 @@ class Plan(NamedTuple):
         """Returns the numbers of rows that the mesh has to divide, by the option that decides them."""
         settings, per_unit = self.stage.settings, rows_per_unit(self.stage, self.algorithm)
         sequences_per_row = getattr(settings, "sequences_per_row", 1)
-        minibatch = settings.batch_size // settings.num_minibatches // sequences_per_row
-        of_minibatch = "batch_size / num_minibatches" + " / sequences_per_row" * (sequences_per_row > 1)
+        whole = "batch_size" if settings.rows_per_update == settings.batch_size else "batch_size * group_size"
+        minibatch = settings.rows_per_update // settings.num_minibatches // sequences_per_row
+        of_minibatch = f"{whole} / num_minibatches" + " / sequences_per_row" * (sequences_per_row > 1)
         return {
             "batch_size": per_unit * settings.batch_size,
             of_minibatch: per_unit * minibatch,
@@ -165,7 +167,7 @@ def _plan(
     attempt = partial(_attempt, problems)
 
     def examples(split: Split) -> Examples | None:
-        records, seed = algorithm.records, stage.run.seed
+        records, seed = stage.settings.records, stage.run.seed
         return attempt(load_examples, stage.data, records, split, tokenizer, seed, loss_on=loss_on)
 
     def judge(spec: str, *judged: Examples | None) -> RewardFunction | None:
@@ -265,7 +267,7 @@ def _reward_is_whole(stage: StageConfig, where: Origins, earlier: dict[str, Plan
 def _text(stage: StageConfig, algorithm: Algorithm, tokenizer: Tokenizer, train: Examples) -> dict[str, Any]:
     """Returns the text_settings of a stage, None for what it does not read."""
     text = text_settings(tokenizer, stage.data, has_conversations=train.has_conversations)
-    if algorithm.records == "prompt_only":
+    if stage.is_online:
         text["truncation"] = None
     if train.formats and set(train.formats) <= set(PROMPTLESS_FORMATS):
         text["prompt_template"] = None
@@ -312,7 +314,7 @@ def _check_text(plan: Plan, earlier: dict[str, Plan]) -> None:
 
 def check_length(stage: StageConfig, algorithm: Algorithm, architecture: Architecture) -> None:
     longest, options = stage.data.max_length, "data.max_length"
-    if algorithm.records == "prompt_only":
+    if stage.is_online:
         longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
         options = "data.max_prompt_length or rollout.max_new_tokens"
     if longest > architecture.context_length:

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
+from rlhf_jax.algo_config import OnlineConfig
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
-from rlhf_jax.config import LARGEST_INT, PPOConfig, StageConfig
+from rlhf_jax.config import StageConfig
+from rlhf_jax.config_types import LARGEST_INT
 from rlhf_jax.models.forward import make_forward, policy_parts
 from rlhf_jax.models.kv_cache import DecodeWeights, cast_to_decode, unstack
 from rlhf_jax.models.transformer import Model
@@ -53,7 +55,9 @@ class Programs(NamedTuple):
     init_state: Callable[[Params], TrainState]
     """Parameters by role -> the state before the first step, on the mesh."""
     rollout: RolloutPrograms
-    """Trained and frozen parameters, prompts, key -> completions by the policy."""
+    """Trained and frozen parameters, N prompts, key -> G completions of each by the policy."""
+    rollout_of_one: RolloutPrograms
+    """The same with one completion of each of N * G prompts, for evaluation."""
     to_decode: Callable[[Params], Params]
     """A role's parameters -> the same in the types that decoding reads: what a rollout elsewhere needs."""
     score: Callable[[Params, Params, Rollout], tuple[Scored, Metrics]]
@@ -87,7 +91,7 @@ def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
 def row_layout(stage: StageConfig, num_completion: int, prompt_length: int) -> RowLayout | None:
     """Returns in what rows a stage scores and updates; None where these are those of its batches."""
     settings = stage.settings
-    if not isinstance(settings, PPOConfig) or settings.sequences_per_row == settings.length_buckets == 1:
+    if not isinstance(settings, OnlineConfig) or settings.sequences_per_row == settings.length_buckets == 1:
         return None
     return RowLayout(
         sequences_per_row=settings.sequences_per_row,
@@ -118,7 +122,7 @@ def build_programs(
         prompt_length: tokens of a usual prompt, for which ppo.length_buckets are made; the most by default.
     """
     settings = stage.settings
-    temperature = stage.rollout.temperature if algorithm.records == "prompt_only" else 1.0
+    temperature = stage.rollout.temperature if stage.is_online else 1.0
     forward = make_forward(model, num_completion, temperature, stage.model.logprob_chunk)
     optimizers = optimizers_of(stage, algorithm)
     init = partial(
@@ -132,28 +136,6 @@ def build_programs(
     layout = row_layout(stage, num_completion, prompt_length)
     rows_on = batch_sharding(mesh)
     constrain = partial(_constrain, sharding=rows_on)
-
-    engine = Engine(
-        num_columns=stage.rollout.max_new_tokens,
-        pad_id=ids.pad,
-        num_slots=stage.rollout.slots,
-        refill_size=stage.rollout.refill_size,
-    )
-
-    def start_rollout(params: Params, frozen: Params, prompts: Prompts) -> tuple[DecodeWeights, Slots]:
-        policy = policy_parts(params, frozen)
-        weights = unstack(policy, model.architecture, model.dtype, model.lora)
-        weights = jax.lax.with_sharding_constraint(weights, weight_shardings(model, mesh, policy))
-        return weights, engine.start(weights, prompts)
-
-    def run_rollout(weights: DecodeWeights, prompts: Prompts, key: Array, slots: Slots) -> Slots:
-        sampling = read_sampling(stage.rollout, jnp.asarray([ids.eos, *ids.stops]))
-        queue = make_queue(prompts, stage.rollout.max_new_tokens)
-        return engine.run(weights, queue, sampling, key, slots, stage.rollout.steps_per_call)
-
-    def finish_rollout(prompts: Prompts, done: Completions) -> Rollout:
-        queue = make_queue(prompts, stage.rollout.max_new_tokens)
-        return constrain(assemble(prompts, engine.in_order(queue, done), ids.pad))
 
     def counted(rollout: Rollout) -> Array:
         return rollout.rows.sequence_mask & (rollout.ended if algorithm.leaves_out(settings) else True)
@@ -178,7 +160,7 @@ def build_programs(
         assert algorithm.evaluate is not None
         return algorithm.evaluate(forward, params, frozen, batch, settings)
 
-    minibatch_rows = settings.batch_size // settings.num_minibatches
+    minibatch_rows = settings.rows_per_update // settings.num_minibatches
     if layout is not None:
         minibatch_rows //= layout.sequences_per_row
     update = make_update(
@@ -195,20 +177,49 @@ def build_programs(
         constrain=constrain,
     )
     compiled = partial(_compiled, mesh)
+    group_size = settings.group_size if isinstance(settings, OnlineConfig) else 1
+    rollout = rollout_programs(stage, model, mesh, ids, group_size)
     return Programs(
         init_state=compiled(init, donate_argnums=0, out_shardings=shardings),
-        rollout=RolloutPrograms(
-            start=compiled(start_rollout),
-            run=compiled(run_rollout, donate_argnums=3),
-            end=compiled(engine.end, donate_argnums=0),
-            finish=compiled(finish_rollout),
-        ),
+        rollout=rollout,
+        rollout_of_one=rollout if group_size == 1 else rollout_programs(stage, model, mesh, ids),
         to_decode=compiled(partial(cast_to_decode, dtype=model.dtype)),
         score=compiled(score),
         advantages=compiled(advantages),
         update=compiled(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
         evaluate=compiled(evaluate),
         scores=compiled(forward.scores),
+    )
+
+
+def rollout_programs(
+    stage: StageConfig, model: Model, mesh: Mesh, ids: TokenIds, group_size: int = 1
+) -> RolloutPrograms:
+    """Returns the rollout of a stage's policy, G completions of each prompt; see `build_programs`."""
+    options = stage.rollout
+    num_slots, num_columns = -(-options.slots // group_size), options.max_new_tokens
+    engine = Engine(num_columns, ids.pad, num_slots, options.refill_size, group_size)
+
+    def start(params: Params, frozen: Params, prompts: Prompts) -> tuple[DecodeWeights, Slots]:
+        policy = policy_parts(params, frozen)
+        weights = unstack(policy, model.architecture, model.dtype, model.lora)
+        weights = jax.lax.with_sharding_constraint(weights, weight_shardings(model, mesh, policy))
+        return weights, engine.start(weights, prompts)
+
+    def run(weights: DecodeWeights, prompts: Prompts, key: Array, slots: Slots) -> Slots:
+        sampling = read_sampling(options, jnp.asarray([ids.eos, *ids.stops]))
+        queue = make_queue(prompts, num_columns)
+        return engine.run(weights, queue, sampling, key, slots, options.steps_per_call)
+
+    def finish(prompts: Prompts, done: Completions) -> Rollout:
+        queue = make_queue(prompts, num_columns)
+        return _constrain(assemble(prompts, engine.in_order(queue, done), ids.pad), batch_sharding(mesh))
+
+    return RolloutPrograms(
+        start=_compiled(mesh, start),
+        run=_compiled(mesh, run, donate_argnums=3),
+        end=_compiled(mesh, engine.end, donate_argnums=0),
+        finish=_compiled(mesh, finish),
     )
 
 

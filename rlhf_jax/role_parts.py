@@ -40,8 +40,9 @@ def role_parts(stage: StageConfig, algorithm: Algorithm, *, reward_is_whole: boo
     """
     has_base = stage.lora.rank >= 1
     parts: Parts = {}
-    for role in (*algorithm.trains, *algorithm.reads):
-        own_trunk = not has_base or (role == "reward" and role in algorithm.reads and reward_is_whole)
+    reads = algorithm.reads(stage.settings)
+    for role in (*algorithm.trains, *reads):
+        own_trunk = not has_base or (role == "reward" and role in reads and reward_is_whole)
         if role in ("value", "reward"):
             shares = role == "value" and stage.model.sharing == "trunk"
             parts[role] = ("score_head",) if shares else SCORER if own_trunk else ("adapter", "score_head")

@@ -50,7 +50,7 @@ def load_roles(
     Raises:
         ValueError: adapters of a model that has changed, or of another than this stage's base.
     """
-    cfg, width = stage.model, model.architecture.hidden_size
+    cfg, width, reads = stage.model, model.architecture.hidden_size, algorithm.reads(stage.settings)
     # Beside adapters it is the base and nothing else, and never in the host's memory in a wider type.
     policy_dtype = "float32" if model.lora is None else cfg.base_dtype
     policy = (
@@ -71,7 +71,7 @@ def load_roles(
 
     def made(role: str) -> Params | None:
         match role:
-            case "reward" if role in algorithm.reads:
+            case "reward" if role in reads:
                 return reward
             case "value" if reward is not None and reward.keys() == set(parts[role]):
                 return reward
@@ -81,7 +81,7 @@ def load_roles(
             ),
             "value": lambda: zero_score_head(width),
         }
-        number = (*algorithm.trains, *algorithm.reads, "base").index(role)
+        number = (*algorithm.trains, *reads, "base").index(role)
         adapter_key = jax.random.fold_in(keys.named(root, "adapter"), number)
         fresh = {
             "score_head": heads.get(role, dict),
@@ -100,15 +100,13 @@ def load_roles(
         shardings = part_shardings(model, mesh, weights)
         # These are what was loaded, the other roles copies, so that the trained ones can be donated.
         is_loaded = "trunk" in weights and (
-            role in ("policy", "base") or (role == "reward" and role in algorithm.reads)
+            role in ("policy", "base") or (role == "reward" and role in reads)
         )
         is_ready = is_loaded and jax.tree.leaves(weights["trunk"])[0].dtype == jnp.dtype(dtype)
         return _moved(weights if is_ready else _copy(weights, shardings, dtype), memory)
 
     trained = {role: placed(role, "float32") for role in algorithm.trains}
-    frozen = {
-        role: placed(role, cfg.role_dtype, cfg.frozen_memory) for role in algorithm.reads if role in parts
-    }
+    frozen = {role: placed(role, cfg.role_dtype, cfg.frozen_memory) for role in reads if role in parts}
     if "base" in parts:
         frozen["base"] = placed("base", cfg.base_dtype)
     return trained, {role: weights for role, weights in frozen.items() if weights is not None}

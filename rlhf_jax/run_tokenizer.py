@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import get_args
 
-from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.config import Config, TokenizerConfig
 from rlhf_jax.data.examples import Split, load_records, training_texts
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, settle_template, train_tokenizer
@@ -42,7 +41,7 @@ def prepare_tokenizer(config: Config) -> Tokenizer:
         beside = start.parent / TOKENIZER if is_stage_dir(start) else start
         return load_tokenizer(dataclasses.replace(first.tokenizer, path=str(beside)))
     try:
-        texts = list(training_texts(first.data, ALGORITHMS[first.algorithm].records, first.run.seed))
+        texts = list(training_texts(first.data, first.settings.records, first.run.seed))
     except ValueError:
         raise ValueError("\n".join(_unreadable(config))) from None
     return settle_template(train_tokenizer(texts, first.tokenizer.vocab_size), first.tokenizer)
@@ -105,7 +104,7 @@ def _unreadable(config: Config) -> list[str]:
     for stage in config.stages:
         for split in get_args(Split):
             try:
-                load_records(stage.data, ALGORITHMS[stage.algorithm].records, split, stage.run.seed)
+                load_records(stage.data, stage.settings.records, split, stage.run.seed)
             except ValueError as error:
                 lines += [f"stage {stage.name}: {problem}" for problem in str(error).splitlines()]
     return lines

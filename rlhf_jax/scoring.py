@@ -57,11 +57,15 @@ def rollout_metrics(scored: Scored, rows_counted: Array, *, is_own: bool = True)
     lengths = _lengths(rows)
     logprobs = scored.old_logprobs if is_own else rollout.sampler_logprobs
     gap = jnp.abs(jnp.where(mask, rollout.sampler_logprobs - scored.old_logprobs, 0.0))
-    return {
-        "policy/kl": sequence_kl(logprobs, scored.ref_logprobs, mask),
-        "policy/kl_per_token": masked(logprobs - scored.ref_logprobs, mask),
+    metrics: Metrics = {}
+    if scored.ref_logprobs is not None:
+        metrics = {
+            "policy/kl": sequence_kl(logprobs, scored.ref_logprobs, mask),
+            "policy/kl_per_token": masked(logprobs - scored.ref_logprobs, mask),
+            "policy/ref_nll": masked(-scored.ref_logprobs, mask),
+        }
+    return metrics | {
         "policy/nll": masked(-scored.old_logprobs, mask),
-        "policy/ref_nll": masked(-scored.ref_logprobs, mask),
         "policy/sampler_gap": masked(gap, mask),
         "policy/sampler_gap_max": Max(jnp.max(gap)),
         "policy/sampler_ratio": masked(

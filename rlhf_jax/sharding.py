@@ -114,7 +114,7 @@ def stage_meshes(stage: StageConfig, mesh: Mesh) -> tuple[Mesh, Mesh]:
         ValueError: the devices cannot be parted so.
     """
     number, total = stage.rollout.devices, mesh.size
-    if stage.algorithm != "ppo" or not number:
+    if not stage.is_online or not number:
         return mesh, mesh
     known = math.prod(size for size in stage.mesh.sizes.values() if size != -1)
     if number >= total:

@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from rlhf_jax import distributed, keys, watchdog
 from rlhf_jax.agreement import check_alike, on_first
+from rlhf_jax.algo_config import OnlineConfig, RewardModelConfig
 from rlhf_jax.batch import Params, Prompts, Rows, TrainState
 from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
-from rlhf_jax.config import RewardModelConfig, StageConfig
+from rlhf_jax.config import StageConfig
 from rlhf_jax.data.loader import Loader, Prefetched
 from rlhf_jax.data.records import AnyRecord, Preference, PromptOnly
 from rlhf_jax.data.tokenize import text_difference
@@ -53,7 +54,7 @@ def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
     model = stage_model(stage, plan.architecture)
     num_completion = (
         stage.rollout.max_new_tokens
-        if algorithm.records == "prompt_only"
+        if stage.is_online
         else max(plan.train.most_loss_tokens, plan.held_out.most_loss_tokens)
     )
     ids = TokenIds(
@@ -108,7 +109,7 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     """Returns what a stage measured that was not done."""
     stage, algorithm = plan.stage, plan.algorithm
     root = keys.stage_root(stage.run.seed, plan.number)
-    is_online = algorithm.records == "prompt_only"
+    is_online = stage.is_online
     mesh, sampling = stage_meshes(stage, mesh)
     model, programs = stage_programs(plan, mesh)
     trained, frozen = load_roles(stage, algorithm, plan.origins, model, mesh, root)
@@ -188,27 +189,28 @@ def _online(
 ) -> tuple[Source, Evaluate]:
     """Returns where batches of experience come from, and the evaluation on held-out prompts."""
     stage = plan.stage
-    loader = Loader[Prompts, PromptOnly](plan.train, stage.settings.batch_size, stage.run.seed)
+    settings = stage.settings
+    assert isinstance(settings, OnlineConfig)
+    loader = Loader[Prompts, PromptOnly](plan.train, settings.batch_size, stage.run.seed)
     external = _external_reward(plan, mesh)
     has_model = "reward" in frozen or external is not None
-    holders = row_holders(mesh, stage.settings.batch_size)
+    holders = row_holders(mesh, settings.rows_per_update)
     function, gold = (None if of is None else scored_once(of, holders) for of in (plan.function, plan.gold))
     collector = Collector(
         programs,
         Judge(stage.rewards, function, has_model=has_model),
         plan.tokenizer,
         mesh,
-        leaves_out=plan.algorithm.leaves_out(stage.settings),
+        leaves_out=plan.algorithm.leaves_out(settings),
         external=external,
     )
 
     if worker is None:
-        source = OnPolicy(programs, frozen, collector, PromptBatches(loader, mesh))
+        source = OnPolicy(programs, frozen, collector, PromptBatches(loader, mesh, settings.group_size))
     else:
-        batches = PromptBatches(loader, worker.mesh)
-        num_iterations = stage.settings.num_updates
-        source = Asynchronous(programs, frozen, collector, batches, worker, root, num_iterations)
-    held_out = Loader(plan.held_out, stage.settings.batch_size, stage.run.seed)
+        batches = PromptBatches(loader, worker.mesh, settings.group_size)
+        source = Asynchronous(programs, frozen, collector, batches, worker, root, settings.num_updates)
+    held_out = Loader(plan.held_out, settings.rows_per_update, stage.run.seed)
     key = keys.named(root, "evaluate")
     return source, evaluate_prompts(collector, held_out, mesh, key, stage.run.num_samples, gold)
 
@@ -263,7 +265,7 @@ def _result(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:
             result[f"{measure.name}_after"] = after[measure.metric]
         else:
             result[measure.name] = after[measure.metric]
-    if plan.gold is not None and plan.algorithm.records == "preference":
+    if plan.gold is not None and plan.stage.settings.records == "preference":
         result["accuracy_ceiling"] = on_first(lambda: _gold_accuracy(plan))
     return result | {"seconds": info["seconds"]}
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 
 from rlhf_jax import command_line
 from rlhf_jax.checkpoint import load_info
-from rlhf_jax.config import LARGEST_INT, StageConfig
+from rlhf_jax.config import StageConfig
+from rlhf_jax.config_types import LARGEST_INT
 from rlhf_jax.data.columns import Content
 from rlhf_jax.data.examples import load_records, tokenize_records
 from rlhf_jax.data.records import PromptOnly, in_template

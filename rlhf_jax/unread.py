@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-from rlhf_jax.config import (
-    ALGORITHM_SECTIONS,
-    PROMPTLESS_FORMATS,
-    PPOConfig,
-    RewardModelConfig,
-    StageConfig,
-)
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig, PPOConfig, RewardModelConfig
+from rlhf_jax.config import PROMPTLESS_FORMATS, StageConfig
 
 ARCHITECTURE = (
     "path",
@@ -44,8 +39,8 @@ def fresh_adapter(stage: StageConfig, stages: Container[str]) -> str:
     """
     if stage.lora.rank == 0:
         return "lora.rank is 0"
-    if stage.algorithm == "ppo":
-        return "ppo begins with fresh adapters, for its reference is the base alone"
+    if stage.is_online:
+        return f"{stage.algorithm} begins with fresh adapters, for its reference is the base alone"
     if stage.start_from in stages:
         return f"the stage starts from {stage.start_from!r}, which is not the model that the adapter is for"
     return ""
@@ -89,9 +84,11 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
             reasons[f"lora.{key}"] = "lora.rank is 0"
     if why := fresh_adapter(stage, stages):
         reasons["lora.path"] = why
-    if stage.algorithm != "ppo":
-        reasons["model.sharing"] = "only a ppo stage has roles that could share"
-        reasons["model.frozen_memory"] = "only a ppo stage has models that are not needed all the time"
+    if not stage.is_online:
+        reasons["model.sharing"] = "only an online stage, such as ppo, has roles that could share"
+        reasons["model.frozen_memory"] = (
+            "only an online stage, such as ppo, has models not needed all the time"
+        )
         if not has_base:
             reasons["model.frozen_dtype"] = "the stage has no frozen model, for lora.rank is 0"
     elif stage.model.sharing == "hydra" and not _has_whole_judge(stage, stages):
@@ -99,13 +96,13 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
 
     data = stage.data
     for key in ("prompts", "detokenize"):
-        if stage.algorithm != "reward_model" or data.format not in ("auto", "labelled"):
-            reasons[f"data.{key}"] = "only a reward_model stage that reads data.format 'labelled' uses it"
+        if stage.settings.records != "preference" or data.format not in ("auto", "labelled"):
+            reasons[f"data.{key}"] = "only a stage that reads pairs of data.format 'labelled' uses it"
     if stage.algorithm == "sft":
         reasons["data.prompt_tokens"] = "an sft stage learns the whole text"
-    elif stage.algorithm == "reward_model" and not data.prompts:
+    elif stage.settings.records == "preference" and not data.prompts:
         reasons["data.prompt_tokens"] = "data.prompts is not set"
-    elif stage.algorithm == "ppo" and data.format not in ("auto", "text"):
+    elif stage.is_online and data.format not in ("auto", "text"):
         reasons["data.prompt_tokens"] = f"records of data.format {data.format!r} have prompts"
     if data.format in PROMPTLESS_FORMATS:
         reasons["data.prompt_template"] = (
@@ -116,10 +113,10 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
             reasons[f"data.{key}"] = "the embedded task (data.train: synthetic) has no columns"
     if data.packing:
         reasons["data.length_buckets"] = "data.packing is true: rows have one length"
-    if stage.algorithm == "ppo":
-        reasons["data.packing"] = "ppo packs no prompts"
+    if stage.is_online:
+        reasons["data.packing"] = f"{stage.algorithm} packs no prompts"
         for key in ("max_length", "truncation"):
-            reasons[f"data.{key}"] = "ppo has max_prompt_length and rollout.max_new_tokens"
+            reasons[f"data.{key}"] = f"{stage.algorithm} has max_prompt_length and rollout.max_new_tokens"
 
     optimizer = stage.optimizer
     for key in ("beta1", "beta2", "eps", "momentum"):
@@ -134,29 +131,31 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
             "neither model.param_dtype nor optimizer.state_dtype is 'bfloat16'"
         )
 
-    if stage.algorithm == "ppo" and not stage.rollout.slots:
+    if stage.is_online and not stage.rollout.slots:
         reasons["rollout.refill_size"] = "rollout.slots is 0: all completions of a batch are sampled at once"
-    if stage.algorithm == "ppo" and not stage.rollout.devices:
+    if stage.is_online and not stage.rollout.devices:
         reasons["rollout.importance_cap"] = "rollout.devices is 0: the policy samples what it learns from"
-    if stage.algorithm != "ppo":
-        reasons["rollout"] = "only a ppo stage samples"
-        reasons["rewards"] = "only a ppo stage trains on scores"
-        reasons["run.num_samples"] = "only a ppo stage writes samples"
+    if not stage.is_online:
+        reasons["rollout"] = "only an online stage, such as ppo, samples"
+        reasons["rewards"] = "only an online stage, such as ppo, trains on scores"
+        reasons["run.num_samples"] = "only an online stage, such as ppo, writes samples"
     if stage.algorithm == "reward_model":
         del reasons["rewards"]
         reasons["model.logprob_chunk"] = "a reward_model stage computes no log-probabilities"
         for key in ("model_weight", "function", "function_weight"):
-            reasons[f"rewards.{key}"] = "only a ppo stage trains on scores"
+            reasons[f"rewards.{key}"] = "only an online stage, such as ppo, trains on scores"
         if isinstance(stage.settings, RewardModelConfig) and stage.settings.normalizer == "none":
             reasons["reward_model.normalize_on"] = "reward_model.normalizer is 'none'"
-    if isinstance(stage.settings, PPOConfig):
+    settings = stage.settings
+    if isinstance(settings, OnlineConfig):
         if not stage.reward_from and stage.rewards.model_weight != 0:
             reasons["rewards.model_weight"] = f"stage {stage.name!r} has no reward_from"
         if not stage.rewards.function:
             reasons["rewards.function_weight"] = "rewards.function is not set"
-        if stage.settings.kl_controller == "fixed":
-            for key in ("kl_target", "kl_horizon"):
-                reasons[f"ppo.{key}"] = "ppo.kl_controller is 'fixed'"
-        if stage.settings.missing_eos in ("none", "mask"):
-            reasons["ppo.missing_eos_value"] = f"ppo.missing_eos is {stage.settings.missing_eos!r}"
+        if settings.missing_eos in ("none", "mask"):
+            section = stage.algorithm
+            reasons[f"{section}.missing_eos_value"] = f"{section}.missing_eos is {settings.missing_eos!r}"
+    if isinstance(settings, PPOConfig) and settings.kl_controller == "fixed":
+        for key in ("kl_target", "kl_horizon"):
+            reasons[f"{stage.algorithm}.{key}"] = f"{stage.algorithm}.kl_controller is 'fixed'"
     return reasons

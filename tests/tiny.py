@@ -14,7 +14,7 @@ import pytest
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax import config
+from rlhf_jax import algo_config, config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params, Prompts, Rows
 from rlhf_jax.models import hf
@@ -71,7 +71,7 @@ def stage(algorithm: str, sharing: str = "separate", **sections: dict[str, Any])
         algorithm=algorithm,
         start_from="",
         reward_from="",
-        settings=config.ALGORITHM_SECTIONS[algorithm](**settings),
+        settings=algo_config.ALGORITHM_SECTIONS[algorithm](**settings),
         run=config.RunConfig(dir="unused"),
         **made,
     )

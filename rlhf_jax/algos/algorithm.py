@@ -1,16 +1,18 @@
-"""What an algorithm is: a value that names its data, its roles, its loss and where else it has a say."""
+"""What an algorithm is: a value that names its roles, its loss and where else it has a say.
+
+Its section in `algo_config.py` names its data.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jax import Array
 
 from rlhf_jax.batch import Mean, Metrics, Params, PolicyBatch, Scored
 from rlhf_jax.models.forward import Forward
 
-Kind = Literal["prompt_completion", "preference", "prompt_only"]
 Aux = dict[str, Array]
 
 
@@ -38,18 +40,16 @@ class Measure(NamedTuple):
 class Algorithm(NamedTuple):
     """An algorithm; the trainer reads these fields and never asks for its name."""
 
-    records: Kind
-    """The records it reads; `prompt_only` makes it online: its batches come from rollouts."""
     trains: tuple[str, ...]
     """Roles in the optimiser."""
-    reads: tuple[str, ...]
-    """Roles that are frozen."""
     reports: tuple[Measure, ...]
     """What the summary says of a stage; measures that an evaluation does not have are left out."""
     figures: tuple[str, ...]
     """The three or four metrics that the progress display shows."""
     loss: LossFunction
     """loss(forward, params, frozen, batch, settings) -> terms, metrics."""
+    reads: Callable[[Any], tuple[str, ...]] = lambda settings: ()
+    """Roles that are frozen."""
     evaluate: Callable[[Forward, Params, Params, Any, Any], Metrics] | None = None
     """Offline: sums over one held-out batch, of the same arguments as the loss."""
     rows_per_record: int = 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rlhf_jax.algo_config import PPOConfig
 from rlhf_jax.algos.algorithm import Algorithm, Aux, Measure, Term, Terms
 from rlhf_jax.batch import Max, Mean, Metrics, Params, PolicyBatch, Scored
-from rlhf_jax.config import PPOConfig
 from rlhf_jax.models.forward import Forward
 from rlhf_jax.ops.advantages import gae
 from rlhf_jax.ops.kl import adapt_kl_coef, k3, log_ratio, sequence_kl
@@ -55,6 +55,7 @@ def clipped_value_loss(values: Array, batch: PolicyBatch, clip_eps: float) -> tu
         clip_eps: eps.
     Source: the PPO code that came with arXiv:1707.06347; arXiv:2403.17031 section 4.
     """
+    assert batch.old_values is not None and batch.returns is not None
     mask = batch.completion_mask
     values, old_values, returns = (keep(x, mask) for x in (values, batch.old_values, batch.returns))
     near_old = old_values + jnp.clip(values - old_values, -clip_eps, clip_eps)
@@ -88,6 +89,7 @@ def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch,
     The order of NUMERICS: score, missing-EOS rule, KL term, reward whitening (mean kept), GAE, returns,
     advantage whitening; all statistics over the valid tokens of the whole batch. Everything is float32.
     """
+    assert scored.ref_logprobs is not None and scored.values is not None
     rollout, rows = scored.rollout, scored.rollout.rows
     scores, stays = apply_missing_eos(
         scored.scores, rollout.ended, settings.missing_eos, settings.missing_eos_value
@@ -124,6 +126,7 @@ def update_aux(aux: Aux, batch: PolicyBatch, settings: PPOConfig) -> Aux:
     """Returns the KL weight of the next iteration, from the KL of this one's rollout."""
     if settings.kl_controller == "fixed":
         return aux
+    assert batch.ref_logprobs is not None
     kl = sequence_kl(batch.old_logprobs, batch.ref_logprobs, batch.completion_mask)
     coef = adapt_kl_coef(
         aux["kl_coef"],
@@ -136,9 +139,8 @@ def update_aux(aux: Aux, batch: PolicyBatch, settings: PPOConfig) -> Aux:
 
 
 PPO = Algorithm(
-    records="prompt_only",
     trains=("policy", "value"),
-    reads=("reference", "reward"),
+    reads=lambda settings: ("reference", "reward"),
     loss=loss,
     adam_eps=1e-5,  # arXiv:2403.17031, detail 5
     figures=("reward/score", "policy/kl", "rollout/length", "rollout/eos_rate"),

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.algo_config import RewardModelConfig
 from rlhf_jax.algos.algorithm import Algorithm, Measure, Term, Terms
 from rlhf_jax.batch import Mean, Metrics, Params, Rows
-from rlhf_jax.config import RewardModelConfig
 from rlhf_jax.models.forward import Forward
 from rlhf_jax.ops.masking import masked
 
@@ -55,9 +55,7 @@ def evaluate(
 
 
 REWARD_MODEL = Algorithm(
-    records="preference",
     trains=("reward",),
-    reads=(),
     loss=loss,
     evaluate=evaluate,
     figures=("loss/bradley_terry", "reward/accuracy"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from rlhf_jax.algo_config import SFTConfig
 from rlhf_jax.algos.algorithm import Algorithm, Measure, Term, Terms
 from rlhf_jax.batch import Metrics, Params, Rows
-from rlhf_jax.config import SFTConfig
 from rlhf_jax.models.forward import Forward
 from rlhf_jax.ops.masking import masked
 
@@ -28,9 +28,7 @@ def evaluate(forward: Forward, params: Params, frozen: Params, batch: Rows, sett
 
 
 SFT = Algorithm(
-    records="prompt_completion",
     trains=("policy",),
-    reads=(),
     loss=loss,
     evaluate=evaluate,
     figures=("loss/nll",),

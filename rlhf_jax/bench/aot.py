@@ -32,7 +32,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from rlhf_jax import config
+from rlhf_jax import algo_config, config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.bench.harness import NEVER, SHAPES, commit, make_architecture, make_stage
@@ -105,7 +105,7 @@ def stage_of_shape(args: argparse.Namespace, flags: Sequence[str]) -> config.Sta
         section, option = name.removeprefix("--").split(".")
         sections[section][option] = int(value) if re.fullmatch(r"-?\d+", value) else value
     sections["rollout"].setdefault("max_new_tokens", args.completion)
-    settings = config.ALGORITHM_SECTIONS[args.algorithm](**sections.pop(args.algorithm))
+    settings = algo_config.ALGORITHM_SECTIONS[args.algorithm](**sections.pop(args.algorithm))
     made = {name: getattr(config, f"{name.title()}Config")(**fields) for name, fields in sections.items()}
     return make_stage(args.algorithm, settings=settings, **made)
 
@@ -118,7 +118,7 @@ def lower_shape(
     model = stage_model(stage, architecture)
     new = stage.rollout.max_new_tokens
     num_rows = rows_per_unit(stage, algorithm) * stage.settings.batch_size
-    is_online = algorithm.records == "prompt_only"
+    is_online = stage.is_online
     tokens, lengths = ((num_rows, length - new if is_online else length), (num_rows,))
     make_batch = Prompts if is_online else Rows
     batch = make_batch(*(cast(Array, ShapeDtypeStruct(x, jnp.int32)) for x in (tokens, lengths, lengths)))

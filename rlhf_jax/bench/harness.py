@@ -26,7 +26,7 @@ from jax import Array
 from jax.sharding import Mesh
 from tokenizers import models, pre_tokenizers
 
-from rlhf_jax import config
+from rlhf_jax import algo_config, config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params, Prompts, Rollout
 from rlhf_jax.data.collate import collate_prompts
@@ -134,7 +134,7 @@ class Bench:
         self.model: Model = make_model(architecture, args.dtype)
         self.stage = make_stage(
             "ppo",
-            settings=config.PPOConfig(
+            settings=algo_config.PPOConfig(
                 batch_size=args.batch,
                 num_epochs=args.epochs,
                 num_minibatches=args.minibatches,
@@ -194,8 +194,9 @@ class Bench:
     def roles(self) -> tuple[Params, Params]:
         """Returns (trained, frozen)."""
         algorithm = ALGORITHMS["ppo"]
+        reads = algorithm.reads(self.stage.settings)
         trained = {role: self.weights(role, i) for i, role in enumerate(algorithm.trains)}
-        return trained, {role: self.weights(role, 8 + i) for i, role in enumerate(algorithm.reads)}
+        return trained, {role: self.weights(role, 8 + i) for i, role in enumerate(reads)}
 
     def prompts(self, seed: int = 0, num_prompts: int = 0) -> Prompts:
         """Returns random prompts on the host: a batch, or as many as are asked for."""

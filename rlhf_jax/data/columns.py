@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 from rlhf_jax.config import DataConfig
+from rlhf_jax.config_types import Kind
 from rlhf_jax.options import did_you_mean
 from rlhf_jax.progress import watched
 
-Kind = Literal["prompt_completion", "preference", "prompt_only", "unpaired", "ranking"]
 Format = Literal[
     "text", "messages", "prompt_completion", "preference", "ranking", "unpaired", "prompt_only", "labelled"
 ]

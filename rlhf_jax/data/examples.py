@@ -13,9 +13,10 @@ import numpy as np
 
 from rlhf_jax.batch import Prompts, Rows
 from rlhf_jax.config import PROMPTLESS_FORMATS, DataConfig
+from rlhf_jax.config_types import Kind
 from rlhf_jax.data.arrow import Record
 from rlhf_jax.data.collate import Row, collate_packed, collate_prompts, collate_rows, static_length
-from rlhf_jax.data.columns import Format, Kind, record_format
+from rlhf_jax.data.columns import Format, record_format
 from rlhf_jax.data.formats import read_records
 from rlhf_jax.data.packing import Packing, pack
 from rlhf_jax.data.records import AnyRecord, PromptOnly, completions, in_template, is_conversational, texts

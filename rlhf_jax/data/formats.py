@@ -31,7 +31,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 from rlhf_jax.config import DataConfig
-from rlhf_jax.data.columns import ORDERS, Cells, Content, Kind, Message, Reader, resolve_format
+from rlhf_jax.config_types import Kind
+from rlhf_jax.data.columns import ORDERS, Cells, Content, Message, Reader, resolve_format
 from rlhf_jax.data.prose import detokenize
 from rlhf_jax.data.records import (
     AnyRecord,

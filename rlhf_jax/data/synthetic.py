@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from rlhf_jax.data.columns import Kind
+from rlhf_jax.config_types import Kind
 from rlhf_jax.data.records import AnyRecord, Preference, PromptCompletion, PromptOnly
 
 Split = Literal["train", "eval"]

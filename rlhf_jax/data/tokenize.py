@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 from rlhf_jax.config import DataConfig
+from rlhf_jax.config_types import Kind
 from rlhf_jax.data.chat import Turns, chat_encoder
 from rlhf_jax.data.collate import Row
-from rlhf_jax.data.columns import Kind, Message
+from rlhf_jax.data.columns import Message
 from rlhf_jax.data.prose import SENTENCE_ENDS
 from rlhf_jax.data.records import (
     AnyRecord,

@@ -22,6 +22,7 @@ from rlhf_jax.ops.logprobs import (
     token_logprobs,
 )
 
+ROLES = ("policy", "reference", "value", "reward")
 RoleFunction = Callable[[Params, Params, Rows], Array]
 
 
@@ -29,9 +30,9 @@ class Said(NamedTuple):
     """What each role says of rows."""
 
     logprobs: Array  # f32[B, T], of the policy
-    ref_logprobs: Array  # f32[B, T]
-    values: Array  # f32[B, T]
-    scores: Array | None  # f32[B]; None where there is no reward model
+    ref_logprobs: Array | None  # f32[B, T]; this one and the next: None where there is no such role
+    values: Array | None  # f32[B, T]
+    scores: Array | None  # f32[B]
 
 
 class Forward(NamedTuple):
@@ -135,13 +136,17 @@ def make_forward(
 
     def score_all(params: Params, frozen: Params, rows: Rows) -> Said:
         trees = frozen | params
-        roles = ["policy", "reference", "value", *(["reward"] if "reward" in trees else [])]
-        hidden = states(roles, params, frozen, rows)
+        is_there = trees.keys() | ({"reference"} if "base" in trees else set())  # whose reference it is
+        hidden = states([role for role in ROLES if role in is_there], params, frozen, rows)
         return Said(
             logprobs=logprobs_of("policy", hidden["policy"], trees, rows, with_entropy=False)[0],
-            ref_logprobs=logprobs_of("reference", hidden["reference"], trees, rows, with_entropy=False)[0],
-            values=values_of(hidden["value"], trees, rows),
-            scores=scores_of(hidden["reward"], trees, rows) if "reward" in trees else None,
+            ref_logprobs=(
+                logprobs_of("reference", hidden["reference"], trees, rows, with_entropy=False)[0]
+                if "reference" in hidden
+                else None
+            ),
+            values=values_of(hidden["value"], trees, rows) if "value" in hidden else None,
+            scores=scores_of(hidden["reward"], trees, rows) if "reward" in hidden else None,
         )
 
     with_columns = partial(make_forward, model, temperature=temperature, logprob_chunk=logprob_chunk)

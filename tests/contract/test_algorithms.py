@@ -10,13 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import PolicyBatch, Rows, num_rows
 from rlhf_jax.metrics import to_host
 from tests import tiny
 
 NAMES = sorted(ALGORITHMS)
-ONLINE = [name for name in NAMES if ALGORITHMS[name].records == "prompt_only"]
+
+
+def is_online(name: str) -> bool:
+    return issubclass(ALGORITHM_SECTIONS[name.partition(":")[0]], OnlineConfig)
+
+
+ONLINE = [name for name in NAMES if is_online(name)]
 SHARED = ["ppo:trunk", "ppo:hydra", "reward_model:lora", "sft:lora"]
 """Algorithms whose roles share parameters, or are adapters; the fast tests of them are in test_sharing.py."""
 GRADIENT = 1e-5  # of the leaf's norm
@@ -40,7 +47,7 @@ def spec(name: str):
 
 
 def batch_of(name: str, rows: Rows):
-    return policy_batch(rows) if spec(name).records == "prompt_only" else rows
+    return policy_batch(rows) if is_online(name) else rows
 
 
 @functools.cache
@@ -48,7 +55,7 @@ def update_of(name, mesh, settings):
     """Returns the compiled update of an algorithm, with one optimiser step; shared by the tests."""
     settings = dict(settings)
     algorithm, _, sharing = name.partition(":")
-    one_minibatch = {"num_epochs": 1, "num_minibatches": 1} if algorithm == "ppo" else {}
+    one_minibatch = {"num_epochs": 1, "num_minibatches": 1} if is_online(algorithm) else {}
     data = {"packing": settings.pop("packing")}
     num_completion = 32 if data["packing"] else 8
     stage = tiny.stage(algorithm, sharing or "separate", settings=one_minibatch | settings, data=data)

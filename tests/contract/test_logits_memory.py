@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import PolicyBatch, Prompts, Rollout, Rows
 from rlhf_jax.lowering import lower_rollout
@@ -55,7 +56,11 @@ def compiled(name: str, program: str, chunk: int, layout: dict[str, int] | None 
     algorithm = ALGORITHMS[name]
     records = num_rows // algorithm.rows_per_record if num_rows % 2 == 0 else num_rows
     num_rows = records * algorithm.rows_per_record
-    settings = {"batch_size": records} | ({"num_minibatches": 1} if name == "ppo" else {}) | (layout or {})
+    settings = (
+        {"batch_size": records}
+        | ({"num_minibatches": 1} if issubclass(ALGORITHM_SECTIONS[name], OnlineConfig) else {})
+        | (layout or {})
+    )
     stage = tiny.stage(name, settings=settings, model={"logprob_chunk": chunk * over.get("data", 1) * fsdp})
     programs = build_programs(stage, algorithm, model, mesh, C * sequence, TokenIds(1, 1))
 
@@ -71,7 +76,7 @@ def compiled(name: str, program: str, chunk: int, layout: dict[str, int] | None 
 
     integers, numbers = jnp.zeros((num_rows,), jnp.int32), jnp.zeros((num_rows, length), jnp.float32)
     rows = Rows(jnp.zeros((num_rows, length), jnp.int32), integers, integers)
-    trained, frozen = roles(algorithm.trains), roles(algorithm.reads)
+    trained, frozen = roles(algorithm.trains), roles(algorithm.reads(stage.settings))
     key = jax.random.key(0)
     if program == "rollout":
         prompts = Prompts(jnp.zeros((num_rows, 5), jnp.int32), integers, integers)

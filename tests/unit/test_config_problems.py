@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_jax import config
+from rlhf_jax import algo_config, config
 from rlhf_jax.command_line import ConfigError, parse, read_config
 from tests.configurations import CHAIN
 from tests.conftest import ROOT
@@ -349,7 +349,7 @@ from tests.conftest import ROOT
         (
             "rewards: {function_weight: 2}",
             [],
-            "rewards.function_weight: would be ignored: only a ppo stage trains on scores; "
+            "rewards.function_weight: would be ignored: only an online stage, such as ppo, trains on scores; "
             "rewards.function is not set",
         ),
         (
@@ -467,8 +467,8 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
         ),
         (
             CHAIN.replace("from: sft, r", "from: reward, r"),
-            "stages.ppo.from: 'reward' is a reward model; ppo starts from a policy, the result of an sft or "
-            "ppo stage",
+            "stages.ppo.from: 'reward' is a reward model; ppo starts from a policy, the result of a stage "
+            "that trains one, such as sft",
         ),
         (
             CHAIN.replace("reward_from: reward", "reward_from: sft"),
@@ -476,7 +476,8 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
         ),
         (
             CHAIN.replace("from: sft}", "from: sft, reward_from: sft}"),
-            "stages.reward.reward_from: would be ignored: only a ppo stage trains on scores",
+            "stages.reward.reward_from: would be ignored: only an online stage, such as ppo, "
+            "trains on scores",
         ),
         (
             CHAIN.replace("reward_from: reward}", "reward_from: reward, mesh: {data: 1}}"),
@@ -502,11 +503,11 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
         ),
         (
             REWARD_ONLY + "reward_model: {normalizer: none}\nrollout: {temperature: 2, max_new_tokens: 9}",
-            "rollout: would be ignored: only a ppo stage samples",
+            "rollout: would be ignored: only an online stage, such as ppo, samples",
         ),
         (
             REWARD_ONLY + "reward_model: {normalizer: none}\nrewards: {gold: 'math:sin', model_weight: 2}",
-            "rewards.model_weight: would be ignored: only a ppo stage trains on scores",
+            "rewards.model_weight: would be ignored: only an online stage, such as ppo, trains on scores",
         ),
         (
             REWARD_ONLY + "reward_model: {normalizer: none}\nmodel: {logprob_chunk: 64}",
@@ -514,7 +515,7 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
         ),
         (
             REWARD_ONLY.replace("RUN", "RUN, num_samples: 3") + "reward_model: {normalizer: none}",
-            "run.num_samples: would be ignored: only a ppo stage writes samples",
+            "run.num_samples: would be ignored: only an online stage, such as ppo, writes samples",
         ),
         (
             CHAIN.replace("from: sft}", "from: sft, model: {logprob_chunk: 64}}"),
@@ -631,7 +632,7 @@ def test_what_a_flag_makes_idle_in_the_file_is_no_problem(write):
     flags = ["--ppo.kl_controller", "fixed", "--stages.ppo.reward_from=", "--rewards.function", "math:sin"]
     ppo = read_config(["--config", path, *flags]).stages[-1]
     assert ppo.reward_from == ""
-    assert ppo.settings.kl_target == config.PPOConfig().kl_target
+    assert ppo.settings.kl_target == algo_config.PPOConfig().kl_target
     assert ppo.rewards.model_weight == 1.0
     with pytest.raises(ConfigError) as error:
         read_config(["--config", path, *flags, "--ppo.kl_horizon", "77"])

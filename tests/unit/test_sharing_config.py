@@ -119,7 +119,8 @@ def test_targets_that_one_stage_leaves_open_are_compared_when_the_model_is_known
         (
             "from: sft}",
             "from: sft, model: {sharing: trunk}}",
-            "stages.reward.model.sharing: would be ignored: only a ppo stage has roles that could share",
+            "stages.reward.model.sharing: would be ignored: only an online stage, such as ppo, "
+            "has roles that could share",
         ),
         (
             "lora: {rank: 0}}",

@@ -36,9 +36,7 @@ FORWARD = Forward(
     policy_and_value=None,
     score_all=None,
 )
-ALGORITHM = Algorithm(
-    records="prompt_only", trains=("policy",), reads=(), reports=(), figures=(), loss=square_loss
-)
+ALGORITHM = Algorithm(trains=("policy",), reports=(), figures=(), loss=square_loss)
 
 
 @pytest.fixture

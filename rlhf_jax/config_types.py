@@ -1,0 +1,24 @@
+"""The types of options: their ranges are part of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+LARGEST_INT = 2**31 - 1
+"""The bound of all integers but the seed: they meet int32 on the device."""
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+Count = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+AxisSize = Annotated[int, Field(le=LARGEST_INT)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""JAX takes the lowest 32 bits of a seed: any above would give the keys of a smaller one."""
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Kind = Literal["prompt_completion", "preference", "prompt_only", "unpaired", "ranking"]
+"""What an algorithm learns from."""
