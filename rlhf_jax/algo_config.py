@@ -1,6 +1,7 @@
 """The section of each algorithm: its options, with their one default, and what follows from them.
 
-A section that differs from another in its defaults alone is a subclass of it.
+A section that differs from another in its defaults alone is a subclass of it; the texts of its options are
+that one's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from rlhf_jax.config_types import (
     PositiveFloat,
     PositiveInt,
 )
+
+KlTerm = Literal["reward", "k2", "k3"]
+Ratio = Literal["token", "sequence_mean", "sequence"]
+Aggregation = Literal["token", "sequence", "constant"]
+Baseline = Literal["group", "others", "batch", "none"]
+Scale = Literal["group", "batch", "none"]
+Credit = Literal["completion", "token"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +111,11 @@ class OnlineConfig:
     or leave the row out of loss, whitening and metrics, those of evaluations too."""
     missing_eos_value: FiniteFloat = 1.0
     """See missing_eos."""
+    overlong_buffer: Count = 0
+    """From so many tokens before rollout.max_new_tokens on, a completion loses score, in proportion up to
+    overlong_penalty at that length (DAPO's soft punishment, arXiv:2503.14476); 0: none does."""
+    overlong_penalty: PositiveFloat = 1.0
+    """See overlong_buffer."""
     eval_every: PositiveInt = 20
     """Iterations between two evaluations; there is one before the first iteration and one after the last."""
 
@@ -123,42 +136,195 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(OnlineConfig):
-    """Proximal policy optimisation with a value model and a KL penalty in the reward."""
+class PolicyGradientConfig(OnlineConfig):
+    """Clipped ratios and a KL to the reference, with or without a value model."""
 
-    value_learning_rate: NonNegativeFloat = 0.0
-    """Learning rate of the value model; 0: that of the optimizer section."""
+    normalize_scores: bool = False
+    """Scores have the mean of all so far taken off, this iteration's among them, and are divided by their
+    deviation."""
+    score_clip: NonNegativeFloat = 0.0
+    """Scores are clipped to +- this, after their normalisation; 0: they are not."""
     kl_coef: NonNegativeFloat = 0.05
-    """Weight of the KL term in the reward, to start with."""
+    """Weight of the KL to the reference, to start with."""
+    kl_term: KlTerm = "reward"
+    """Where that KL counts: in the reward of every token (its estimator is k1), or as a term of the loss,
+    whose on-policy gradient is that of the reverse KL (k2) or of the forward KL (k3)."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Whether the weight follows the measured KL."""
     kl_target: PositiveFloat = 6.0
     """Adaptive controller: KL to the reference to hold, nats per sequence."""
     kl_horizon: PositiveInt = 10000
     """Adaptive controller: episodes over which the weight adapts; more than 0.2 of those of an iteration."""
+    surrogate: Literal["clip", "kl"] = "clip"
+    """What keeps the policy near the one that sampled: the clip of the ratio; or a KL between the two as a
+    term of the loss (arXiv:1707.06347 section 4)."""
+    old_kl_coef: PositiveFloat = 1.0
+    """Of surrogate `kl`: the weight of that KL, to start with."""
+    old_kl_target: NonNegativeFloat = 0.0
+    """Of surrogate `kl`: KL from old to new policy to hold, nats per token: old_kl_coef is doubled after an
+    iteration whose last pass has more than 1.5 of it, halved below it / 1.5; 0: the weight is fixed."""
+    clip_eps: PositiveFloat = 0.2
+    """Clip of the policy ratio."""
+    clip_eps_high: NonNegativeFloat = 0.0
+    """Clip above 1, where another one than below (DAPO's clip-higher, arXiv:2503.14476); 0: clip_eps."""
+    dual_clip: NonNegativeFloat = 0.0
+    """Bound of the loss of a token with a negative advantage, in advantages; more than 1 (arXiv:1912.09729);
+    0: none."""
+    ratio: Ratio = "token"
+    """Whose probability the ratio is of: each token's; the geometric mean over the completion (GSPO,
+    arXiv:2507.18071); the whole completion's, which then is one action: of ppo with one advantage, that of
+    its first token."""
+    aggregation: Aggregation = "token"
+    """What the loss is a mean over: all tokens alike; completions, each the mean of its tokens; completions,
+    each the sum of its tokens over rollout.max_new_tokens (Dr. GRPO, arXiv:2503.20783)."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(PolicyGradientConfig):
+    """Proximal policy optimisation with a value model."""
+
+    value_learning_rate: NonNegativeFloat = 0.0
+    """Learning rate of the value model; 0: that of the optimizer section."""
+    value_warmup: Count = 0
+    """Iterations, at the beginning, in which the value model alone learns: the policy's learning rate is 0,
+    and its schedule begins behind them."""
     gamma: Fraction = 1.0
     """Discount of a token."""
     gae_lambda: Fraction = 0.95
     """Lambda of generalised advantage estimation."""
-    clip_eps: PositiveFloat = 0.2
-    """Clip of the policy ratio."""
     value_clip_eps: PositiveFloat = 0.2
     """Clip of the value around its old estimate."""
     value_coef: NonNegativeFloat = 0.1
     """Weight of the value loss. A value model with parameters of its own has clipping and Adam to itself: the
     weight then only decides at which norm its gradients are clipped."""
-    entropy_coef: NonNegativeFloat = 0.0
-    """Weight of the entropy bonus."""
     whiten_rewards: bool = False
     """Divide rewards by their deviation over the batch, keeping their mean."""
     whiten_advantages: bool = True
     """Whiten advantages over the valid tokens of the whole batch."""
 
 
-AlgorithmName = Literal["sft", "reward_model", "ppo"]
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(PolicyGradientConfig):
+    """Group-relative policy optimisation: no value model, completions of one prompt are judged by each other.
+
+    Source: arXiv:2402.03300.
+    """
+
+    batch_size: PositiveInt = 16
+    group_size: PositiveInt = 8
+    num_epochs: PositiveInt = 1
+    num_minibatches: PositiveInt = 1
+    kl_coef: NonNegativeFloat = 0.04
+    """Weight of the KL to the reference, to start with; 0: the stage has no reference model."""
+    kl_term: KlTerm = "k3"
+    aggregation: Aggregation = "sequence"
+    baseline: Baseline = "group"
+    """What is taken off the reward of a completion: the mean of its group; of the others of its group (RLOO);
+    of the whole batch; nothing."""
+    scale: Scale = "group"
+    """What advantages are divided by: the deviation of the group's rewards; that of all tokens' advantages,
+    whose mean is taken off as well; nothing."""
+    credit: Credit = "completion"
+    """Of which rewards a token has the sum: all of its completion's, or those from the token on (they differ
+    where kl_term is 'reward')."""
+    max_rollouts: PositiveInt = 1
+    """Groups whose rewards are all equal are replaced by those of further prompts, until so many batches of
+    prompts have been sampled (DAPO's dynamic sampling); 1: they stay, and teach nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrGRPOConfig(GRPOConfig):
+    """GRPO without its biases to length and difficulty: no division by deviation or length.
+
+    Source: arXiv:2503.20783.
+    """
+
+    kl_coef: NonNegativeFloat = 0.0
+    aggregation: Aggregation = "constant"
+    scale: Scale = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DAPOConfig(GRPOConfig):
+    """GRPO with a wider clip above 1 and a mean over tokens; groups that teach nothing are replaced.
+
+    Source: arXiv:2503.14476.
+    """
+
+    num_minibatches: PositiveInt = 4
+    kl_coef: NonNegativeFloat = 0.0
+    clip_eps_high: NonNegativeFloat = 0.28
+    aggregation: Aggregation = "token"
+    max_rollouts: PositiveInt = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPOConfig(GRPOConfig):
+    """GRPO with the ratio of completions, as geometric mean over tokens. Source: arXiv:2507.18071."""
+
+    num_minibatches: PositiveInt = 4
+    clip_eps: PositiveFloat = 3e-4
+    clip_eps_high: NonNegativeFloat = 4e-4
+    ratio: Ratio = "sequence_mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOConfig(GRPOConfig):
+    """REINFORCE with the mean of the group's others as baseline; a completion is one action.
+
+    Source: arXiv:2402.14740.
+    """
+
+    group_size: PositiveInt = 4
+    kl_coef: NonNegativeFloat = 0.05
+    kl_term: KlTerm = "reward"
+    ratio: Ratio = "sequence"
+    baseline: Baseline = "others"
+    scale: Scale = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceConfig(RLOOConfig):
+    """REINFORCE with the mean of the batch as baseline; a completion is one action. Source: Williams 1992."""
+
+    batch_size: PositiveInt = 64
+    group_size: PositiveInt = 1
+    baseline: Baseline = "batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePPConfig(GRPOConfig):
+    """REINFORCE++: the rewards from each token on, with the KL among them, whitened over the whole batch.
+
+    Source: arXiv:2501.03262.
+    """
+
+    batch_size: PositiveInt = 64
+    group_size: PositiveInt = 1
+    num_minibatches: PositiveInt = 4
+    kl_coef: NonNegativeFloat = 0.01
+    kl_term: KlTerm = "reward"
+    aggregation: Aggregation = "token"
+    baseline: Baseline = "none"
+    scale: Scale = "batch"
+    credit: Credit = "token"
+
+
+AlgorithmName = Literal[
+    "sft", "reward_model", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce", "reinforce_pp"
+]
 ALGORITHM_SECTIONS: dict[str, type[OfflineConfig | OnlineConfig]] = {
     "sft": SFTConfig,
     "reward_model": RewardModelConfig,
     "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+    "dr_grpo": DrGRPOConfig,
+    "dapo": DAPOConfig,
+    "gspo": GSPOConfig,
+    "rloo": RLOOConfig,
+    "reinforce": ReinforceConfig,
+    "reinforce_pp": ReinforcePPConfig,
 }
 AlgorithmConfig = OfflineConfig | OnlineConfig

@@ -145,6 +145,9 @@ class PolicyBatch(NamedTuple):
     advantages: Array  # f32[B, T], whitened when the algorithm says so
     returns: Array | None  # f32[B, T]
     importance: Array | None = None  # f32[B, T], weights of the policy loss's terms; None: all 1
+    kl_weights: Array | None = None  # f32[B, T], of the KL's terms in the loss; None: it has none
+    old_kl_weights: Array | None = None  # f32[B, T], the same of the KL from the old policy
+    scores: Array | None = None  # f32[B], as they were judged; None where nothing is kept of them
 
 
 class TrainState(NamedTuple):

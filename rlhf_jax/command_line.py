@@ -235,11 +235,13 @@ def _set(tree: dict[str, Any], path: str, text: str) -> None:
 
 def _unknown_flag(flag: str) -> str:
     name = flag.removeprefix("--")
-    homes = [f"--{section}.{name}" for section, options in OPTIONS.items() if name in options]
+    homes = [section for section, options in OPTIONS.items() if name in options]
     if name in SECTIONS or name == "stages":
         return f"{flag}: name an option: --SECTION.OPTION VALUE or --stages.NAME.SECTION.OPTION VALUE"
+    if len(homes) > 2:
+        return f"{flag}: no such flag; did you mean --SECTION.{name}, of {', '.join(homes)}?"
     if homes:
-        return f"{flag}: no such flag; did you mean {' or '.join(homes)}?"
+        return f"{flag}: no such flag; did you mean {' or '.join(f'--{home}.{name}' for home in homes)}?"
     return f"{flag}: no such flag{did_you_mean(flag, PLAIN_FLAGS)}"
 
 
@@ -269,16 +271,22 @@ def help_text() -> str:
         "",
         "stages: a list, run in order",
         *_entry("name", f"{STAGE_FIELDS['name'].kind}; its directory is named so, and later stages name it"),
-        f"  algorithm   {STAGE_FIELDS['algorithm'].kind}",
+        *_entry("algorithm", STAGE_FIELDS["algorithm"].kind),
         *_entry("from", STAGE_FIELDS["start_from"].text),
         *_entry("reward_from", STAGE_FIELDS["reward_from"].text),
     ]
     for name, section in SECTIONS.items():
         kind = "; only the stages of this algorithm read it" if name in ALGORITHM_SECTIONS else ""
-        lines += ["", f"{name}: {' '.join((section.__doc__ or '').split())}{kind}"]
+        lines += ["", *_paragraph(f"{name}: {' '.join((section.__doc__ or '').split())}{kind}")]
+        like = next((other for of in section.__mro__[1:] for other in SECTIONS if SECTIONS[other] is of), "")
+        if like:
+            lines += _paragraph(f"It has the options of {like}; others, or with other defaults, are:", "  ")
         for option in OPTIONS[name].values():
-            lines += _paragraph(f"--{name}.{option.name}  {_signature(option)}", "  ")
-            lines += _paragraph(option.text, "      ")
+            known = OPTIONS[like].get(option.name) if like else None
+            if option != known:
+                lines += _paragraph(f"--{name}.{option.name}  {_signature(option)}", "  ")
+            if known is None or option.text != known.text:
+                lines += _paragraph(option.text, "      ")
     return "\n".join(lines)
 
 

@@ -333,9 +333,12 @@ class RolloutConfig:
     """Devices that are set aside for rollouts; the mesh is over the others. While these update the policy,
     the next batch is sampled from what it was before: each rollout is one update old. 0: strictly on-policy,
     by turns on all devices."""
+    importance: Literal["auto", "always"] = "auto"
+    """Where the policy loss of a token is multiplied by its probability before the update over that when it
+    was sampled: of rollouts that are one update old (auto), or always, as sampling in another type or with
+    other kernels than training differs a little from it."""
     importance_cap: NonNegativeFloat = 2.0
-    """Of rollouts that are one update old: the policy loss of a token is multiplied by its probability before
-    the update over that when it was sampled, at most by this; 0: it is not."""
+    """The most that the loss is so multiplied by; 0: it is not."""
     steps_per_call: PositiveInt = 256
     """Decode steps, of a token of every slot, and refills after which the program returns to the host, which
     then goes on with it."""

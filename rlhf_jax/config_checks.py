@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rlhf_jax.algo_config import OnlineConfig, PPOConfig, RewardModelConfig
+from rlhf_jax.algo_config import GRPOConfig, OnlineConfig, PolicyGradientConfig, PPOConfig, RewardModelConfig
 from rlhf_jax.axes import axis_problems, axis_table
 from rlhf_jax.config import PATH_OPTIONS, RESERVED_NAMES, DataConfig, LoraConfig, StageConfig
 from rlhf_jax.config_file import Resolved, Where, ignored
@@ -59,6 +59,8 @@ def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> 
         found += check_architecture(stage, earlier, path)
         found += check_scores(stage, path)
         found += check_controller(stage, path)
+        found += check_policy_loss(stage, path)
+        found += check_groups(stage, path)
         found += check_rollout_devices(stage, path)
         found += check_lora(stage, earlier, path)
         found += check_formats(stage, path)
@@ -205,6 +207,14 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
             f"{path(section, 'batch_size')}: {batch} records in each of {settings.num_updates} updates "
             f"must be at most {LARGEST_INT} in all, got {settings.num_updates * batch}"
         )
+    waits = settings.value_warmup if isinstance(settings, PPOConfig) else 0
+    if waits >= settings.num_updates:
+        yield (
+            f"{path(section, 'value_warmup')}: must be less than num_iterations = {settings.num_updates}, "
+            f"got {waits}"
+        )
+        return
+    steps -= waits * settings.num_epochs * settings.num_minibatches
     if stage.optimizer.warmup_steps > steps:
         names = (f"{section}.num_steps",)
         if isinstance(settings, OnlineConfig):
@@ -281,7 +291,7 @@ def check_scores(stage: StageConfig, path: PathOf) -> Iterator[str]:
 def check_controller(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields what is wrong with the controller of the weight of the KL."""
     settings, section = stage.settings, stage.algorithm
-    if not isinstance(settings, PPOConfig):
+    if not isinstance(settings, PolicyGradientConfig):
         return
     if settings.kl_controller == "adaptive" and settings.kl_coef == 0:
         yield (
@@ -297,9 +307,59 @@ def check_controller(stage: StageConfig, path: PathOf) -> Iterator[str]:
         )
 
 
+def check_policy_loss(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields options of a policy's loss that make no sense together, and buffers longer than completions."""
+    settings, section = stage.settings, stage.algorithm
+    if (
+        isinstance(settings, PolicyGradientConfig)
+        and settings.surrogate == "kl"
+        and settings.ratio != "token"
+    ):
+        yield (
+            f"{path(section, 'ratio')}: must be 'token' where {section}.surrogate is 'kl', whose KL is "
+            f"of tokens, got {settings.ratio!r}"
+        )
+    if isinstance(settings, PolicyGradientConfig) and 0 < settings.dual_clip <= 1:
+        yield f"{path(section, 'dual_clip')}: must be more than 1, or 0 for none, got {settings.dual_clip:g}"
+    if isinstance(settings, OnlineConfig) and settings.overlong_buffer > stage.rollout.max_new_tokens:
+        yield (
+            f"{path(section, 'overlong_buffer')}: must be at most rollout.max_new_tokens = "
+            f"{stage.rollout.max_new_tokens}, got {settings.overlong_buffer}"
+        )
+
+
+def check_groups(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields what needs several completions of a prompt where there is one, and replaced groups elsewhere."""
+    settings, section = stage.settings, stage.algorithm
+    if not isinstance(settings, GRPOConfig):
+        return
+    of_groups = [
+        f"{option} {value!r}"
+        for option, value in (("baseline", settings.baseline), ("scale", settings.scale))
+        if value in ("group", "others")
+    ]
+    if settings.max_rollouts > 1:
+        of_groups.append(f"max_rollouts {settings.max_rollouts}")
+    if settings.group_size == 1 and of_groups:
+        yield (
+            f"{path(section, 'group_size')}: must be >= 2 where {section} has {' and '.join(of_groups)}, "
+            "which compare the completions of a prompt, got 1"
+        )
+    if settings.max_rollouts > 1 and stage.rollout.devices:
+        yield (
+            f"{path(section, 'max_rollouts')}: must be 1 where rollout.devices is not 0, as a batch is "
+            f"sampled before the scores of the last one are known, got {settings.max_rollouts}"
+        )
+
+
 def check_lora(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf) -> Iterator[str]:
     """Yields adapters without the sharing that trains them, or without a model that they would adapt."""
     rank, sharing = stage.lora.rank, stage.model.sharing
+    if stage.is_online and sharing == "trunk" and stage.algorithm != "ppo":
+        yield (
+            f"{path('model', 'sharing')}: must be separate or hydra where a stage runs {stage.algorithm}, "
+            "which has no value model that could share the policy's trunk, got 'trunk'"
+        )
     if stage.is_online and sharing == "hydra" and rank == 0:
         yield f"{path('lora', 'rank')}: must be >= 1 where model.sharing is 'hydra', got 0"
     if stage.is_online and sharing != "hydra" and rank:
@@ -466,7 +526,8 @@ def check_rollout_devices(stage: StageConfig, path: PathOf) -> Iterator[str]:
     number, mesh = stage.rollout.devices, stage.mesh
     if not stage.is_online or not number:
         return
-    if isinstance(stage.settings, PPOConfig) and stage.settings.kl_controller == "adaptive":
+    settings = stage.settings
+    if isinstance(settings, PolicyGradientConfig) and settings.kl_controller == "adaptive":
         yield (
             f"{path(stage.algorithm, 'kl_controller')}: must be fixed where rollout.devices is not 0, as the "
             f"KL of the rollout is then not that of the policy which is held to {stage.algorithm}.kl_target, "

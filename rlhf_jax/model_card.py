@@ -13,6 +13,13 @@ _METHODS = {
     "sft": "supervised fine-tuning",
     "reward_model": "Bradley-Terry reward modelling",
     "ppo": "PPO against a reward",
+    "grpo": "GRPO against a reward",
+    "dr_grpo": "Dr. GRPO against a reward",
+    "dapo": "DAPO against a reward",
+    "gspo": "GSPO against a reward",
+    "rloo": "RLOO against a reward",
+    "reinforce": "REINFORCE against a reward",
+    "reinforce_pp": "REINFORCE++ against a reward",
 }
 _USE = {
     "policy": """\

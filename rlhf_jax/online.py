@@ -13,13 +13,13 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import keys
-from rlhf_jax.batch import Metrics, Params, Prompts, Rollout, Rows, TrainState
+from rlhf_jax.batch import Metrics, Params, Prompts, Rollout, Rows, Scored, TrainState
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import PromptOnly
-from rlhf_jax.experience import Collector
+from rlhf_jax.experience import Collector, Experience
 from rlhf_jax.programs import Programs
 from rlhf_jax.rollout.generate import RolloutPrograms
-from rlhf_jax.sharding import batch_sharding, place_rows, replicated
+from rlhf_jax.sharding import batch_sharding, gathered, place_rows, replicated
 from rlhf_jax.trainer import NextBatch
 
 
@@ -39,6 +39,7 @@ class PromptBatches:
 
     def __init__(self, loader: Loader[Prompts, PromptOnly], mesh: Mesh, group_size: int = 1) -> None:
         """Takes nothing yet; each prompt is going to have so many completions."""
+        self.group_size = group_size
 
         def take(position: int) -> PromptBatch:
             prompts, end = loader.batch(position)
@@ -56,7 +57,12 @@ class OnPolicy:
     """A source of batches, each of completions by the policy that it is going to change."""
 
     def __init__(
-        self, programs: Programs, frozen: Params, collector: Collector, batches: PromptBatches
+        self,
+        programs: Programs,
+        frozen: Params,
+        collector: Collector,
+        batches: PromptBatches,
+        max_rollouts: int = 1,
     ) -> None:
         """Makes a source.
 
@@ -65,7 +71,9 @@ class OnPolicy:
             frozen: parameters of the roles that are only read.
             collector: completes and judges.
             batches: of prompts, on the mesh of the programs.
+            max_rollouts: batches of prompts that are sampled at most to replace groups of equal scores.
         """
+        self._max_rollouts = max_rollouts
         self._programs = programs
         self._frozen = frozen
         self._collector = collector
@@ -74,14 +82,53 @@ class OnPolicy:
     def __call__(self, state: TrainState, position: int, key: Array) -> NextBatch:
         """Returns the batch at a position; the next one's prompts are made while the update runs."""
         taken = self._batches(position)
-        experience = self._collector.collect(state.params, self._frozen, taken.prompts, taken.records, key)
-        batch, metrics = self._programs.advantages(experience.scored, state.aux)
+        experience = self._collect(state, taken, key)
+        scored, end, told = experience.scored, taken.end, experience.metrics
+        if self._max_rollouts > 1:
+            scored, end, more = self._filled(state, experience, end, key)
+            told = told | more
+        batch, metrics = self._programs.advantages(scored, state.aux)
 
         def meanwhile() -> tuple[None, Metrics]:
-            self._batches(taken.end)
+            self._batches(end)
             return None, {}
 
-        return NextBatch(batch, taken.end, experience.metrics | metrics, meanwhile)
+        return NextBatch(batch, end, told | metrics, meanwhile)
+
+    def _collect(self, state: TrainState, taken: PromptBatch, key: Array) -> Experience:
+        return self._collector.collect(state.params, self._frozen, taken.prompts, taken.records, key)
+
+    def _filled(
+        self, state: TrainState, first: Experience, end: int, key: Array
+    ) -> tuple[Scored, int, Metrics]:
+        """Returns a rollout whose groups of equal scores are replaced by those of further prompts.
+
+        The replaced ones stay where there are not enough others. Metrics of rollouts are the first one's: all
+        of its groups are in them. Source: arXiv:2503.14476 section 3.2.
+
+        Args:
+            state: of the policy.
+            first: the first rollout.
+            end: the position behind it in the data order.
+            key: of all rollouts of the iteration; a completion's random numbers follow from its prompt's
+                position.
+        """
+        scored, teaches = first.scored, first.teaches(self._batches.group_size)
+        rows = np.arange(len(scored.scores)).reshape(len(teaches), -1)
+        num_rollouts, tokens = 1, [first.metrics["perf/tokens"]]
+        while not teaches.all() and num_rollouts < self._max_rollouts:
+            taken = self._batches(end)
+            more = self._collect(state, taken, key)
+            end, num_rollouts = taken.end, num_rollouts + 1
+            tokens.append(more.metrics["perf/tokens"])
+            found = np.flatnonzero(more.teaches(self._batches.group_size))
+            gaps = np.flatnonzero(~teaches)[: len(found)]
+            source = rows.copy()
+            source[gaps] = rows.size + rows[found[: len(gaps)]]
+            scored = self._programs.merge(scored, more.scored, source.ravel())
+            teaches[gaps] = True
+        num_tokens = float(np.sum(gathered(tokens)))
+        return scored, end, {"perf/tokens": num_tokens, "rollout/rollouts": float(num_rollouts)}
 
 
 class RolloutWorker:

@@ -24,7 +24,9 @@ FACTORED_FROM = 128
 """Adafactor factors the second moment of matrices with at least so many inputs and outputs, as optax does."""
 
 
-def make_schedule(cfg: OptimizerConfig, num_steps: int, learning_rate: float | None = None) -> optax.Schedule:
+def make_schedule(
+    cfg: OptimizerConfig, num_steps: int, learning_rate: float | None = None, wait: int = 0
+) -> optax.Schedule:
     """Returns the learning rate as a function of the optimiser steps already done, f32[].
 
     warm-up:    lr_n = lr (n + 1) / warmup_steps,   n < warmup_steps; the first step already moves
@@ -33,20 +35,22 @@ def make_schedule(cfg: OptimizerConfig, num_steps: int, learning_rate: float | N
                 d = 1 - p (linear), (1 + cos(pi p)) / 2 (cosine), min(1, (1 - p) / decay) (wsd)
                 end = end_fraction, decay = decay_fraction
     The decay reaches its end when all num_steps are done, so the last step still moves where the end is 0.
+    With a wait the rate is 0 for so many steps first, and n and num_steps are counted from there.
 
     Args:
         cfg: reads learning_rate, schedule, warmup_steps, end_fraction, decay_fraction.
         num_steps: optimiser steps of the stage, over all epochs and minibatches.
         learning_rate: peak, instead of the section's; a value model may have its own.
+        wait: optimiser steps before the schedule begins.
 
     Raises:
         ValueError: the warm-up is longer than the stage.
     Source: of wsd, arXiv:2404.06395 section 4.2; ours decays linearly, as in arXiv:2405.18392.
     """
-    if cfg.warmup_steps > num_steps:
+    if cfg.warmup_steps > num_steps - wait:
         raise ValueError(
-            f"optimizer.warmup_steps is {cfg.warmup_steps}, but the stage makes only {num_steps} optimiser "
-            f"steps; choose at most {num_steps}"
+            f"optimizer.warmup_steps is {cfg.warmup_steps}, but the stage makes only {num_steps - wait} "
+            f"optimiser steps; choose at most {num_steps - wait}"
         )
     peak = cfg.learning_rate if learning_rate is None else learning_rate
     decay = {
@@ -57,17 +61,22 @@ def make_schedule(cfg: OptimizerConfig, num_steps: int, learning_rate: float | N
     }[cfg.schedule]
 
     def schedule(count: ArrayLike) -> Array:
-        done = jnp.asarray(count, jnp.float32)
-        progress = (done - cfg.warmup_steps) / max(1, num_steps - cfg.warmup_steps)
+        done = jnp.asarray(count, jnp.float32) - wait
+        progress = (done - cfg.warmup_steps) / max(1, num_steps - wait - cfg.warmup_steps)
         warmup = (done + 1) / max(1, cfg.warmup_steps)
         decayed = cfg.end_fraction + (1 - cfg.end_fraction) * decay(jnp.clip(progress, 0.0, 1.0))
-        return peak * jnp.where(done < cfg.warmup_steps, warmup, decayed)
+        return peak * jnp.where(done < 0, 0.0, jnp.where(done < cfg.warmup_steps, warmup, decayed))
 
     return schedule
 
 
 def make_optimizer(
-    cfg: OptimizerConfig, num_steps: int, learning_rate: float | None = None, *, eps: float = 1e-8
+    cfg: OptimizerConfig,
+    num_steps: int,
+    learning_rate: float | None = None,
+    *,
+    eps: float = 1e-8,
+    wait: int = 0,
 ) -> optax.GradientTransformation:
     """Returns clipping by global norm, then an optimiser by name; the updates are to be added to parameters.
 
@@ -90,6 +99,7 @@ def make_optimizer(
         num_steps: see make_schedule.
         learning_rate: see make_schedule.
         eps: Adam's, where cfg.eps is 0.
+        wait: see make_schedule.
     Sources: arXiv:1711.05101 algorithm 2; arXiv:2302.06675 algorithm 2. Weight decay is multiplied by the
         learning rate, as in PyTorch, in every one of them.
     """
@@ -103,7 +113,7 @@ def make_optimizer(
     step = optax.chain(
         direction,
         optax.add_decayed_weights(cfg.weight_decay, decay_mask),
-        optax.scale_by_learning_rate(make_schedule(cfg, num_steps, learning_rate)),
+        optax.scale_by_learning_rate(make_schedule(cfg, num_steps, learning_rate, wait)),
     )
     return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), step)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
@@ -62,6 +63,8 @@ class Programs(NamedTuple):
     """A role's parameters -> the same in the types that decoding reads: what a rollout elsewhere needs."""
     score: Callable[[Params, Params, Rollout], tuple[Scored, Metrics]]
     """Trained and frozen parameters, rollout -> what every role says, and metrics of the rollout."""
+    merge: Callable[[Scored, Scored, Array | np.ndarray], Scored]
+    """Two scored rollouts of B rows, i32[B] -> these of their 2 B rows."""
     advantages: Callable[[Scored, dict[str, Array]], tuple[PolicyBatch, Metrics]]
     """Scored rollout, aux -> what the update reads."""
     update: Callable[[TrainState, Params, Any, Array], tuple[TrainState, Metrics]]
@@ -81,9 +84,11 @@ def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
     """Returns an optimiser per trained role; the schedule counts optimiser steps."""
     settings = stage.settings
     num_steps = settings.num_optimizer_steps
-    rates = algorithm.rates(settings)
+    rates, waits = algorithm.rates(settings), algorithm.waits(settings)
     return {
-        role: make_optimizer(stage.optimizer, num_steps, rates.get(role), eps=algorithm.adam_eps)
+        role: make_optimizer(
+            stage.optimizer, num_steps, rates.get(role), eps=algorithm.adam_eps, wait=waits.get(role, 0)
+        )
         for role in algorithm.trains
     }
 
@@ -123,7 +128,8 @@ def build_programs(
     """
     settings = stage.settings
     temperature = stage.rollout.temperature if stage.is_online else 1.0
-    forward = make_forward(model, num_completion, temperature, stage.model.logprob_chunk)
+    longest = stage.rollout.max_new_tokens if stage.is_online else 0
+    forward = make_forward(model, num_completion, temperature, stage.model.logprob_chunk, longest)
     optimizers = optimizers_of(stage, algorithm)
     init = partial(
         init_state,
@@ -146,10 +152,14 @@ def build_programs(
         is_own = not stage.rollout.devices
         return scored, rollout_metrics(scored, counted(rollout), is_own=is_own)
 
+    def merge(one: Scored, other: Scored, rows: Array) -> Scored:
+        return constrain(jax.tree.map(lambda a, b: jnp.concatenate([a, b])[rows], one, other))
+
     def advantages(scored: Scored, aux: dict[str, Array]) -> tuple[PolicyBatch, Metrics]:
         assert algorithm.prepare is not None
         batch, metrics = algorithm.prepare(scored, aux, settings)
-        if stage.rollout.devices and stage.rollout.importance_cap:
+        is_corrected = stage.rollout.importance == "always" or stage.rollout.devices > 0
+        if is_corrected and stage.rollout.importance_cap:
             sampled = scored.rollout.sampler_logprobs
             mask, cap = batch.completion_mask, stage.rollout.importance_cap
             importance, told = importance_weights(batch.old_logprobs, sampled, mask, cap)
@@ -185,6 +195,7 @@ def build_programs(
         rollout_of_one=rollout if group_size == 1 else rollout_programs(stage, model, mesh, ids),
         to_decode=compiled(partial(cast_to_decode, dtype=model.dtype)),
         score=compiled(score),
+        merge=compiled(merge),
         advantages=compiled(advantages),
         update=compiled(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
         evaluate=compiled(evaluate),

@@ -21,7 +21,7 @@ from rlhf_jax.data.loader import Loader, Prefetched
 from rlhf_jax.data.records import AnyRecord, Preference, PromptOnly
 from rlhf_jax.data.tokenize import text_difference
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
-from rlhf_jax.experience import Collector
+from rlhf_jax.experience import Collector, Overlong
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import Model, make_model
@@ -203,10 +203,14 @@ def _online(
         mesh,
         leaves_out=plan.algorithm.leaves_out(settings),
         external=external,
+        overlong=Overlong(stage.rollout.max_new_tokens, settings.overlong_buffer, settings.overlong_penalty)
+        if settings.overlong_buffer
+        else None,
     )
-
     if worker is None:
-        source = OnPolicy(programs, frozen, collector, PromptBatches(loader, mesh, settings.group_size))
+        batches = PromptBatches(loader, mesh, settings.group_size)
+        most = getattr(settings, "max_rollouts", 1)
+        source = OnPolicy(programs, frozen, collector, batches, most)
     else:
         batches = PromptBatches(loader, worker.mesh, settings.group_size)
         source = Asynchronous(programs, frozen, collector, batches, worker, root, settings.num_updates)

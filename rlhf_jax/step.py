@@ -19,6 +19,8 @@ from rlhf_jax.ops.packed_rows import Placement, RowLayout
 from rlhf_jax.ops.rounding import rounded_like, widened
 from rlhf_jax.optim import map_moments
 
+OF_LAST_PASS = ("policy/approx_kl",)
+"""Metrics that are told of the last pass over the batch too, as `NAME_last`."""
 Optimizers = dict[str, optax.GradientTransformation]
 Constrain = Callable[[Any], Any]
 Update = Callable[[TrainState, Params, Any, Array], tuple[TrainState, Metrics]]
@@ -173,22 +175,24 @@ def make_update(
         carry = (state.params, state.opt_state)
         if num_steps == 1:
             carry, metrics = optimizer_step(carry, frozen, batch, rounding_keys[0])
-            first = metrics
+            first = last = metrics
         else:
             epoch_keys = jax.random.split(key, num_epochs)
             order = jax.vmap(lambda k: jax.random.permutation(k, rows))(epoch_keys)
             inputs = (order.reshape(num_steps, -1), rounding_keys)
             carry, metrics = lax.scan(minibatch_step, carry, inputs)
             first = jax.tree.map(lambda x: x[0], metrics)
+            last = reduce_metrics(jax.tree.map(lambda x: x[-num_minibatches:], metrics))
             metrics = reduce_metrics(metrics)
         maxima = {
             name: m for name, m in first.items() if isinstance(m, Max) and not name.startswith("not_finite")
         }
         metrics |= {f"{name}_first": maximum for name, maximum in maxima.items()}
+        metrics |= {f"{name}_last": last[name] for name in OF_LAST_PASS if name in last}
         params, opt_state = carry
         aux = jax.tree.map(
             lambda new, old: jnp.where(jnp.isfinite(new), new, old),
-            algorithm.update_aux(state.aux, batch, settings),
+            algorithm.update_aux(state.aux, batch, metrics, settings),
             state.aux,
         )
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state, aux=aux), metrics

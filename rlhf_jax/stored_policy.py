@@ -49,6 +49,7 @@ UNREAD = (
     "model.sharing",
     "model.remat",
     "rollout.devices",
+    "rollout.importance",
     "rollout.importance_cap",
 )
 """Options of these sections that it does not read."""

@@ -213,7 +213,7 @@ class Trainer:
             )
         self._writer.write(step, found | dict(evaluated))
         algorithm = ALGORITHMS[self._stage.algorithm]
-        progress.update(step, {name: found[name] for name in algorithm.figures})
+        progress.update(step, {name: found[name] for name in algorithm.figures if name in found})
         for name, limit in algorithm.alarms:
             if found[name] > limit:
                 logger.warning(

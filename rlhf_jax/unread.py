@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig, PPOConfig, RewardModelConfig
+from rlhf_jax.algo_config import (
+    ALGORITHM_SECTIONS,
+    GRPOConfig,
+    OnlineConfig,
+    PolicyGradientConfig,
+    PPOConfig,
+    RewardModelConfig,
+)
 from rlhf_jax.config import PROMPTLESS_FORMATS, StageConfig
 
 ARCHITECTURE = (
@@ -133,7 +140,7 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
 
     if stage.is_online and not stage.rollout.slots:
         reasons["rollout.refill_size"] = "rollout.slots is 0: all completions of a batch are sampled at once"
-    if stage.is_online and not stage.rollout.devices:
+    if stage.is_online and not stage.rollout.devices and stage.rollout.importance == "auto":
         reasons["rollout.importance_cap"] = "rollout.devices is 0: the policy samples what it learns from"
     if not stage.is_online:
         reasons["rollout"] = "only an online stage, such as ppo, samples"
@@ -155,7 +162,25 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         if settings.missing_eos in ("none", "mask"):
             section = stage.algorithm
             reasons[f"{section}.missing_eos_value"] = f"{section}.missing_eos is {settings.missing_eos!r}"
-    if isinstance(settings, PPOConfig) and settings.kl_controller == "fixed":
-        for key in ("kl_target", "kl_horizon"):
-            reasons[f"{stage.algorithm}.{key}"] = f"{stage.algorithm}.kl_controller is 'fixed'"
+        if not settings.overlong_buffer:
+            reasons[f"{stage.algorithm}.overlong_penalty"] = f"{stage.algorithm}.overlong_buffer is 0"
+    if isinstance(settings, PolicyGradientConfig):
+        section = stage.algorithm
+        if settings.kl_controller == "fixed":
+            for key in ("kl_target", "kl_horizon"):
+                reasons[f"{section}.{key}"] = f"{section}.kl_controller is 'fixed'"
+        if settings.surrogate == "clip":
+            for key in ("old_kl_coef", "old_kl_target"):
+                reasons[f"{section}.{key}"] = f"{section}.surrogate is 'clip'"
+        else:
+            for key in ("clip_eps", "clip_eps_high", "dual_clip"):
+                reasons[f"{section}.{key}"] = f"{section}.surrogate is 'kl'"
+        if isinstance(settings, PPOConfig) and settings.ratio == "sequence":
+            for key in ("gamma", "gae_lambda"):
+                reasons[f"{section}.{key}"] = f"{section}.ratio is 'sequence': a completion is one action"
+        if not settings.kl_coef and settings.kl_controller == "fixed":
+            reasons[f"{section}.kl_term"] = f"{section}.kl_coef is 0"
+    if isinstance(settings, GRPOConfig) and (settings.kl_term != "reward" or not settings.kl_coef):
+        section = stage.algorithm
+        reasons[f"{section}.credit"] = f"without a KL in the reward ({section}.kl_term) both are the same"
     return reasons

@@ -60,13 +60,16 @@ class Algorithm(NamedTuple):
     """Named float32 scalars of the train state, and their first values."""
     prepare: Callable[[Scored, Aux, Any], tuple[PolicyBatch, Metrics]] | None = None
     """Online: a scored rollout -> what the loss reads, and metrics of the rollout."""
-    update_aux: Callable[[Aux, Any, Any], Aux] = lambda aux, batch, settings: aux
-    """The aux of the next iteration, from the batch of this one."""
+    update_aux: Callable[[Aux, Any, Metrics, Any], Aux] = lambda aux, batch, metrics, settings: aux
+    """The aux of the next iteration, from batch and metrics of this one; `NAME_last` is a mean over the last
+    pass alone."""
     alarms: tuple[tuple[str, float], ...] = ()
     """Metrics, and the value above which something is wrong; a warning names them."""
     leaves_out: Callable[[Any], bool] = lambda settings: False
     """Online: whether completions without EOS leave the metrics, as they leave the loss."""
     rates: Callable[[Any], dict[str, float]] = lambda settings: {}
     """Learning rates of roles that have their own."""
+    waits: Callable[[Any], dict[str, int]] = lambda settings: {}
+    """Optimiser steps, at the beginning, in which a role does not learn."""
     normalizes_scores: bool = False
     """After the last step, the mean and deviation of scores on demonstrations go into aux."""

@@ -1,47 +1,98 @@
-"""Proximal policy optimisation: clipped surrogate, clipped value loss, KL to the reference in the reward."""
+"""Proximal policy optimisation: clipped surrogate, clipped value loss, KL to the reference."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rlhf_jax.algo_config import PPOConfig
+from rlhf_jax.algo_config import PolicyGradientConfig, PPOConfig
 from rlhf_jax.algos.algorithm import Algorithm, Aux, Measure, Term, Terms
 from rlhf_jax.batch import Max, Mean, Metrics, Params, PolicyBatch, Scored
 from rlhf_jax.models.forward import Forward
 from rlhf_jax.ops.advantages import gae
-from rlhf_jax.ops.kl import adapt_kl_coef, k3, log_ratio, sequence_kl
-from rlhf_jax.ops.masking import keep, masked, masked_max, masked_var, told_of_any, whiten
-from rlhf_jax.ops.shaping import apply_missing_eos, token_rewards
+from rlhf_jax.ops.aggregation import aggregated, sequence_means, sequence_sums
+from rlhf_jax.ops.kl import MAX_LOG_RATIO, adapt_kl_coef, adapt_old_kl_coef, k2, k3, log_ratio, sequence_kl
+from rlhf_jax.ops.masking import WHITEN_EPS, keep, masked, masked_max, masked_var, told_of_any, whiten
+from rlhf_jax.ops.shaping import apply_missing_eos, first_token, running_statistics, token_rewards
+
+SCORE_STATISTICS = ("score_count", "score_mean", "score_var")
+"""Of all scores so far, in the train state's aux."""
 
 
-def clipped_policy_loss(logprobs: Array, batch: PolicyBatch, clip_eps: float) -> tuple[Mean, Metrics]:
-    """Returns PPO's clipped surrogate loss, to minimise, and metrics of the ratio.
+def clipped_policy_loss(
+    logprobs: Array, batch: PolicyBatch, settings: PolicyGradientConfig, longest: int = 1
+) -> tuple[Mean, Metrics]:
+    """Returns the clipped surrogate loss, to minimise, and metrics of the ratio.
 
-    L_t = w_t max(-A_t r_t, -A_t clip(r_t, 1 - eps, 1 + eps)),   r_t = exp(logprobs_t - old_logprobs_t)
+    L_t = w_t max(-A_t r_t, -A_t clip(r_t, 1 - low, 1 + high)),   log r_t = logprobs_t - old_logprobs_t
+
+    With `surrogate: kl` L_t = -w_t A_t r_t. With `ratio: sequence_mean` log r_t is the mean of that over the
+    completion, with `sequence` its sum. With `dual_clip: c` a token with A_t < 0 loses at most -c A_t.
 
     Args:
         logprobs: f32[B, T], nats, under the policy being trained; the only input with a gradient.
         batch: old_logprobs and advantages f32[B, T], completion_mask bool[B, T], and w: importance f32[B, T]
             where another policy than the old one has sampled; else w is 1.
-        clip_eps: eps.
-    Source: arXiv:1707.06347 eq. 7. We average over the tokens of the global batch, not per sequence.
+        settings: reads surrogate, clip_eps, clip_eps_high, dual_clip, ratio and aggregation.
+        longest: the most completion tokens of a sequence.
+    Source: arXiv:1707.06347 eq. 7, with a mean over the tokens of the global batch by default, not per
+        sequence; GSPO arXiv:2507.18071 eq. 5 to 7; dual clip arXiv:1912.09729 eq. 5.
     """
-    mask = batch.completion_mask
-    ratio = jnp.exp(log_ratio(logprobs, batch.old_logprobs, mask))
+    mask, low = batch.completion_mask, settings.clip_eps
+    log_ratios = log_ratio(logprobs, batch.old_logprobs, mask)
+    ratio = jnp.exp(log_ratios)
+    match settings.ratio:
+        case "sequence_mean":
+            ratio = jnp.exp(sequence_means(log_ratios, mask, batch.rows))
+        case "sequence":
+            sums = keep(sequence_sums(log_ratios, batch.rows), mask)
+            ratio = jnp.exp(jnp.clip(sums, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     advantages = keep(batch.advantages, mask)  # before it is multiplied: garbage must not reach a gradient
     plain = -advantages * ratio
-    clipped = -advantages * jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
-    surrogate = jnp.maximum(plain, clipped)
+    clipped = -advantages * jnp.clip(ratio, 1 - low, 1 + (settings.clip_eps_high or low))
+    surrogate = jnp.maximum(plain, clipped) if settings.surrogate == "clip" else plain
+    if settings.dual_clip:
+        bound = -settings.dual_clip * advantages
+        surrogate = jnp.where(advantages < 0, jnp.minimum(surrogate, bound), surrogate)
     if batch.importance is not None:
         surrogate = keep(batch.importance, mask) * surrogate
-    return masked(surrogate, mask), {
+    return aggregated(surrogate, mask, batch.rows, settings.aggregation, longest), {
         "policy/clip_frac": masked(jnp.float32(clipped > plain), mask),
         "policy/ratio": masked(ratio, mask),
         "policy/ratio_max": Max(masked_max(ratio, mask)),
         "policy/ratio_gap": Max(masked_max(jnp.abs(ratio - 1), mask)),
         "policy/approx_kl": masked(k3(batch.old_logprobs, logprobs), mask),
     }
+
+
+def policy_terms(
+    forward: Forward, logprobs: Array, entropy: Array, batch: PolicyBatch, settings: PolicyGradientConfig
+) -> tuple[Terms, Metrics]:
+    """Returns the terms of a policy's loss: the surrogate and, where their weights are not 0, KL and entropy.
+
+    Args:
+        forward: reads longest.
+        logprobs, entropy: f32[B, T], nats, of the policy being trained.
+        batch, settings: see `clipped_policy_loss`; kl_weights f32[B, T] where the KL is a term of the loss.
+    """
+    mask = batch.completion_mask
+
+    def mean(x: Array) -> Mean:
+        return aggregated(x, mask, batch.rows, settings.aggregation, forward.longest)
+
+    policy, metrics = clipped_policy_loss(logprobs, batch, settings, forward.longest)
+    terms = {"policy": Term(policy)}
+    if batch.kl_weights is not None:
+        assert batch.ref_logprobs is not None
+        gap = log_ratio(logprobs, batch.ref_logprobs, mask)
+        kl = (k2 if settings.kl_term == "k2" else k3)(gap, jnp.zeros_like(gap))
+        terms["kl"] = Term(mean(keep(batch.kl_weights, mask) * kl))
+    if batch.old_kl_weights is not None:
+        gap = log_ratio(batch.old_logprobs, logprobs, mask)  # the samples are the old policy's
+        terms["old_kl"] = Term(mean(keep(batch.old_kl_weights, mask) * k3(gap, jnp.zeros_like(gap))))
+    if settings.entropy_coef:
+        terms["entropy"] = Term(mean(-entropy), settings.entropy_coef)
+    return terms, metrics | {"policy/entropy": masked(lax.stop_gradient(entropy), mask)}
 
 
 def clipped_value_loss(values: Array, batch: PolicyBatch, clip_eps: float) -> tuple[Mean, Metrics]:
@@ -72,15 +123,66 @@ def clipped_value_loss(values: Array, batch: PolicyBatch, clip_eps: float) -> tu
 def loss(
     forward: Forward, params: Params, frozen: Params, batch: PolicyBatch, settings: PPOConfig
 ) -> tuple[Terms, Metrics]:
-    """Returns policy, value and (when its weight is not 0) entropy terms, and the metrics of an update."""
+    """Returns the terms of policy and value, and the metrics of an update."""
     logprobs, entropy, values = forward.policy_and_value(params, frozen, batch.rows)
-    policy, policy_metrics = clipped_policy_loss(logprobs, batch, settings.clip_eps)
+    terms, metrics = policy_terms(forward, logprobs, entropy, batch, settings)
     value, value_metrics = clipped_value_loss(values, batch, settings.value_clip_eps)
-    terms = {"policy": Term(policy), "value": Term(value, settings.value_coef)}
-    if settings.entropy_coef:
-        terms["entropy"] = Term(masked(-entropy, batch.completion_mask), settings.entropy_coef)
-    entropy_metric = masked(lax.stop_gradient(entropy), batch.completion_mask)
-    return terms, policy_metrics | value_metrics | {"policy/entropy": entropy_metric}
+    return terms | {"value": Term(value, settings.value_coef)}, metrics | value_metrics
+
+
+def shaped_scores(scored: Scored, aux: Aux, settings: PolicyGradientConfig) -> tuple[Array, Array]:
+    """Returns the scores f32[B] after normalisation, clip and missing-EOS rule, and the rows that stay.
+
+    Args:
+        scored: a judged rollout.
+        aux: statistics of the scores of earlier iterations, where settings.normalize_scores.
+        settings: reads normalize_scores, score_clip and missing_eos.
+    Source: arXiv:1909.08593's code and arXiv:2307.04964 (normalisation and clip of scores).
+    """
+    scores, ended, is_data = scored.scores, scored.rollout.ended, scored.rollout.rows.sequence_mask
+    if settings.normalize_scores:
+        _, mean, var = _statistics(aux, scores, is_data)
+        scores = (scores - mean) / jnp.sqrt(var + WHITEN_EPS)
+    if settings.score_clip:
+        scores = jnp.clip(scores, -settings.score_clip, settings.score_clip)
+    scores, stays = apply_missing_eos(scores, ended, settings.missing_eos, settings.missing_eos_value)
+    return scores, stays & is_data
+
+
+def _statistics(aux: Aux, scores: Array, mask: Array) -> tuple[Array, Array, Array]:
+    count, mean, var = (aux[name] for name in SCORE_STATISTICS)
+    return running_statistics(count, mean, var, scores, mask)
+
+
+def policy_batch(
+    scored: Scored, aux: Aux, settings: PolicyGradientConfig, mask: Array, advantages: Array
+) -> PolicyBatch:
+    """Returns what an update of the policy reads, without values.
+
+    Args:
+        scored: a judged rollout.
+        aux: the weights of the KLs.
+        settings: which KLs are terms of the loss, and whether statistics of scores are kept.
+        mask: bool[B, T], completion tokens of the rows that stay.
+        advantages: f32[B, T].
+    """
+
+    def everywhere(name: str) -> Array:
+        return jnp.full(mask.shape, aux[name])
+
+    in_loss = scored.ref_logprobs is not None and settings.kl_term != "reward"
+    return PolicyBatch(
+        rows=scored.rollout.rows,
+        completion_mask=mask,
+        old_logprobs=scored.old_logprobs,
+        ref_logprobs=scored.ref_logprobs,
+        old_values=None,
+        advantages=advantages,
+        returns=None,
+        kl_weights=everywhere("kl_coef") if in_loss else None,
+        old_kl_weights=everywhere("old_kl_coef") if settings.surrogate == "kl" else None,
+        scores=scored.scores if settings.normalize_scores else None,
+    )
 
 
 def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch, Metrics]:
@@ -90,52 +192,61 @@ def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch,
     advantage whitening; all statistics over the valid tokens of the whole batch. Everything is float32.
     """
     assert scored.ref_logprobs is not None and scored.values is not None
-    rollout, rows = scored.rollout, scored.rollout.rows
-    scores, stays = apply_missing_eos(
-        scored.scores, rollout.ended, settings.missing_eos, settings.missing_eos_value
-    )
-    stays = stays & rows.sequence_mask
+    rows, values = scored.rollout.rows, scored.values
+    scores, stays = shaped_scores(scored, aux, settings)
     mask = rows.completion_mask & stays[:, None]
-    rewards = token_rewards(scores, scored.old_logprobs, scored.ref_logprobs, mask, aux["kl_coef"])
+    kl_coef = aux["kl_coef"] if settings.kl_term == "reward" else jnp.float32(0)
+    rewards = token_rewards(scores, scored.old_logprobs, scored.ref_logprobs, mask, kl_coef)
     total = masked(jnp.sum(rewards, axis=1), stays)
     if settings.whiten_rewards:
         rewards = whiten(rewards, mask, keep_mean=True)
-    advantages, returns = gae(rewards, scored.values, mask, gamma=settings.gamma, lam=settings.gae_lambda)
+    if settings.ratio == "sequence":  # one action, whose reward is all there is
+        returns = keep(jnp.sum(rewards, axis=1, keepdims=True), mask)
+        first = jnp.sum(keep(values, first_token(mask)), axis=1, keepdims=True)
+        advantages = keep(returns - first, mask)
+    else:
+        advantages, returns = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.gae_lambda)
     if settings.whiten_advantages:
         advantages = whiten(advantages, mask)
-    batch = PolicyBatch(
-        rows=rows,
-        completion_mask=mask,
-        old_logprobs=scored.old_logprobs,
-        ref_logprobs=scored.ref_logprobs,
-        old_values=scored.values,
-        advantages=advantages,
-        returns=returns,
-    )
+    batch = policy_batch(scored, aux, settings, mask, advantages)._replace(old_values=values, returns=returns)
     return_var = masked_var(returns, mask)
-    unexplained = masked_var(returns - scored.values, mask) / jnp.maximum(return_var, 1e-8)
+    unexplained = masked_var(returns - values, mask) / jnp.maximum(return_var, 1e-8)
     return batch, {
         "reward/total": total,
         "policy/kl_coef": aux["kl_coef"],
-        "value/mean": masked(scored.values, mask),
+        "value/mean": masked(values, mask),
         "value/explained_variance": told_of_any(1 - unexplained, mask),
     }
 
 
-def update_aux(aux: Aux, batch: PolicyBatch, settings: PPOConfig) -> Aux:
-    """Returns the KL weight of the next iteration, from the KL of this one's rollout."""
-    if settings.kl_controller == "fixed":
-        return aux
-    assert batch.ref_logprobs is not None
-    kl = sequence_kl(batch.old_logprobs, batch.ref_logprobs, batch.completion_mask)
-    coef = adapt_kl_coef(
-        aux["kl_coef"],
-        kl.value,
-        num_episodes=kl.weight,
-        target=settings.kl_target,
-        horizon=settings.kl_horizon,
-    )
-    return aux | {"kl_coef": coef}
+def init_aux(settings: PolicyGradientConfig) -> dict[str, float]:
+    """Returns the weights that may change, and the statistics of no scores."""
+    aux = {"kl_coef": settings.kl_coef}
+    if settings.surrogate == "kl":
+        aux["old_kl_coef"] = settings.old_kl_coef
+    return aux | (dict.fromkeys(SCORE_STATISTICS, 0.0) if settings.normalize_scores else {})
+
+
+def update_aux(aux: Aux, batch: PolicyBatch, metrics: Metrics, settings: PolicyGradientConfig) -> Aux:
+    """Returns the aux of the next iteration.
+
+    The weight of the KL to the reference follows that of this iteration's rollout, the weight of the KL from
+    the old policy what the last pass over it had; the statistics of scores go on.
+    """
+    if settings.kl_controller == "adaptive" and batch.ref_logprobs is not None:
+        kl = sequence_kl(batch.old_logprobs, batch.ref_logprobs, batch.completion_mask)
+        target, horizon = settings.kl_target, settings.kl_horizon
+        coef = adapt_kl_coef(aux["kl_coef"], kl.value, num_episodes=kl.weight, target=target, horizon=horizon)
+        aux = aux | {"kl_coef": coef}
+    if settings.surrogate == "kl" and settings.old_kl_target:
+        last = metrics["policy/approx_kl_last"]
+        assert isinstance(last, Mean)
+        coef = adapt_old_kl_coef(aux["old_kl_coef"], last.value, target=settings.old_kl_target)
+        aux = aux | {"old_kl_coef": coef}
+    if batch.scores is not None:
+        found = _statistics(aux, batch.scores, batch.rows.sequence_mask)
+        aux = aux | dict(zip(SCORE_STATISTICS, found, strict=True))
+    return aux
 
 
 PPO = Algorithm(
@@ -153,10 +264,11 @@ PPO = Algorithm(
         Measure("eos_rate", "eval/rollout/eos_rate"),
         Measure("length", "eval/rollout/length"),
     ),
-    init_aux=lambda settings: {"kl_coef": settings.kl_coef},
+    init_aux=init_aux,
     prepare=prepare,
     update_aux=update_aux,
     alarms=(("policy/ratio_gap_first", 0.05),),  # old and new differ before anything was learned
     leaves_out=lambda settings: settings.missing_eos == "mask",
     rates=lambda settings: {"value": settings.value_learning_rate} if settings.value_learning_rate else {},
+    waits=lambda settings: {"policy": settings.value_warmup * settings.num_epochs * settings.num_minibatches},
 )

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from rlhf_jax.algos.algorithm import Algorithm
+from rlhf_jax.algos.grpo import GRPO
 from rlhf_jax.algos.ppo import PPO
 from rlhf_jax.algos.reward_model import REWARD_MODEL
 from rlhf_jax.algos.sft import SFT
 
-ALGORITHMS: dict[str, Algorithm] = {"sft": SFT, "reward_model": REWARD_MODEL, "ppo": PPO}
+ALGORITHMS: dict[str, Algorithm] = {
+    "sft": SFT,
+    "reward_model": REWARD_MODEL,
+    "ppo": PPO,
+    # The same mathematics; their sections in algo_config.py have other defaults.
+    "grpo": GRPO,
+    "dr_grpo": GRPO,
+    "dapo": GRPO,
+    "gspo": GRPO,
+    "rloo": GRPO,
+    "reinforce": GRPO,
+    "reinforce_pp": GRPO,
+}

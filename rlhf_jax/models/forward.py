@@ -57,10 +57,12 @@ class Forward(NamedTuple):
     """Of all roles, in one pass of those that are on one trunk."""
     with_columns: Callable[[int], Forward] | None = None
     """The same forward passes for rows of at most so many completion tokens."""
+    longest: int = 1
+    """The most completion tokens of a sequence."""
 
 
 def make_forward(
-    model: Model, num_completion: int, temperature: float = 1.0, logprob_chunk: int = 0
+    model: Model, num_completion: int, temperature: float = 1.0, logprob_chunk: int = 0, longest: int = 0
 ) -> Forward:
     """Returns the forward passes of a model.
 
@@ -69,7 +71,9 @@ def make_forward(
         num_completion: C, the static maximum of completion tokens of a row; the LM head runs on C columns.
         temperature: divides the logits of policy and reference.
         logprob_chunk: tokens whose logits exist at once; 0: all.
+        longest: the most completion tokens of a sequence, where rows hold several; 0: of a row.
     """
+    longest = longest or num_completion
 
     def states(roles: Sequence[str], params: Params, frozen: Params, rows: Rows) -> dict[str, Array]:
         """Returns the hidden states [B, T, D] of each role; those on one trunk go through it together."""
@@ -149,8 +153,9 @@ def make_forward(
             scores=scores_of(hidden["reward"], trees, rows) if "reward" in hidden else None,
         )
 
-    with_columns = partial(make_forward, model, temperature=temperature, logprob_chunk=logprob_chunk)
-    return Forward(logprobs, ref_logprobs, values, scores, policy_and_value, score_all, with_columns)
+    alike = {"temperature": temperature, "logprob_chunk": logprob_chunk, "longest": longest}
+    with_columns = partial(make_forward, model, **alike)
+    return Forward(logprobs, ref_logprobs, values, scores, policy_and_value, score_all, with_columns, longest)
 
 
 def policy_parts(params: Params, frozen: Params) -> Params:

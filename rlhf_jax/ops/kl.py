@@ -81,3 +81,18 @@ def adapt_kl_coef(kl_coef: Array, kl: Array, *, num_episodes: Array, target: flo
     """
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return kl_coef * (1.0 + error * num_episodes / horizon)
+
+
+def adapt_old_kl_coef(coef: Array, kl: Array, *, target: float) -> Array:
+    """Returns the weight of the KL from the old to the new policy for the next iteration, f32[].
+
+    coef <- 2 coef where kl > 1.5 target,   coef / 2 where kl < target / 1.5
+
+    Args:
+        coef: f32[].
+        kl: f32[], nats per token, of this iteration's last pass.
+        target: the KL to hold, nats per token.
+    Source: arXiv:1707.06347 section 4.
+    """
+    factor = jnp.where(kl > 1.5 * target, 2.0, jnp.where(kl < target / 1.5, 0.5, 1.0))
+    return coef * factor

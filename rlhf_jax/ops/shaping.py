@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rlhf_jax.ops.kl import k1
-from rlhf_jax.ops.masking import keep
+from rlhf_jax.ops.masking import keep, masked_mean, masked_var
 
 MissingEos = Literal["none", "subtract", "replace", "mask"]
 
@@ -43,10 +43,37 @@ def apply_missing_eos(scores: Array, ended: Array, rule: MissingEos, value: floa
             raise ValueError(f"missing_eos is {rule!r}; it must be none, subtract, replace or mask")
 
 
+def running_statistics(
+    count: Array, mean: Array, var: Array, scores: Array, mask: Array
+) -> tuple[Array, Array, Array]:
+    """Returns number, mean and biased variance of all scores, f32[] each: of those so far and of some more.
+
+    Args:
+        count, mean, var: f32[], of the scores so far; 0 where there are none.
+        scores: f32[B].
+        mask: bool[B], the scores that count.
+    Source: Chan, Golub and LeVeque 1983, eq. 2.1.
+    """
+    more, more_mean, more_var = (
+        jnp.sum(mask, dtype=jnp.float32),
+        masked_mean(scores, mask),
+        masked_var(scores, mask),
+    )
+    total = count + more
+    share = more / jnp.maximum(total, 1.0)
+    gap = more_mean - mean
+    return total, mean + share * gap, (1 - share) * var + share * more_var + share * (1 - share) * gap**2
+
+
 def last_token(mask: Array) -> Array:
     """Returns bool[B, T]: the last true entry of each row of a mask, nothing in a row without any."""
     after = jnp.cumsum(mask[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
     return mask & (after == 1)
+
+
+def first_token(mask: Array) -> Array:
+    """Returns bool[B, T]: the first true entry of each row of a mask, nothing in a row without any."""
+    return last_token(mask[:, ::-1])[:, ::-1]
 
 
 def token_rewards(

@@ -14,7 +14,7 @@ import pytest
 from rlhf_jax import algo_config, config
 from rlhf_jax.command_line import ConfigError, help_text, read_command_line, read_config
 from rlhf_jax.config_file import dump_config
-from rlhf_jax.options import OPTIONS
+from rlhf_jax.options import OPTIONS, SECTIONS
 from tests.configurations import CHAIN
 from tests.conftest import ROOT
 
@@ -186,9 +186,12 @@ def test_help_names_every_option_with_a_text(capsys):
     assert text == help_text() + "\n"
     for section, options in OPTIONS.items():
         for option in options.values():
-            assert f"--{section}.{option.name}  " in text
+            alike = [of for of, cls in SECTIONS.items() if issubclass(SECTIONS[section], cls)]
+            assert any(f"--{of}.{option.name}  " in text for of in alike)
             assert option.text, f"{section}.{option.name} has no docstring"
     assert "--ppo.clip_eps  a number > 0; default 0.2\n      Clip of the policy ratio." in text
+    assert "--dapo.clip_eps_high  a number >= 0; default 0.28\n" in text  # its text is with grpo's
+    assert "--dapo.clip_eps  " not in text
     assert "--sft.num_steps  an integer >= 1; default 300" in text
     assert "Integers are at most 2147483647 where nothing else is said." in text
     assert max(map(len, text.splitlines())) <= 130

@@ -90,7 +90,7 @@ from tests.conftest import ROOT
         ),
         ("", ["--ppo.clip_eps", "0.1", "--ppo.clip_eps=0.2"], "--ppo.clip_eps: is given twice"),
         ("", ["ppo.clip_eps=0.1"], "ppo.clip_eps: expected a flag, such as --ppo.clip_eps 0.1"),
-        ("", ["--clip_eps", "0.1"], "--clip_eps: no such flag; did you mean --ppo.clip_eps?"),
+        ("", ["--gae_lambda", "0.1"], "--gae_lambda: no such flag; did you mean --ppo.gae_lambda?"),
         ("", ["--print_confg"], "--print_confg: no such flag; did you mean '--print_config'?"),
         ("", ["--config", "b.yaml"], "--config: is given twice"),
         ("", ["--json=1"], "--json: takes no value, got '1'"),
@@ -581,6 +581,44 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
             + FUNCTION
             + "rollout: {devices: 2}\nppo: {kl_controller: adaptive, kl_target: 6.0, kl_horizon: 100}",
             "ppo.kl_controller: must be fixed where rollout.devices is not 0, as the KL of the rollout is",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "grpo")
+            + FUNCTION
+            + "grpo: {group_size: 1, batch_size: 64, max_rollouts: 2}",
+            "grpo.group_size: must be >= 2 where grpo has baseline 'group' and scale 'group' and max_rol",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "dapo") + FUNCTION + "rollout: {devices: 2}",
+            "dapo.max_rollouts: must be 1 where rollout.devices is not 0, as a batch is sampled before the",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "rloo") + FUNCTION + "rloo: {num_minibatches: 3}",
+            "rloo.num_minibatches: must divide batch_size * group_size, got 3 for 64; 1, 2, 4, 8, 16",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "gspo") + FUNCTION + "model: {sharing: trunk}",
+            "model.sharing: must be separate or hydra where a stage runs gspo, which has no value model that",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "grpo") + FUNCTION + "grpo: {credit: token}",
+            "grpo.credit: would be ignored: without a KL in the reward (grpo.kl_term) both are the same",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "dr_grpo") + FUNCTION + "dr_grpo: {kl_term: k2}",
+            "dr_grpo.kl_term: would be ignored: dr_grpo.kl_coef is 0",
+        ),
+        (
+            PPO_ONLY + FUNCTION + "ppo: {dual_clip: 1.0}",
+            "ppo.dual_clip: must be more than 1, or 0 for none, got 1",
+        ),
+        (
+            PPO_ONLY + FUNCTION + "ppo: {overlong_buffer: 65}",
+            "ppo.overlong_buffer: must be at most rollout.max_new_tokens = 64, got 65",
+        ),
+        (
+            PPO_ONLY + FUNCTION + "ppo: {overlong_penalty: 2.0}",
+            "ppo.overlong_penalty: would be ignored: ppo.overlong_buffer is 0",
         ),
         (
             PPO_ONLY + FUNCTION + "data: {max_length: 99}",

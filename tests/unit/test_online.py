@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from rlhf_jax.batch import Prompts
+from rlhf_jax.batch import Prompts, Rollout, Rows, Scored
 from rlhf_jax.data.records import PromptOnly
+from rlhf_jax.experience import Experience, Overlong
 from rlhf_jax.online import OnPolicy, PromptBatches
 from tests import tiny
 
@@ -45,3 +48,55 @@ def test_the_next_prompts_are_on_the_mesh_before_the_policy_is():
     second.meanwhile()
     source(state, 4, jax.random.key(0))  # as after a resume: a batch is a function of its position
     assert made.events[-3:] == ["prompts 8", "prompts 4", "rollout 4 'prompt 4'"]
+
+
+class Judged(Recorded):
+    """Scores groups of two: the n-th rollout's are SCORES[n]."""
+
+    SCORES = ([1, 2, 5, 5], [3, 3, 4, 4], [6, 7, 8, 9], [0, 1, 0, 1])
+
+    def collect(self, params, frozen, prompts, records, key):
+        scores = np.float32(self.SCORES[len(self.events) // 2])
+        super().collect(params, frozen, prompts, records, key)
+        column = jnp.asarray(scores, jnp.int32)
+        rows = Rows(column[:, None], column, column)
+        scored = Scored(
+            Rollout(rows, column > 0, column[:, None] * 1.0), column, None, None, jnp.asarray(scores)
+        )
+        counted = np.ones(4, bool)
+        return Experience(scored, scores, {"perf/tokens": jnp.float32(10)}, [], [], counted)
+
+    def merge(self, one, other, rows):
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[rows], one, other)
+
+    def advantages(self, scored, aux):
+        return scored, {}
+
+
+@pytest.mark.parametrize(
+    "max_rollouts, scores, position, rollouts",
+    [
+        (1, [1, 2, 5, 5], 2, None),
+        (2, [1, 2, 5, 5], 4, 2),  # none of the second batch teaches: what is there stays
+        (3, [1, 2, 6, 7], 6, 3),  # the first that does takes the place
+        (4, [1, 2, 6, 7], 6, 3),  # and then all groups do
+    ],
+)
+def test_groups_of_equal_scores_are_replaced(max_rollouts, scores, position, rollouts):
+    made = Judged()
+    source = OnPolicy(made, {}, made, PromptBatches(made, tiny.mesh(), group_size=2), max_rollouts)
+    found = source(SimpleNamespace(params={}, aux={}), 0, jax.random.key(0))
+    for leaf in (
+        found.batch.scores,
+        found.batch.rollout.rows.lengths,
+        found.batch.rollout.sampler_logprobs[:, 0],
+    ):
+        np.testing.assert_array_equal(leaf, scores)
+    assert found.position == position
+    assert found.metrics.get("rollout/rollouts") == rollouts
+    assert float(found.metrics["perf/tokens"]) == 10 * (rollouts or 1)
+
+
+def test_long_completions_lose_score_in_proportion():
+    lost = Overlong(longest=20, buffer=5, penalty=2.0)(np.array([1, 15, 16, 18, 20]))
+    np.testing.assert_allclose(lost, [0, 0, 0.4, 1.2, 2.0], rtol=1e-6)

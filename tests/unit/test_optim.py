@@ -26,6 +26,13 @@ def test_schedule(schedule, expected):
     assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_role_may_wait_before_its_schedule_begins():
+    cfg = OptimizerConfig(learning_rate=2.0, schedule="linear", warmup_steps=4)
+    rate = make_schedule(cfg, num_steps=15, wait=3)
+    expected = {0: 0.0, 2: 0.0, 3: 0.5, 6: 2.0, 7: 2.0, 11: 1.0, 15: 0.0}
+    assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("schedule, half_way", [("linear", 1.25), ("cosine", 1.25), ("wsd", 2.0)])
 def test_a_decay_may_end_above_zero(schedule, half_way):
     cfg = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=4, end_fraction=0.25)

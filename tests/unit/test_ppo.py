@@ -36,7 +36,7 @@ def test_clip_only_stops_pushes_that_went_far_enough(advantage, ratio, loss, slo
     batch = one_token_batch(advantages=advantage, old_logprobs=-1.0)
 
     def value(logprob):
-        return ppo.clipped_policy_loss(jnp.zeros((1, 2)).at[0, 1].set(logprob), batch, 0.2)[0].value
+        return ppo.clipped_policy_loss(jnp.zeros((1, 2)).at[0, 1].set(logprob), batch, PPOConfig())[0].value
 
     logprob = -1.0 + np.log(ratio)
     assert value(logprob) == pytest.approx(loss, rel=1e-6)
@@ -57,7 +57,7 @@ def test_importance_weights_multiply_the_policy_loss_alone():
     batch = PolicyBatch(rows, rows.completion_mask, poisoned[1], zeros, zeros, poisoned[3], zeros, weights)
 
     def value(logprobs, batch):
-        return ppo.clipped_policy_loss(logprobs, batch, eps)[0].value
+        return ppo.clipped_policy_loss(logprobs, batch, PPOConfig(clip_eps=eps))[0].value
 
     found, slope = jax.value_and_grad(value)(poisoned[0], batch)
     untruncated, ratio = np.exp(old - sampled), np.exp(new - old)
@@ -80,7 +80,9 @@ def test_importance_weights_multiply_the_policy_loss_alone():
 
 def test_ratio_metrics():
     batch = one_token_batch(advantages=1.0, old_logprobs=-1.0)
-    _, metrics = ppo.clipped_policy_loss(jnp.zeros((1, 2)).at[0, 1].set(-1.0 + np.log(1.5)), batch, 0.2)
+    _, metrics = ppo.clipped_policy_loss(
+        jnp.zeros((1, 2)).at[0, 1].set(-1.0 + np.log(1.5)), batch, PPOConfig()
+    )
     assert metrics["policy/ratio"].value == pytest.approx(1.5)
     assert metrics["policy/ratio_gap"].value == pytest.approx(0.5)
     assert metrics["policy/clip_frac"].value == 1.0
@@ -234,7 +236,7 @@ def test_garbage_outside_the_completions_changes_nothing(poison):
     assert jax.device_get(clean_metrics) == jax.device_get(metrics)
 
     def losses(batch, logprobs, values):
-        policy, _ = ppo.clipped_policy_loss(logprobs, batch, 0.2)
+        policy, _ = ppo.clipped_policy_loss(logprobs, batch, PPOConfig())
         value, _ = ppo.clipped_value_loss(values, batch, 0.2)
         return policy.value + value.value
 
@@ -253,7 +255,20 @@ def test_adaptive_coefficient_follows_the_rollouts_kl():
     # 3.0 and 1.4 nats: mean 2.2, ten per cent above the target.
     old = zeros.at[0, 1:].set(1.5).at[1, 1].set(1.4)
     batch = PolicyBatch(rows, rows.completion_mask, old, zeros, zeros, zeros, zeros)
-    aux = ppo.update_aux({"kl_coef": jnp.float32(0.5)}, batch, settings)
+    aux = ppo.update_aux({"kl_coef": jnp.float32(0.5)}, batch, {}, settings)
     assert aux["kl_coef"] == pytest.approx(0.5 * (1 + 0.1 * 2 / 100), rel=1e-6)
-    fixed = ppo.update_aux({"kl_coef": jnp.float32(0.5)}, batch, PPOConfig())
+    fixed = ppo.update_aux({"kl_coef": jnp.float32(0.5)}, batch, {}, PPOConfig())
     assert fixed["kl_coef"] == 0.5
+
+
+def test_a_completion_as_one_action_has_the_advantage_of_its_first_token():
+    settings = PPOConfig(ratio="sequence", whiten_advantages=False)
+    scored = scored_rollout()
+    batch, _ = ppo.prepare(scored, {"kl_coef": jnp.float32(0.3)}, settings)
+    rows = jax.device_get(scored.rollout.rows)
+    for b in range(5):
+        of = slice(rows.prompt_lengths[b], rows.lengths[b])
+        total = scored.scores[b] - 0.3 * np.sum((scored.old_logprobs - scored.ref_logprobs)[b, of])
+        np.testing.assert_allclose(batch.returns[b, of], total, rtol=1e-5)
+        expected = total - scored.values[b, rows.prompt_lengths[b]]
+        np.testing.assert_allclose(batch.advantages[b, of], expected, rtol=1e-5)

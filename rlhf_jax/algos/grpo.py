@@ -1,0 +1,128 @@
+"""Policy gradients without a critic: other completions of the same prompt, or of the batch, are the baseline.
+
+GRPO, Dr. GRPO, DAPO, GSPO, RLOO, REINFORCE and REINFORCE++ are this file with other defaults, see the
+subclasses of `GRPOConfig`.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rlhf_jax.algo_config import GRPOConfig
+from rlhf_jax.algos.algorithm import Aux, Terms
+from rlhf_jax.algos.ppo import PPO, policy_batch, policy_terms, shaped_scores
+from rlhf_jax.batch import Metrics, Params, PolicyBatch, Scored
+from rlhf_jax.models.forward import Forward
+from rlhf_jax.ops.masking import keep, masked, masked_mean, whiten
+from rlhf_jax.ops.shaping import token_rewards
+
+STD_EPS = 1e-4
+"""Added to a group's deviation. Source: the code of arXiv:2402.03300's reimplementations, TRL among them."""
+
+
+def group_statistics(rewards: Array, stays: Array, group_size: int) -> tuple[Array, Array, Array]:
+    """Returns mean, deviation (ddof 1; 0 of fewer than two) and number of each completion's group, f32[B].
+
+    Args:
+        rewards: f32[B], those of a group one behind the other.
+        stays: bool[B], the completions that count.
+        group_size: G, divides B.
+    """
+    stays = stays.reshape(-1, group_size)
+    rewards = keep(rewards.reshape(-1, group_size), stays)
+    count = jnp.sum(stays, axis=1, keepdims=True, dtype=jnp.float32)
+    mean = jnp.sum(rewards, axis=1, keepdims=True) / jnp.maximum(count, 1.0)
+    squares = jnp.square(keep(rewards - mean, stays))
+    std = jnp.sqrt(jnp.sum(squares, axis=1, keepdims=True) / jnp.maximum(count - 1.0, 1.0))
+    mean, std, count = (jnp.broadcast_to(x, stays.shape).reshape(-1) for x in (mean, std, count))
+    return mean, std, count
+
+
+def teaches(scores: Array, stays: Array, group_size: int) -> Array:
+    """Returns bool[N]: the groups whose completions that count have different scores.
+
+    Args:
+        scores: f32[B].
+        stays: bool[B].
+        group_size: G.
+    """
+    scores, stays = scores.reshape(-1, group_size), stays.reshape(-1, group_size)
+    most = jnp.max(jnp.where(stays, scores, -jnp.inf), axis=1)
+    return most > jnp.min(jnp.where(stays, scores, jnp.inf), axis=1)
+
+
+def advantages(rewards: Array, mask: Array, stays: Array, settings: GRPOConfig) -> Array:
+    """Returns the advantage of each token, f32[B, T].
+
+    A_it = (R_it - b_i) / d_i,   R_it = sum_k r_ik (credit `completion`) or sum_{k >= t} r_ik (`token`),
+    R_i = sum_k r_ik,   b_i = mean of R over the group, over its others, over the batch, or 0,
+    d_i = std of R over the group (ddof 1) + 1e-4, or 1; with scale `batch` A is whitened over all tokens.
+
+    A group of one has nothing to compare with: baselines `group` and `others` are then refused by the
+    configuration; where only one of a group counts, its advantage is 0.
+
+    Args:
+        rewards: f32[B, T], 0 outside the mask.
+        mask: bool[B, T], completion tokens that count.
+        stays: bool[B], the completions that count.
+        settings: reads group_size, baseline, scale and credit.
+    Source: arXiv:2402.03300 section 4.1 (group), arXiv:2402.14740 eq. 8 (others), arXiv:2501.03262 (token).
+    """
+    totals = jnp.sum(rewards, axis=1)
+    mean, std, count = group_statistics(totals, stays, settings.group_size)
+    match settings.baseline:
+        case "group":
+            baseline = mean
+        case "others":  # (n mean - R) / (n - 1)
+            baseline = jnp.where(count > 1, (count * mean - totals) / jnp.maximum(count - 1, 1), totals)
+        case "batch":
+            baseline = jnp.full(totals.shape, masked_mean(totals, stays))
+        case "none":
+            baseline = jnp.zeros_like(totals)
+    to_go = totals[:, None]
+    if settings.credit == "token":
+        to_go = lax.cumsum(rewards, axis=1, reverse=True)
+    found = to_go - baseline[:, None]
+    if settings.scale == "group":
+        found = found / (std + STD_EPS)[:, None]
+    found = jnp.broadcast_to(found, mask.shape)
+    return whiten(found, mask) if settings.scale == "batch" else keep(found, mask)
+
+
+def loss(
+    forward: Forward, params: Params, frozen: Params, batch: PolicyBatch, settings: GRPOConfig
+) -> tuple[Terms, Metrics]:
+    """Returns the policy's terms and the metrics of an update."""
+    logprobs, entropy = forward.logprobs(params, frozen, batch.rows)
+    return policy_terms(forward, logprobs, entropy, batch, settings)
+
+
+def prepare(scored: Scored, aux: Aux, settings: GRPOConfig) -> tuple[PolicyBatch, Metrics]:
+    """Returns the batch that the update reads, and what the rollout says of the policy; all is float32."""
+    scores, stays = shaped_scores(scored, aux, settings)
+    mask = scored.rollout.rows.completion_mask & stays[:, None]
+    in_reward = settings.kl_term == "reward" and scored.ref_logprobs is not None
+    kl_coef = aux["kl_coef"] if in_reward else jnp.float32(0)
+    reference = scored.old_logprobs if scored.ref_logprobs is None else scored.ref_logprobs
+    rewards = token_rewards(scores, scored.old_logprobs, reference, mask, kl_coef)
+    batch = policy_batch(scored, aux, settings, mask, advantages(rewards, mask, stays, settings))
+    metrics: Metrics = {"reward/total": masked(jnp.sum(rewards, axis=1), stays)}
+    if scored.ref_logprobs is not None:
+        metrics["policy/kl_coef"] = aux["kl_coef"]
+    if settings.group_size > 1:
+        is_equal = ~teaches(scores, stays, settings.group_size)
+        some = jnp.any(stays.reshape(-1, settings.group_size), axis=1)
+        metrics["rollout/equal_groups"] = masked(jnp.float32(is_equal), some)
+    return batch, metrics
+
+
+GRPO = PPO._replace(
+    trains=("policy",),
+    reads=lambda settings: ("reference", "reward") if settings.kl_coef else ("reward",),
+    loss=loss,
+    adam_eps=1e-8,
+    prepare=prepare,
+    rates=lambda settings: {},
+    waits=lambda settings: {},
+)

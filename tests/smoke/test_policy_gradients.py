@@ -1,0 +1,30 @@
+"""Online algorithms by the real command: each runs, and its policy moves."""
+
+import json
+
+import pytest
+
+from rlhf_jax import train
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS, PolicyGradientConfig
+from tests.conftest import ROOT
+
+NAMES = [name for name, section in ALGORITHM_SECTIONS.items() if issubclass(section, PolicyGradientConfig)]
+FAST = ("dapo",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in NAMES]
+)
+def test_smoke_config(name, tmp_path):
+    config = ROOT / "configs" / "smoke" / f"{name}.yaml"
+    assert train.main(["--config", str(config), "--run.dir", str(tmp_path / "run")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["stage"] == name and "loss/policy" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    for line in steps:
+        assert line["update/skipped"] == 0
+        assert line["policy/grad_norm"] > 0
+        assert line["policy/ratio_gap_first"] < 1e-4
+    assert ("loss/kl" in steps[0]) == (name in ("grpo", "gspo"))
+    assert ("policy/kl" in steps[0]) == (name not in ("dapo", "dr_grpo"))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())[name]["score_after"] is not None
