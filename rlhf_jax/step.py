@@ -74,7 +74,8 @@ def make_update(
 ) -> Update:
     """Returns update(state, frozen, batch, key) -> (state, metrics), one program for all epochs of a batch.
 
-    Scan over epochs and minibatches of scan over microbatches. Losses are sums over microbatches divided by
+    Scan over epochs and minibatches of scan over microbatches; what an algorithm needs of a whole minibatch
+    comes from a scan of its own, before that. Losses are sums over microbatches divided by
     weights of the whole minibatch, so that the number of microbatches does not change the result. A step
     whose loss or gradient is not finite leaves parameters and optimiser alone and counts as update/skipped.
 
@@ -108,11 +109,12 @@ def make_update(
     def of_rows(
         forward: Forward, params: Params, frozen: Params, minibatch: Any
     ) -> tuple[Params, dict[str, Mean], Metrics]:
-        blank_terms, _ = algorithm.loss(blank_forward(), params, frozen, minibatch, settings)
+        stats = stats_of(forward, params, frozen, minibatch)
+        blank_terms, _ = algorithm.loss(blank_forward(), params, frozen, minibatch, settings, **stats)
         weights = {name: jnp.maximum(term.mean.weight, 1e-8) for name, term in blank_terms.items()}
 
         def objective(params: Params, microbatch: Any) -> tuple[Array, tuple[dict[str, Mean], Metrics]]:
-            terms, metrics = algorithm.loss(forward, params, frozen, microbatch, settings)
+            terms, metrics = algorithm.loss(forward, params, frozen, microbatch, settings, **stats)
             total = sum(term.coef * term.mean.total / weights[name] for name, term in terms.items())
             return jnp.asarray(total), ({name: term.mean for name, term in terms.items()}, metrics)
 
@@ -132,6 +134,20 @@ def make_update(
         grads, (means, metrics) = lax.scan(accumulate, zeros, microbatches)
         means = jax.tree.map(lambda parts: jnp.sum(parts, axis=0), means)
         return grads, means, reduce_metrics(metrics)
+
+    def stats_of(forward: Forward, params: Params, frozen: Params, minibatch: Any) -> dict[str, Array]:
+        stats = algorithm.minibatch_stats
+        if stats is None:
+            return {}
+        if num_microbatches == 1:
+            sums = stats(forward, params, frozen, minibatch, settings)
+        else:
+            microbatches = split_rows(minibatch, num_microbatches, rows_per_unit)
+            parts = lax.map(
+                lambda part: stats(forward, params, frozen, constrain(part), settings), microbatches
+            )
+            sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
+        return {name: mean.value for name, mean in sums.items()}
 
     def optimizer_step(
         carry: tuple[Params, Params], frozen: Params, minibatch: Any, key: Array

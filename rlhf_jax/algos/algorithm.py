@@ -24,7 +24,7 @@ class Term(NamedTuple):
 
 
 Terms = dict[str, Term]
-LossFunction = Callable[[Forward, Params, Params, Any, Any], tuple[Terms, Metrics]]
+LossFunction = Callable[..., tuple[Terms, Metrics]]
 
 
 class Measure(NamedTuple):
@@ -47,9 +47,12 @@ class Algorithm(NamedTuple):
     figures: tuple[str, ...]
     """The three or four metrics that the progress display shows."""
     loss: LossFunction
-    """loss(forward, params, frozen, batch, settings) -> terms, metrics."""
+    """loss(forward, params, frozen, batch, settings, **minibatch_stats) -> terms, metrics."""
     reads: Callable[[Any], tuple[str, ...]] = lambda settings: ()
     """Roles that are frozen."""
+    minibatch_stats: Callable[[Forward, Params, Params, Any, Any], dict[str, Mean]] | None = None
+    """What a loss needs of the whole minibatch, without a gradient: sums over a part of it, of the same
+    arguments as the loss, which is given their values by name."""
     evaluate: Callable[[Forward, Params, Params, Any, Any], Metrics] | None = None
     """Offline: sums over one held-out batch, of the same arguments as the loss."""
     rows_per_record: int = 1

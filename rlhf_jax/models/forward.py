@@ -59,6 +59,9 @@ class Forward(NamedTuple):
     """The same forward passes for rows of at most so many completion tokens."""
     longest: int = 1
     """The most completion tokens of a sequence."""
+    role_logprobs: Callable[[Sequence[str], Params, Params, Rows], tuple[Array, ...]] | None = None
+    """Of each of these roles, policy or reference, f32[B, T], without entropies: in one pass of those on one
+    trunk."""
 
 
 def make_forward(
@@ -138,6 +141,10 @@ def make_forward(
         logprobs, entropy = logprobs_of("policy", hidden["policy"], trees, rows, with_entropy=True)
         return logprobs, entropy, values_of(hidden["value"], trees, rows)
 
+    def role_logprobs(roles: Sequence[str], params: Params, frozen: Params, rows: Rows) -> tuple[Array, ...]:
+        trees, hidden = frozen | params, states(roles, params, frozen, rows)
+        return tuple(logprobs_of(role, hidden[role], trees, rows, with_entropy=False)[0] for role in roles)
+
     def score_all(params: Params, frozen: Params, rows: Rows) -> Said:
         trees = frozen | params
         is_there = trees.keys() | ({"reference"} if "base" in trees else set())  # whose reference it is
@@ -155,7 +162,17 @@ def make_forward(
 
     alike = {"temperature": temperature, "logprob_chunk": logprob_chunk, "longest": longest}
     with_columns = partial(make_forward, model, **alike)
-    return Forward(logprobs, ref_logprobs, values, scores, policy_and_value, score_all, with_columns, longest)
+    return Forward(
+        logprobs,
+        ref_logprobs,
+        values,
+        scores,
+        policy_and_value,
+        score_all,
+        with_columns,
+        longest,
+        role_logprobs,
+    )
 
 
 def policy_parts(params: Params, frozen: Params) -> Params:
@@ -189,4 +206,7 @@ def blank_forward() -> Forward:
         zeros = per_token(*args)
         return Said(zeros, zeros, zeros, per_sequence(*args))
 
-    return Forward(times(2), per_token, per_token, per_sequence, times(3), said)
+    def of_roles(roles: Sequence[str], *args: Any) -> tuple[Array, ...]:
+        return (per_token(*args),) * len(roles)
+
+    return Forward(times(2), per_token, per_token, per_sequence, times(3), said, role_logprobs=of_roles)
