@@ -54,6 +54,8 @@ class Rows(NamedTuple):
     prompt_lengths: Array  # i32[B] or i32[B, S], tokens before the completion, BOS included
     lengths: Array  # i32[B] or i32[B, S], prompt and completion
     excluded: Array | None = None  # bool[B, T], tokens behind the prompt that are not the model's own
+    ref_logprobs: Array | None = None  # f32[B] or f32[B, S], nats, of each completion by the reference; None:
+    # they were not computed beforehand
 
     @property
     def is_packed(self) -> bool:
@@ -108,6 +110,14 @@ class Rows(NamedTuple):
         return jnp.take_along_axis(of_sequence, sequence, axis=1)
 
 
+class UnpairedRows(NamedTuple):
+    """Completions that are desirable or not, beside those from which their reference point is made."""
+
+    rows: Rows
+    mismatched: Rows  # the same prompts, each with the completion of another one
+    is_desirable: Array  # bool[B] or bool[B, S], of the completions in rows
+
+
 class Prompts(NamedTuple):
     """Prompts to complete, right-padded."""
 
@@ -159,6 +169,12 @@ class TrainState(NamedTuple):
     opt_state: Params  # {role: optax state}
     aux: dict[str, Array]  # named arrays of the algorithm, such as an adaptive coefficient
     ahead: Rollout | None = None  # of the next step, where it was made before this one's update was done
+
+
+def num_tokens(batch: Rows | UnpairedRows) -> int:
+    """Returns the tokens of a batch on the host, without padding."""
+    parts = (batch,) if isinstance(batch, Rows) else (batch.rows, batch.mismatched)
+    return sum(int(rows.lengths.sum()) for rows in parts)
 
 
 def num_rows(batch: object) -> int:

@@ -183,7 +183,12 @@ def as_json(plan: Plan, num_records: int) -> dict[str, Any]:
 def _titled_rows(plan: Plan, num_records: int) -> list[tuple[str, Row]]:
     """Returns the rows of the first records, of sources in turn, each with what it is of which record."""
     examples, sources = plan.train, list(plan.stage.data.sources)
-    names = ("chosen", "rejected") if examples.kind == "preference" else ("",)
+
+    def names(number: int) -> tuple[str, ...]:
+        if examples.kind == "unpaired":
+            return ("desirable" if examples.is_desirable[number] else "undesirable", "mismatched")
+        return ("chosen", "rejected") if examples.kind == "preference" else ("",)
+
     parts = [
         (f"{source}, " if len(sources) > 1 else "", examples.of_source(i)) for i, source in enumerate(sources)
     ]
@@ -194,9 +199,12 @@ def _titled_rows(plan: Plan, num_records: int) -> list[tuple[str, Row]]:
         if place < len(part)
     )
     return [
-        (f"{of_source}record {place + 1}{name and ', '}{name}", examples.rows[len(names) * number + k])
+        (
+            f"{of_source}record {place + 1}{name and ', '}{name}",
+            examples.rows[examples.rows_per_record * number + k],
+        )
         for of_source, place, number in itertools.islice(in_turn, num_records)
-        for k, name in enumerate(names)
+        for k, name in enumerate(names(number))
     ]
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import algo_config, config
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import Params, Prompts, Rows
+from rlhf_jax.batch import Params, Prompts, Rows, UnpairedRows
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import init_score_head
@@ -148,13 +148,19 @@ def rows(num_rows: int = 8, length: int = 16, seed: int = 0) -> Rows:
     return Rows(jnp.asarray(tokens, jnp.int32), jnp.asarray(prompt_lengths), jnp.asarray(lengths))
 
 
+def unpaired(of: Rows) -> UnpairedRows:
+    """Returns completions, most of them good, and others beside them whose mean log ratio is above 0."""
+    other = rows(*of.tokens.shape, seed=1)
+    return UnpairedRows(of, other, jnp.arange(len(of.lengths)) % 3 > 0)
+
+
 def packed(batch: Any, groups: Sequence[Sequence[int]], length: int) -> Any:
     """Returns a batch of one-sequence rows with those of a group behind each other in one row.
 
     What no sequence covers is poison: large tokens, large numbers, true masks.
 
     Args:
-        batch: Rows, or what has `rows` and further per-token arrays.
+        batch: Rows, or what has `rows` and further per-token arrays, or completions that are unpaired.
         groups: for each new row the rows that it holds; none makes an empty row.
         length: of the new rows.
     """
@@ -176,6 +182,9 @@ def packed(batch: Any, groups: Sequence[Sequence[int]], length: int) -> Any:
             made[new, : len(together)] = together
         return jnp.asarray(made)
 
+    if isinstance(batch, UnpairedRows):
+        of_groups = (packed(of, groups, length) for of in (batch.rows, batch.mismatched))
+        return UnpairedRows(*of_groups, of_sequence(batch.is_desirable) == 1)
     made = Rows(
         of_token(rows.tokens),
         of_sequence(rows.prompt_lengths),

@@ -5,11 +5,12 @@ Arrays are numpy's until a program places them on its devices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jax import Array
+from numpy.typing import DTypeLike
 
 from rlhf_jax.batch import Prompts, Rows
 
@@ -87,6 +88,27 @@ def collate_packed(
             start = end
     rows = Rows(_host(tokens), _host(prompt_lengths), _host(lengths))
     return rows._replace(excluded=_host(excluded)) if with_excluded else rows
+
+
+def of_sequences(
+    groups: Sequence[Sequence[Iterable[Any]]], shape: tuple[int, ...], dtype: DTypeLike
+) -> Array:
+    """Returns a number for each sequence of collated rows, 0 for those that only fill up.
+
+    Args:
+        groups: for each unit of the batch its records, and of each of these its sequences' numbers.
+        shape: of the rows' lengths, [B] or [B, S].
+        dtype: of the numbers.
+    """
+    made = np.zeros(shape, dtype)
+    of_units = [[number for record in group for number in record] for group in groups]
+    if len(shape) == 1:
+        every = [number for numbers in of_units for number in numbers]
+        made[: len(every)] = every
+    else:
+        for place, numbers in enumerate(of_units):
+            made[place, : len(numbers)] = numbers
+    return _host(made)
 
 
 def collate_prompts(

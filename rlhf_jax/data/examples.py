@@ -11,15 +11,31 @@ from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
-from rlhf_jax.batch import Prompts, Rows
+from rlhf_jax.batch import Prompts, Rows, UnpairedRows
 from rlhf_jax.config import PROMPTLESS_FORMATS, DataConfig
 from rlhf_jax.config_types import Kind
 from rlhf_jax.data.arrow import Record
-from rlhf_jax.data.collate import Row, collate_packed, collate_prompts, collate_rows, static_length
+from rlhf_jax.data.collate import (
+    Row,
+    collate_packed,
+    collate_prompts,
+    collate_rows,
+    of_sequences,
+    static_length,
+)
 from rlhf_jax.data.columns import Format, record_format
 from rlhf_jax.data.formats import read_records
 from rlhf_jax.data.packing import Packing, pack
-from rlhf_jax.data.records import AnyRecord, PromptOnly, completions, in_template, is_conversational, texts
+from rlhf_jax.data.records import (
+    AnyRecord,
+    PromptOnly,
+    Unpaired,
+    completions,
+    in_template,
+    is_conversational,
+    texts,
+    with_mismatched,
+)
 from rlhf_jax.data.sources import open_source, open_sources
 from rlhf_jax.data.synthetic import synthetic_records
 from rlhf_jax.data.token_cache import through_cache
@@ -28,6 +44,7 @@ from rlhf_jax.data.tokenize import Losses, encode_records
 from rlhf_jax.data.tokenizer import Tokenizer
 
 Split = Literal["train", "eval"]
+Batch = Rows | Prompts | UnpairedRows
 SYNTHETIC = "synthetic"
 NOT_OF_TOKENS = ("train", "eval", "max_eval_records", "packing", "length_buckets", "cache_dir")
 """Options of the data section that decide no token of given records."""
@@ -40,7 +57,7 @@ class Examples:
     kind: Kind
     formats: tuple[Format, ...]  # of each source's columns; the embedded task has none
     records: Sequence[AnyRecord]  # as text; a prompt that was cut to its first tokens reads as cut
-    rows: TokenRows  # one per record, of a preference two: chosen, rejected; of a prompt its prompt alone
+    rows: TokenRows  # one per record, of a prompt its prompt alone; two of preferences, unpaired completions
     length: int  # static length of a collated row: T, of prompts P
     pad_id: int
     num_dropped: int  # records whose prompt is too long, or whose text is too short to have one
@@ -53,6 +70,7 @@ class Examples:
     losses: Losses = dataclasses.field(default_factory=Losses)  # of those that were read
     packings: tuple[Packing, ...] = ()  # of each source, where records share rows of `length` tokens
     shorter: tuple[int, ...] = ()  # further static lengths, ascending: a batch has the least that holds it
+    ref_logprobs: np.ndarray | None = None  # f32[N, rows_per_record], where computed beforehand
 
     def __len__(self) -> int:
         return len(self.records)
@@ -64,31 +82,47 @@ class Examples:
 
     @property
     def rows_per_record(self) -> int:
-        """Returns 2 for preferences, 1 otherwise."""
-        return 2 if self.kind == "preference" else 1
+        """Returns 2 for preferences (chosen, rejected) and unpaired completions (own, mismatched), else 1."""
+        return 2 if self.kind in ("preference", "unpaired") else 1
 
     @property
     def rows_per_unit(self) -> int:
         """Returns the rows of a batch that one of the units has by which its size is given."""
-        return 1 if self.packings else self.rows_per_record
+        return 2 if self.kind == "preference" and not self.packings else 1
 
     @functools.cached_property
     def fingerprint(self) -> int:
         """Returns a checksum of the data: a run is resumed on that which it began with.
 
-        It covers all rows in their order and, of prompts, the columns that reward functions are given.
+        It covers all rows in their order and, of prompts, the columns that reward functions are given, of
+        unpaired completions which are desirable.
         """
         columns = (
             repr(record.columns).encode("utf-8", "backslashreplace")
             for record in self.records
             if isinstance(record, PromptOnly)
         )
-        return functools.reduce(lambda crc, of: zlib.crc32(of, crc), columns, self.rows.checksum())
+        crc = functools.reduce(lambda crc, of: zlib.crc32(of, crc), columns, self.rows.checksum())
+        return zlib.crc32(self.is_desirable, crc) if self.kind == "unpaired" else crc
+
+    @functools.cached_property
+    def is_desirable(self) -> np.ndarray:
+        """Returns bool[N], of unpaired completions."""
+        return np.array([cast(Unpaired, record).is_desirable for record in self.records])
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Returns i32[N, rows_per_record], tokens of the rows of each record."""
         return self.rows.lengths.reshape(-1, self.rows_per_record)
+
+    @property
+    def packed_lengths(self) -> np.ndarray:
+        """Returns i32[N], the tokens that each record takes up of a packed row."""
+        return self._in_a_row(self.lengths)
+
+    def _in_a_row(self, of_rows: np.ndarray) -> np.ndarray:
+        """Returns what a record adds to a packed row: both of a pair lie there, an unpaired's in one each."""
+        return of_rows.max(axis=1) if self.kind == "unpaired" else of_rows.sum(axis=1)
 
     @functools.cached_property
     def most_loss_tokens(self) -> int:
@@ -96,7 +130,7 @@ class Examples:
         if not self.packings:
             return int(self.rows.num_loss_tokens.max())
         of_records = self.rows.num_loss_tokens.reshape(-1, self.rows_per_record)
-        lengths, counts = self.lengths.sum(axis=1), of_records.sum(axis=1)
+        lengths, counts = self.packed_lengths, self._in_a_row(of_records)
         parts = [self.of_source(source) for source in range(len(self.packings))]
         return max(
             packing.most(lengths[part.start : part.stop], counts[part.start : part.stop])
@@ -120,9 +154,7 @@ class Examples:
 
     def packed(self, capacity: int) -> Examples:
         """Returns the examples of one source with a plan of rows of `capacity` tokens that records share."""
-        return dataclasses.replace(
-            self, length=capacity, packings=(pack(self.lengths.sum(axis=1), capacity),)
-        )
+        return dataclasses.replace(self, length=capacity, packings=(pack(self.packed_lengths, capacity),))
 
     def collate(
         self,
@@ -130,10 +162,11 @@ class Examples:
         index: Sequence[int],
         num_units: int,
         is_held: np.ndarray | None = None,
-    ) -> Rows | Prompts:
+    ) -> Batch:
         """Returns the records of each unit, by number, as a batch of num_units; what is missing has length 0.
 
         Preferences alternate: sequence 2i is chosen, sequence 2i + 1 rejected. `index` becomes Prompts.index.
+        The mismatched completions of unpaired ones lie in rows of their own, at the same places.
 
         Args:
             units: numbers of records.
@@ -142,27 +175,55 @@ class Examples:
             is_held: bool[rows of the batch], the rows whose tokens are wanted; others have their lengths, but
                 no tokens. All by default.
         """
-        per = self.rows_per_record
-        per_unit = self.rows_per_unit
+        longest = max((self.lengths[number].max() for unit in units for number in unit), default=0)
+        length = next(length for length in (*self.shorter, self.length) if longest <= length)
+        if self.kind == "prompt_only":
+            prompts = [self.rows[number].ids for unit in units for number in unit]
+            return collate_prompts(prompts, index, length, self.pad_id, num_units)
+        collated = functools.partial(self._collated, units, length, num_units, is_held)
+        if self.kind != "unpaired":
+            return collated(range(self.rows_per_record))
+        rows, mismatched = collated([0]), collated([1])
+        is_desirable = of_sequences(
+            [[[bool(self.is_desirable[number])] for number in unit] for unit in units],
+            rows.lengths.shape,
+            bool,
+        )
+        return UnpairedRows(rows, mismatched, is_desirable)
+
+    def _collated(
+        self,
+        units: Sequence[Sequence[int]],
+        length: int,
+        num_units: int,
+        is_held: np.ndarray | None,
+        which: Sequence[int],
+    ) -> Rows:
+        """Returns those rows of each record, of its rows_per_record, for which it is asked."""
+        per, per_unit = len(which), self.rows_per_unit
 
         def row(place: int, number: int, k: int) -> Row:
             is_wanted = is_held is None or is_held[per_unit * place + k % per_unit]
-            return (self.rows.__getitem__ if is_wanted else self.rows.blank)(per * number + k)
+            make = self.rows.__getitem__ if is_wanted else self.rows.blank
+            return make(self.rows_per_record * number + which[k])
 
         groups = [
             [row(place, number, k) for number in unit for k in range(per)] for place, unit in enumerate(units)
         ]
         if self.packings:
             most = per * max(packing.most_records for packing in self.packings)
-            return collate_packed(
-                groups, self.length, self.pad_id, num_units, most, with_excluded=self.has_excluded
+            rows = collate_packed(
+                groups, length, self.pad_id, num_units, most, with_excluded=self.has_excluded
             )
-        rows = [row for group in groups for row in group]
-        longest = max((len(row.ids) for row in rows), default=0)
-        length = next(length for length in (*self.shorter, self.length) if longest <= length)
-        if self.kind == "prompt_only":
-            return collate_prompts([row.ids for row in rows], index, length, self.pad_id, num_units)
-        return collate_rows(rows, length, self.pad_id, per * num_units, with_excluded=self.has_excluded)
+        else:
+            one_each = [row for group in groups for row in group]
+            rows = collate_rows(
+                one_each, length, self.pad_id, per * num_units, with_excluded=self.has_excluded
+            )
+        if self.ref_logprobs is None:
+            return rows
+        known = [[self.ref_logprobs[number, list(which)] for number in unit] for unit in units]
+        return rows._replace(ref_logprobs=of_sequences(known, rows.lengths.shape, np.float32))
 
 
 def load_examples(
@@ -257,6 +318,11 @@ def load_records(cfg: DataConfig, kind: Kind, split: Split, seed: int) -> list[S
         found = [
             _read(f"{where}: {spec}", weight, source, cfg, kind, seed) for (spec, weight), source in opened
         ]
+    if kind == "unpaired":
+        found = [
+            source._replace(records=list(with_mismatched(cast("list[Unpaired]", source.records))))
+            for source in found
+        ]
     return found if split == "train" else [_limited(source, cfg.max_eval_records) for source in found]
 
 
@@ -312,4 +378,5 @@ def tokenize_records(
         longest_prompt=encoded.longest_prompt,
         losses=encoded.losses,
     )
-    return examples.packed(examples.rows_per_record * cfg.max_length) if cfg.packing else examples
+    rows_in_one = 2 if kind == "preference" else 1
+    return examples.packed(rows_in_one * cfg.max_length) if cfg.packing else examples

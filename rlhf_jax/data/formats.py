@@ -5,8 +5,9 @@
 | text              | text                                        | prompt_completion, prompt_only           |
 | messages          | messages                                    | prompt_completion, prompt_only           |
 | prompt_completion | prompt, completion                          | prompt_completion, prompt_only           |
-| preference        | [prompt,] chosen, rejected                  | preference, prompt_only                  |
-| ranking           | prompt, completions; ranks, scores or pairs | ranking, preference, prompt_only         |
+| preference        | [prompt,] chosen, rejected                  | preference, unpaired, prompt_only        |
+| ranking           | prompt, completions; ranks, scores or pairs | ranking, preference, unpaired,           |
+|                   |                                             | prompt_only                              |
 | unpaired          | prompt, completion, label (true or false)   | unpaired, prompt_completion, prompt_only |
 | prompt_only       | prompt                                      | prompt_only                              |
 | labelled          | text, label (0 or 1)                        | preference                               |
@@ -18,7 +19,8 @@ The prompt of a preference without a prompt column is what both begin with. Text
 empty prompt; text as prompt_only has its first data.prompt_tokens tokens as prompt, cut where tokens are
 made. Messages as prompt_completion are all completion: each assistant turn is learned; as prompt_only they
 are a prompt up to the last assistant turn. Of unpaired records the desirable ones serve prompt_completion. A
-ranking serves preference as its pairs: those judged (`pairs`), or all that ranks or scores tell apart.
+ranking serves preference as its pairs: those judged (`pairs`), or all that ranks or scores tell apart. Pairs
+serve unpaired as their completions, the chosen ones desirable.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from rlhf_jax.data.records import (
     Ranking,
     Unpaired,
     texts,
+    unpaired_of,
 )
 from rlhf_jax.progress import watched
 
@@ -97,7 +100,11 @@ def _read(
 ) -> list[AnyRecord]:
     """Returns the records and counts those that are left out; see read_records."""
     where = reader.where
-    match resolve_format(reader, kind, cfg):
+    format = resolve_format(reader, kind, cfg)
+    if kind == "unpaired" and format != "unpaired":
+        pairs = _read(reader, source, "preference", cfg, prompts, seed, left_out)
+        return list(unpaired_of(cast("list[Preference]", pairs)))
+    match format:
         case "text" if kind == "prompt_only":
             if cfg.prompt_tokens == 0:
                 raise ValueError(

@@ -20,7 +20,7 @@ from typing import cast
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.batch import Prompts, Rows
+from rlhf_jax.batch import Prompts, Rows, UnpairedRows
 from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.mixture import mixture_pick
 from rlhf_jax.data.records import AnyRecord
@@ -30,7 +30,7 @@ from rlhf_jax.sharding import row_holders
 WINDOW = 32  # batches within which records of like length are put together
 
 
-class Loader[Batch: Rows | Prompts, Taken: AnyRecord]:
+class Loader[Batch: Rows | Prompts | UnpairedRows, Taken: AnyRecord]:
     """Batches of examples in an order that is reshuffled for every epoch of a source.
 
     The type parameters say what the examples' kind only tells at run time: Loader[Prompts, PromptOnly] gives
@@ -73,12 +73,17 @@ class Loader[Batch: Rows | Prompts, Taken: AnyRecord]:
 
         Records come in their own order, or where they are packed as their lengths bring it about.
         """
+        for batch, units in self.numbered_batches():
+            yield batch, self._taken(units)
+
+    def numbered_batches(self) -> Iterator[tuple[Batch, Sequence[Sequence[int]]]]:
+        """Yields the same batches, each with the numbers of the records of its units."""
         places = [
             (source, unit) for source, count in enumerate(self.examples.num_units) for unit in range(count)
         ]
         for start in range(0, len(places), self.batch_size):
             units = [self._records_of(*place, None) for place in places[start : start + self.batch_size]]
-            yield self._collated(units, range(start, start + len(units))), self._taken(units)
+            yield self._collated(units, range(start, start + len(units))), units
 
     def _collated(self, units: Sequence[Sequence[int]], index: Sequence[int]) -> Batch:
         return cast(Batch, self.examples.collate(units, index, self.batch_size, self._is_held))
@@ -119,12 +124,12 @@ class Loader[Batch: Rows | Prompts, Taken: AnyRecord]:
     def _fill(self, source: int, epoch: int | None) -> np.ndarray:
         """Returns i64[N], a source's record of each rank in an epoch; None: in the records' own order."""
         of = self.examples.of_source(source)
-        count, lengths = len(of), self.examples.lengths[of.start : of.stop].sum(axis=1)
+        count, lengths = len(of), self.examples.packed_lengths[of.start : of.stop]
         order = np.arange(count) if epoch is None else epoch_order(self._seed, epoch, count, source, use=1)
         return of.start + self.examples.packings[source].fill(lengths, order)
 
 
-class Prefetched[Batch: Rows | Prompts, Taken: AnyRecord]:
+class Prefetched[Batch: Rows | Prompts | UnpairedRows, Taken: AnyRecord]:
     """A loader's batches, made by threads before they are asked for; the same ones, in any order."""
 
     def __init__(self, loader: Loader[Batch, Taken], num_threads: int = 2, num_ahead: int = 4):

@@ -46,6 +46,7 @@ class Unpaired(NamedTuple):
     completion: Content
     is_desirable: bool
     variables: Mapping[str, object] = {}
+    mismatched: Content = ""  # the completion of another record, see with_mismatched
 
 
 class Ranking(NamedTuple):
@@ -64,16 +65,46 @@ AnyRecord = PromptCompletion | Preference | PromptOnly | Unpaired | Ranking
 
 
 def completions(record: AnyRecord) -> tuple[Content, ...]:
-    """Returns the record's completions, of a preference the chosen one first."""
+    """Returns the record's completions, of a preference the chosen one first, of unpaired ones its own."""
     match record:
-        case PromptCompletion() | Unpaired():
+        case PromptCompletion():
             return (record.completion,)
+        case Unpaired():
+            return (record.completion, record.mismatched)
         case Preference(chosen=chosen, rejected=rejected):
             return (chosen, rejected)
         case Ranking():
             return record.completions
         case PromptOnly():
             return ()
+
+
+def unpaired_of(pairs: Sequence[Preference]) -> list[Unpaired]:
+    """Returns the completions of pairs one by one: the chosen ones are desirable, the rejected ones not."""
+    return [
+        Unpaired(pair.prompt, completion, is_desirable, pair.variables)
+        for pair in pairs
+        for completion, is_desirable in ((pair.chosen, True), (pair.rejected, False))
+    ]
+
+
+def with_mismatched(records: Sequence[Unpaired]) -> list[Unpaired]:
+    """Returns the records, each with the completion of the next one, counted round, that has another prompt.
+
+    Where all have the same prompt it is that of the next record.
+    """
+    count = len(records)
+    others = [(number + 1) % count for number in range(count)]
+    for number in reversed(range(2 * count)):  # twice round: what follows the last record is known then
+        here = number % count
+        if records[others[here]].prompt == records[here].prompt:
+            others[here] = others[(number + 1) % count]
+    if any(records[other].prompt == record.prompt for other, record in zip(others, records, strict=True)):
+        others = [(number + 1) % count for number in range(count)]
+    return [
+        record._replace(mismatched=records[other].completion)
+        for record, other in zip(records, others, strict=True)
+    ]
 
 
 def is_conversational(record: AnyRecord) -> bool:

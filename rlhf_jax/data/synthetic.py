@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from rlhf_jax.config_types import Kind
-from rlhf_jax.data.records import AnyRecord, Preference, PromptCompletion, PromptOnly
+from rlhf_jax.data.records import AnyRecord, Preference, PromptCompletion, PromptOnly, unpaired_of
 
 Split = Literal["train", "eval"]
 
@@ -161,6 +161,8 @@ def synthetic_records(kind: Kind, split: Split, seed: int) -> list[AnyRecord]:
             return list(demonstrations(seed, NUM_DEMONSTRATIONS[split], split))
         case "preference":
             return list(preferences(seed, NUM_PREFERENCES[split], split))
+        case "unpaired":
+            return unpaired(seed, NUM_PREFERENCES[split], split)
         case "prompt_only":
             return list(prompts(seed, split))
         case _:
@@ -188,6 +190,12 @@ def preferences(seed: int, count: int, split: Split) -> list[Preference]:
         first_wins = rng.random() < 1 / (1 + math.exp(-margin / LABEL_TEMPERATURE))
         records.append(Preference(prompt, first, second) if first_wins else Preference(prompt, second, first))
     return records
+
+
+def unpaired(seed: int, count: int, split: Split) -> list[AnyRecord]:
+    """Returns one completion of each pair, the chosen and the rejected one in turn."""
+    both = unpaired_of(preferences(seed, count, split))
+    return [both[2 * number + number % 2] for number in range(count)]
 
 
 def prompts(seed: int, split: Split) -> list[PromptOnly]:
