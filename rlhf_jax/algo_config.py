@@ -7,7 +7,9 @@ that one's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from rlhf_jax.config_types import (
     Count,
@@ -25,6 +27,8 @@ Aggregation = Literal["token", "sequence", "constant"]
 Baseline = Literal["group", "others", "batch", "none"]
 Scale = Literal["group", "batch", "none"]
 Credit = Literal["completion", "token"]
+PairLoss = Literal["sigmoid", "robust", "ipo", "hinge"]
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,113 @@ class RewardModelConfig(OfflineConfig):
     normalize_on: Literal["demonstrations", "chosen"] = "demonstrations"
     """Texts on which the normaliser is measured: the training records of the SFT stage that this one starts
     from, or the chosen completions of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig(OfflineConfig):
+    """Learning from given records against a frozen reference: the policy at the start."""
+
+    beta: PositiveFloat = 0.1
+    """Strength of the pull to the reference; it multiplies the log ratios to it."""
+    precompute_ref: bool = False
+    """The reference's log-probabilities are computed once, before the first step, and kept beside the
+    checkpoints; no reference model is in memory while the policy is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(ReferenceConfig):
+    """Direct preference optimisation on pairs."""
+
+    records: ClassVar[Kind] = "preference"
+    loss: PairLoss = "sigmoid"
+    """Loss of a pair's margin, the log ratio to the reference of its chosen completion less that of the
+    rejected one: logistic (DPO); logistic and unbiased where a share label_smoothing of the pairs is in the
+    wrong order (robust DPO); squared distance to 1 / (2 beta) (IPO); hinge (SLiC)."""
+    label_smoothing: Smoothing = 0.0
+    """Share of the pairs that are taken to be in the wrong order (losses sigmoid, which then is cDPO's, and
+    robust)."""
+    length_normalized: bool = False
+    """Log ratios are divided by the tokens of their completion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CDPOConfig(DPOConfig):
+    """DPO with label smoothing."""
+
+    label_smoothing: Smoothing = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustDPOConfig(CDPOConfig):
+    """DPO whose loss is unbiased where some labels are flipped."""
+
+    loss: PairLoss = "robust"
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPOConfig(DPOConfig):
+    """Identity preference optimisation, log ratios averaged over tokens as in the authors' code.
+
+    The paper's are sums: length_normalized false.
+    """
+
+    loss: PairLoss = "ipo"
+    length_normalized: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLiCConfig(DPOConfig):
+    """SLiC's hinge loss on log ratios to the reference."""
+
+    loss: PairLoss = "hinge"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOConfig(ReferenceConfig):
+    """Kahneman-Tversky optimisation on completions that are desirable or not."""
+
+    records: ClassVar[Kind] = "unpaired"
+    desirable_weight: NonNegativeFloat = 1.0
+    """Weight of the loss of desirable completions, lambda_D."""
+    undesirable_weight: NonNegativeFloat = 1.0
+    """Weight of the loss of undesirable completions, lambda_U. Where one kind is rare, weights make up for
+    it: the product of weight and number of desirable ones 1 to 4/3 times that of the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimPOConfig(OfflineConfig):
+    """Simple preference optimisation on pairs: the mean log-probability of a token is the reward."""
+
+    records: ClassVar[Kind] = "preference"
+    beta: PositiveFloat = 2.0
+    """Scale of the rewards."""
+    gamma: NonNegativeFloat = 0.5
+    """Margin by which the chosen completion's reward has to be ahead."""
+    length_normalized: bool = True
+    """Log-probabilities are divided by the tokens of their completion."""
+    label_smoothing: Smoothing = 0.0
+    """Share of the pairs that are taken to be in the wrong order."""
+    nll_coef: NonNegativeFloat = 0.0
+    """Weight of the chosen completions' negative log-likelihood, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPOConfig(SimPOConfig):
+    """Contrastive preference optimisation on pairs: DPO's loss without its reference, and that of SFT."""
+
+    beta: PositiveFloat = 0.1
+    gamma: NonNegativeFloat = 0.0
+    length_normalized: bool = False
+    nll_coef: NonNegativeFloat = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ORPOConfig(OfflineConfig):
+    """Odds ratio preference optimisation on pairs: SFT on the chosen completions, away from the rejected."""
+
+    records: ClassVar[Kind] = "preference"
+    odds_ratio_coef: NonNegativeFloat = 0.1
+    """Weight of the odds ratio's loss, lambda."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +424,25 @@ class ReinforcePPConfig(GRPOConfig):
 
 
 AlgorithmName = Literal[
-    "sft", "reward_model", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce", "reinforce_pp"
+    "sft",
+    "reward_model",
+    "ppo",
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "rloo",
+    "reinforce",
+    "reinforce_pp",
+    "dpo",
+    "cdpo",
+    "robust_dpo",
+    "ipo",
+    "slic",
+    "kto",
+    "simpo",
+    "cpo",
+    "orpo",
 ]
 ALGORITHM_SECTIONS: dict[str, type[OfflineConfig | OnlineConfig]] = {
     "sft": SFTConfig,
@@ -326,5 +455,14 @@ ALGORITHM_SECTIONS: dict[str, type[OfflineConfig | OnlineConfig]] = {
     "rloo": RLOOConfig,
     "reinforce": ReinforceConfig,
     "reinforce_pp": ReinforcePPConfig,
+    "dpo": DPOConfig,
+    "cdpo": CDPOConfig,
+    "robust_dpo": RobustDPOConfig,
+    "ipo": IPOConfig,
+    "slic": SLiCConfig,
+    "kto": KTOConfig,
+    "simpo": SimPOConfig,
+    "cpo": CPOConfig,
+    "orpo": ORPOConfig,
 }
 AlgorithmConfig = OfflineConfig | OnlineConfig

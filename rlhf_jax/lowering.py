@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import jax
@@ -10,9 +11,11 @@ from jax import ShapeDtypeStruct
 from jax.sharding import Mesh, NamedSharding
 from jax.stages import Lowered
 
+from rlhf_jax.algo_config import ReferenceConfig
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import Params, Prompts, Rollout, Rows
+from rlhf_jax.batch import Params, Prompts, Rollout
 from rlhf_jax.config import StageConfig
+from rlhf_jax.data.examples import Batch
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.models.forward import policy_parts
 from rlhf_jax.models.transformer import Model
@@ -29,13 +32,17 @@ def lower_stage(plan: Plan, mesh: Mesh) -> tuple[dict[str, Lowered], tuple[int, 
     mesh, _ = stage_meshes(plan.stage, mesh)
     model, programs = stage_programs(plan, mesh)
     settings = plan.stage.settings
-    batch, _ = Loader[Any, Any](plan.train, settings.batch_size, plan.stage.run.seed).batch(0)
+    examples = plan.train
+    if isinstance(settings, ReferenceConfig) and settings.precompute_ref:
+        blank = np.zeros((len(examples), examples.rows_per_record), np.float32)
+        examples = dataclasses.replace(examples, ref_logprobs=blank)
+    batch, _ = Loader[Any, Any](examples, settings.batch_size, plan.stage.run.seed).batch(0)
     lowered = lower_programs(programs, plan.stage, plan.parts(), model, mesh, batch)
-    return lowered, np.shape(batch.tokens)
+    return lowered, np.shape(jax.tree.leaves(batch)[0])
 
 
 def lower_programs(
-    built: Programs, stage: StageConfig, parts: Parts, model: Model, mesh: Mesh, batch: Rows | Prompts
+    built: Programs, stage: StageConfig, parts: Parts, model: Model, mesh: Mesh, batch: Batch
 ) -> dict[str, Lowered]:
     """Returns what a step of a stage runs, by name, lowered; nothing is compiled, computed or held.
 

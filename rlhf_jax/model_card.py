@@ -20,6 +20,15 @@ _METHODS = {
     "rloo": "RLOO against a reward",
     "reinforce": "REINFORCE against a reward",
     "reinforce_pp": "REINFORCE++ against a reward",
+    "dpo": "DPO",
+    "cdpo": "DPO with label smoothing",
+    "robust_dpo": "robust DPO",
+    "ipo": "IPO",
+    "slic": "DPO with a hinge loss",
+    "kto": "KTO",
+    "simpo": "SimPO",
+    "cpo": "CPO",
+    "orpo": "ORPO",
 }
 _USE = {
     "policy": """\

@@ -26,6 +26,7 @@ from rlhf_jax.models.kv_cache import DecodeWeights, cast_to_decode, unstack
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.importance import importance_weights
 from rlhf_jax.ops.packed_rows import RowLayout
+from rlhf_jax.ops.sequences import completion_sums
 from rlhf_jax.optim import make_optimizer
 from rlhf_jax.role_parts import role_parts, state_shardings, weight_shardings
 from rlhf_jax.rollout.generate import RolloutPrograms, assemble, make_queue
@@ -71,6 +72,8 @@ class Programs(NamedTuple):
     """State (donated), frozen parameters, batch, key -> state, metrics. One dispatch for all epochs."""
     evaluate: Callable[[Params, Params, Any], Metrics]
     """Offline: trained and frozen parameters, held-out batch -> sums."""
+    ref_logprobs: Callable[[Params, Rows], Array]
+    """Frozen parameters -> log-probabilities of completions by the reference: f32[B], packed f32[B * S]."""
     scores: Callable[[Params, Params, Rows], Array]
     """Scores of the reward model, one for each sequence: f32[B], packed f32[B * S]."""
 
@@ -170,6 +173,11 @@ def build_programs(
         assert algorithm.evaluate is not None
         return algorithm.evaluate(forward, params, frozen, batch, settings)
 
+    def ref_logprobs(frozen: Params, rows: Rows) -> Array:
+        assert forward.role_logprobs is not None
+        (per_token,) = forward.role_logprobs(("reference",), {}, frozen, rows)
+        return completion_sums(per_token, rows)
+
     minibatch_rows = settings.rows_per_update // settings.num_minibatches
     if layout is not None:
         minibatch_rows //= layout.sequences_per_row
@@ -199,6 +207,7 @@ def build_programs(
         advantages=compiled(advantages),
         update=compiled(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
         evaluate=compiled(evaluate),
+        ref_logprobs=compiled(ref_logprobs),
         scores=compiled(forward.scores),
     )
 

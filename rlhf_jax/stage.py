@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -13,8 +14,8 @@ from jax.sharding import Mesh
 
 from rlhf_jax import distributed, keys, watchdog
 from rlhf_jax.agreement import check_alike, on_first
-from rlhf_jax.algo_config import OnlineConfig, RewardModelConfig
-from rlhf_jax.batch import Params, Prompts, Rows, TrainState
+from rlhf_jax.algo_config import OnlineConfig, ReferenceConfig, RewardModelConfig
+from rlhf_jax.batch import Params, Prompts, Rows, TrainState, UnpairedRows, num_tokens
 from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
 from rlhf_jax.config import StageConfig
 from rlhf_jax.data.loader import Loader, Prefetched
@@ -22,6 +23,7 @@ from rlhf_jax.data.records import AnyRecord, Preference, PromptOnly
 from rlhf_jax.data.tokenize import text_difference
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
 from rlhf_jax.experience import Collector, Overlong
+from rlhf_jax.files import to_json
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.transformer import Model, make_model
@@ -29,6 +31,7 @@ from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, RolloutWorker
 from rlhf_jax.origins import adapter_info, adapters_of, fingerprint, is_same_base
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit
+from rlhf_jax.reference import with_reference
 from rlhf_jax.rewards.combine import Judge
 from rlhf_jax.rewards.external import ExternalReward
 from rlhf_jax.rewards.once import scored_once
@@ -117,6 +120,7 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
         worker = None if sampling is mesh else _worker(plan, programs, frozen, mesh, sampling)
         source, evaluate = _online(plan, programs, frozen, mesh, root, worker)
     else:
+        plan = _with_reference(plan, programs, trained, frozen, mesh)
         source, evaluate = _offline(plan, programs, mesh)
     with (
         Checkpointer(
@@ -175,13 +179,43 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
 def _offline(plan: Plan, programs: Programs, mesh: Mesh) -> tuple[Source, Evaluate]:
     """Returns where batches of records come from, and the evaluation on held-out records."""
     settings, seed = plan.stage.settings, plan.stage.run.seed
-    loader = Prefetched(Loader[Rows, AnyRecord](plan.train, settings.batch_size, seed, mesh))
+    loader = Prefetched(Loader[Rows | UnpairedRows, AnyRecord](plan.train, settings.batch_size, seed, mesh))
 
     def source(state: TrainState, position: int, key: Array) -> NextBatch:
         batch, position = loader.batch(position)
-        return NextBatch(place_rows(mesh, batch), position, {"perf/tokens": float(np.sum(batch.lengths))})
+        return NextBatch(place_rows(mesh, batch), position, {"perf/tokens": float(num_tokens(batch))})
 
     return source, evaluate_records(programs, Loader(plan.held_out, settings.batch_size, seed, mesh), mesh)
+
+
+def _with_reference(plan: Plan, programs: Programs, trained: Params, frozen: Params, mesh: Mesh) -> Plan:
+    """Returns the plan, its records with the reference's log-probabilities where these are computed first.
+
+    The reference is the base, or the policy as it was loaded: nothing has trained it yet.
+    """
+    stage, settings = plan.stage, plan.stage.settings
+    if not isinstance(settings, ReferenceConfig) or not settings.precompute_ref:
+        return plan
+    start, fresh = plan.origins.policy, f"fresh, seed {stage.run.seed}, stage {plan.number}"
+    of = {
+        "model": fresh if start is None else fingerprint(start),
+        "architecture": plan.architecture.to_dict(),
+        "dtype": [stage.model.dtype, stage.model.base_dtype if "base" in frozen else "float32"],
+    }
+    add = partial(
+        with_reference,
+        program=programs.ref_logprobs,
+        frozen=frozen if "base" in frozen else {"reference": trained["policy"]},
+        of=on_first(lambda: to_json(of)),
+        batch_size=settings.batch_size,
+        seed=stage.run.seed,
+        mesh=mesh,
+    )
+    directory = plan.directory / "reference"
+    return plan._replace(
+        train=add(plan.train, path=directory / "train.npz"),
+        held_out=add(plan.held_out, path=directory / "eval.npz"),
+    )
 
 
 def _online(

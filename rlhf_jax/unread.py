@@ -6,10 +6,12 @@ from collections.abc import Container, Mapping
 
 from rlhf_jax.algo_config import (
     ALGORITHM_SECTIONS,
+    DPOConfig,
     GRPOConfig,
     OnlineConfig,
     PolicyGradientConfig,
     PPOConfig,
+    ReferenceConfig,
     RewardModelConfig,
 )
 from rlhf_jax.config import PROMPTLESS_FORMATS, StageConfig
@@ -46,7 +48,7 @@ def fresh_adapter(stage: StageConfig, stages: Container[str]) -> str:
     """
     if stage.lora.rank == 0:
         return "lora.rank is 0"
-    if stage.is_online:
+    if stage.is_online or isinstance(stage.settings, ReferenceConfig):
         return f"{stage.algorithm} begins with fresh adapters, for its reference is the base alone"
     if stage.start_from in stages:
         return f"the stage starts from {stage.start_from!r}, which is not the model that the adapter is for"
@@ -69,6 +71,7 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         stage: a stage with all its sections.
         stages: by name, in order, those before it at least; the first one brings the tokenizer.
     """
+    settings = stage.settings
     reasons = {other: f"no stage runs {other}" for other in ALGORITHM_SECTIONS if other != stage.algorithm}
 
     if stage.start_from:
@@ -96,18 +99,21 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         reasons["model.frozen_memory"] = (
             "only an online stage, such as ppo, has models not needed all the time"
         )
-        if not has_base:
+        needs_reference = isinstance(settings, ReferenceConfig) and not settings.precompute_ref
+        if not has_base and not needs_reference:
             reasons["model.frozen_dtype"] = "the stage has no frozen model, for lora.rank is 0"
     elif stage.model.sharing == "hydra" and not _has_whole_judge(stage, stages):
         reasons["model.frozen_memory"] = "the base of model.sharing 'hydra' is needed all the time"
 
     data = stage.data
     for key in ("prompts", "detokenize"):
-        if stage.settings.records != "preference" or data.format not in ("auto", "labelled"):
+        if settings.records != "preference" or data.format not in ("auto", "labelled"):
             reasons[f"data.{key}"] = "only a stage that reads pairs of data.format 'labelled' uses it"
     if stage.algorithm == "sft":
         reasons["data.prompt_tokens"] = "an sft stage learns the whole text"
-    elif stage.settings.records == "preference" and not data.prompts:
+    elif settings.records == "unpaired":
+        reasons["data.prompt_tokens"] = f"a {stage.algorithm} stage reads no plain text"
+    elif settings.records == "preference" and not data.prompts:
         reasons["data.prompt_tokens"] = "data.prompts is not set"
     elif stage.is_online and data.format not in ("auto", "text"):
         reasons["data.prompt_tokens"] = f"records of data.format {data.format!r} have prompts"
@@ -146,14 +152,16 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         reasons["rollout"] = "only an online stage, such as ppo, samples"
         reasons["rewards"] = "only an online stage, such as ppo, trains on scores"
         reasons["run.num_samples"] = "only an online stage, such as ppo, writes samples"
-    if stage.algorithm == "reward_model":
+    if settings.records == "preference":  # of which the gold function tells the ceiling of an accuracy
         del reasons["rewards"]
-        reasons["model.logprob_chunk"] = "a reward_model stage computes no log-probabilities"
         for key in ("model_weight", "function", "function_weight"):
             reasons[f"rewards.{key}"] = "only an online stage, such as ppo, trains on scores"
-        if isinstance(stage.settings, RewardModelConfig) and stage.settings.normalizer == "none":
+    if isinstance(settings, RewardModelConfig):
+        reasons["model.logprob_chunk"] = "a reward_model stage computes no log-probabilities"
+        if settings.normalizer == "none":
             reasons["reward_model.normalize_on"] = "reward_model.normalizer is 'none'"
-    settings = stage.settings
+    if isinstance(settings, DPOConfig) and settings.loss in ("ipo", "hinge"):
+        reasons[f"{stage.algorithm}.label_smoothing"] = f"{stage.algorithm}.loss is {settings.loss!r}"
     if isinstance(settings, OnlineConfig):
         if not stage.reward_from and stage.rewards.model_weight != 0:
             reasons["rewards.model_weight"] = f"stage {stage.name!r} has no reward_from"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from rlhf_jax.algos.algorithm import Algorithm
+from rlhf_jax.algos.dpo import DPO
 from rlhf_jax.algos.grpo import GRPO
+from rlhf_jax.algos.kto import KTO
 from rlhf_jax.algos.ppo import PPO
+from rlhf_jax.algos.reference_free import ORPO, SIMPO
 from rlhf_jax.algos.reward_model import REWARD_MODEL
 from rlhf_jax.algos.sft import SFT
 
@@ -20,4 +23,13 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rloo": GRPO,
     "reinforce": GRPO,
     "reinforce_pp": GRPO,
+    "dpo": DPO,
+    "cdpo": DPO,
+    "robust_dpo": DPO,
+    "ipo": DPO,
+    "slic": DPO,
+    "kto": KTO,
+    "simpo": SIMPO,
+    "cpo": SIMPO,
+    "orpo": ORPO,
 }

@@ -34,7 +34,7 @@ from jax.stages import Lowered
 
 from rlhf_jax import algo_config, config
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import Prompts, Rows
+from rlhf_jax.batch import Prompts, Rows, UnpairedRows
 from rlhf_jax.bench.harness import NEVER, SHAPES, commit, make_architecture, make_stage
 from rlhf_jax.command_line import read_config
 from rlhf_jax.lowering import lower_programs, lower_stage
@@ -122,6 +122,8 @@ def lower_shape(
     tokens, lengths = ((num_rows, length - new if is_online else length), (num_rows,))
     make_batch = Prompts if is_online else Rows
     batch = make_batch(*(cast(Array, ShapeDtypeStruct(x, jnp.int32)) for x in (tokens, lengths, lengths)))
+    if isinstance(batch, Rows) and stage.settings.records == "unpaired":
+        batch = UnpairedRows(batch, batch, cast(Array, ShapeDtypeStruct(lengths, jnp.bool_)))
     num_completion = new if is_online else length
     programs = build_programs(stage, algorithm, model, mesh, num_completion, NEVER, length - new)
     return lower_programs(programs, stage, role_parts(stage, algorithm), model, mesh, batch)

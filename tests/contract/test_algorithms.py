@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
+from rlhf_jax.algos.dpo import DPO
+from rlhf_jax.algos.kto import KTO
+from rlhf_jax.algos.reference_free import ORPO, SIMPO
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import PolicyBatch, Rows, num_rows
 from rlhf_jax.metrics import to_host
+from rlhf_jax.role_parts import role_parts
 from tests import tiny
 
 NAMES = sorted(ALGORITHMS)
@@ -34,7 +38,10 @@ def is_online(name: str) -> bool:
 
 
 ONLINE = [name for name in NAMES if is_online(name)]
-SHARED = ["ppo:trunk", "ppo:hydra", "reward_model:lora", "sft:lora"]
+ON_PREFERENCES = sorted(name for name, of in ALGORITHMS.items() if of in (DPO, KTO, SIMPO, ORPO))
+"""Tested with everything changed at once; two of them, that stand for the others, in full as well."""
+IN_FULL = by_speed([name for name in NAMES if name not in ON_PREFERENCES or name in ("dpo", "kto")])
+SHARED = ["dpo:lora", "ppo:trunk", "ppo:hydra", "reward_model:lora", "sft:lora"]
 """Algorithms whose roles share parameters, or are adapters; the fast tests of them are in test_sharing.py."""
 GRADIENT = 1e-5  # of the leaf's norm
 VALUE = 1e-5
@@ -67,7 +74,9 @@ def spec(name: str):
 
 
 def batch_of(name: str, rows: Rows):
-    return online_batch(name, rows) if is_online(name) else rows
+    if is_online(name):
+        return online_batch(name, rows)
+    return tiny.unpaired(rows) if name.startswith("kto") else rows
 
 
 @functools.cache
@@ -110,7 +119,7 @@ def assert_same(found, expected):
 
 @pytest.fixture(
     scope="module",
-    params=[*by_speed(NAMES), *(pytest.param(name, marks=pytest.mark.slow) for name in SHARED)],
+    params=[*IN_FULL, *(pytest.param(name, marks=pytest.mark.slow) for name in SHARED)],
 )
 def reference(request):
     """The name of an algorithm, a batch, and its update on one device."""
@@ -127,31 +136,35 @@ def test_the_gradient_is_not_zero(reference):
         assert all(norm > 0 for norm in jax.tree.leaves(norms)), role
 
 
+def longer(x):
+    garbage = False if x.dtype == bool else 7
+    return jnp.pad(x, ((0, 0), (0, 5)), constant_values=garbage) if x.ndim == 2 else x
+
+
+def with_filling(x):
+    return jnp.concatenate([x, jnp.zeros_like(x[:4])])
+
+
 def test_padding_changes_nothing(reference):
     name, batch, expected = reference
-
-    def longer(x):
-        garbage = False if x.dtype == bool else 7
-        return jnp.pad(x, ((0, 0), (0, 5)), constant_values=garbage) if x.ndim == 2 else x
-
     assert_same(updated(name, jax.tree.map(longer, batch)), expected)
 
 
 def test_filling_rows_change_nothing(reference):
     name, batch, expected = reference
-
-    def with_filling(x):
-        return jnp.concatenate([x, jnp.zeros_like(x[:4])])
-
     assert_same(updated(name, jax.tree.map(with_filling, batch)), expected)
+
+
+def in_another_order(name, batch):
+    per = spec(name).rows_per_record
+    order = np.random.default_rng(0).permutation(8 // per)
+    rows = (per * order[:, None] + np.arange(per)).ravel()
+    return jax.tree.map(lambda x: x[rows], batch)
 
 
 def test_order_of_records_changes_nothing(reference):
     name, batch, expected = reference
-    per = spec(name).rows_per_record
-    order = np.random.default_rng(0).permutation(8 // per)
-    rows = (per * order[:, None] + np.arange(per)).ravel()
-    assert_same(updated(name, jax.tree.map(lambda x: x[rows], batch)), expected)
+    assert_same(updated(name, in_another_order(name, batch)), expected)
 
 
 @pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
@@ -180,6 +193,46 @@ def test_packed_rows_on_eight_devices(reference):
     name, batch, expected = reference
     rows = tiny.packed(batch, [*GROUPS, [], [], [], []], 60)
     assert_same(updated(name, rows, tiny.mesh(data=4, fsdp=2), packing=True), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("dpo", "kto") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ON_PREFERENCES
+    ],
+)
+def test_nothing_changes_where_everything_is_changed_at_once(name):
+    batch = batch_of(name, tiny.rows())
+    gradient, metrics = expected = updated(name, batch)
+    assert min(map(np.linalg.norm, jax.tree.leaves(gradient))) > 0
+    assert metrics.get("policy/kl_estimate", 1) > 0.1  # else the statistics of the minibatch have no say
+    changed = jax.tree.map(lambda x: with_filling(longer(x)), in_another_order(name, batch))
+    assert_same(updated(name, changed, microbatch_size=2), expected)
+    rows = tiny.packed(batch, [*GROUPS, [], [], [], []], 60)
+    assert_same(updated(name, rows, tiny.mesh(data=4, fsdp=2), packing=True), expected)
+
+
+@pytest.mark.parametrize("name", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+def test_a_reference_computed_beforehand_changes_nothing(name):
+    """Its log-probabilities stand in the rows, packed ones too, and no role of the stage is the reference."""
+    mesh = tiny.mesh()
+    stage = tiny.stage(name, settings={"precompute_ref": True})
+    assert role_parts(stage, spec(name)).keys() == {"policy"}
+    _, frozen = tiny.roles(name, mesh)
+    ref_logprobs = tiny.programs(stage, mesh, 32).ref_logprobs
+
+    def known(batch):
+        if not isinstance(batch, Rows):
+            return batch._replace(rows=known(batch.rows), mismatched=known(batch.mismatched))
+        of_sequences = ref_logprobs(frozen, batch).reshape(batch.lengths.shape)
+        return batch._replace(ref_logprobs=of_sequences)
+
+    batch = batch_of(name, tiny.rows())
+    expected = updated(name, batch)
+    for packing in (False, True):
+        rows = known(tiny.packed(batch, GROUPS, 60) if packing else batch)
+        assert_same(updated(name, rows, packing=packing, precompute_ref=True), expected)
 
 
 @pytest.mark.parametrize("poison", [1e6, np.nan])
