@@ -222,11 +222,6 @@ class OnlineConfig:
     or leave the row out of loss, whitening and metrics, those of evaluations too."""
     missing_eos_value: FiniteFloat = 1.0
     """See missing_eos."""
-    overlong_buffer: Count = 0
-    """From so many tokens before rollout.max_new_tokens on, a completion loses score, in proportion up to
-    overlong_penalty at that length (DAPO's soft punishment, arXiv:2503.14476); 0: none does."""
-    overlong_penalty: PositiveFloat = 1.0
-    """See overlong_buffer."""
     eval_every: PositiveInt = 20
     """Iterations between two evaluations; there is one before the first iteration and one after the last."""
 
@@ -255,6 +250,13 @@ class PolicyGradientConfig(OnlineConfig):
     deviation."""
     score_clip: NonNegativeFloat = 0.0
     """Scores are clipped to +- this, after their normalisation; 0: they are not."""
+    overlong_from: Count = 0
+    """Completions of more tokens lose score, in proportion up to overlong_penalty at overlong_buffer tokens
+    more (DAPO's soft punishment, arXiv:2503.14476), after all else that becomes of scores; 0: none does."""
+    overlong_buffer: PositiveInt = 16
+    """See overlong_from."""
+    overlong_penalty: PositiveFloat = 1.0
+    """See overlong_from."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL to the reference, to start with."""
     kl_term: KlTerm = "reward"
@@ -268,12 +270,13 @@ class PolicyGradientConfig(OnlineConfig):
     """Adaptive controller: episodes over which the weight adapts; more than 0.2 of those of an iteration."""
     surrogate: Literal["clip", "kl"] = "clip"
     """What keeps the policy near the one that sampled: the clip of the ratio; or a KL between the two as a
-    term of the loss (arXiv:1707.06347 section 4)."""
+    term of the loss (arXiv:1707.06347 section 4), where there are several optimiser steps on a rollout."""
     old_kl_coef: PositiveFloat = 1.0
     """Of surrogate `kl`: the weight of that KL, to start with."""
     old_kl_target: NonNegativeFloat = 0.0
     """Of surrogate `kl`: KL from old to new policy to hold, nats per token: old_kl_coef is doubled after an
-    iteration whose last pass has more than 1.5 of it, halved below it / 1.5; 0: the weight is fixed."""
+    iteration whose last pass, before each of its steps, has more than 1.5 of it, halved below it / 1.5;
+    0: the weight is fixed."""
     clip_eps: PositiveFloat = 0.2
     """Clip of the policy ratio."""
     clip_eps_high: NonNegativeFloat = 0.0
@@ -284,7 +287,7 @@ class PolicyGradientConfig(OnlineConfig):
     ratio: Ratio = "token"
     """Whose probability the ratio is of: each token's; the geometric mean over the completion (GSPO,
     arXiv:2507.18071); the whole completion's, which then is one action: of ppo with one advantage, that of
-    its first token."""
+    its first token, and with aggregation 'sequence'."""
     aggregation: Aggregation = "token"
     """What the loss is a mean over: all tokens alike; completions, each the mean of its tokens; completions,
     each the sum of its tokens over rollout.max_new_tokens (Dr. GRPO, arXiv:2503.20783)."""
@@ -328,7 +331,7 @@ class GRPOConfig(PolicyGradientConfig):
     num_epochs: PositiveInt = 1
     num_minibatches: PositiveInt = 1
     kl_coef: NonNegativeFloat = 0.04
-    """Weight of the KL to the reference, to start with; 0: the stage has no reference model."""
+    """Weight of the KL to the reference, to start with; see tracks_kl where it is 0."""
     kl_term: KlTerm = "k3"
     aggregation: Aggregation = "sequence"
     baseline: Baseline = "group"
@@ -340,6 +343,9 @@ class GRPOConfig(PolicyGradientConfig):
     credit: Credit = "completion"
     """Of which rewards a token has the sum: all of its completion's, or those from the token on (they differ
     where kl_term is 'reward')."""
+    tracks_kl: bool = True
+    """Where kl_coef is 0: whether the stage keeps a reference model all the same, so that policy/kl is told;
+    without it needs less memory and time."""
     max_rollouts: PositiveInt = 1
     """Groups whose rewards are all equal are replaced by those of further prompts, until so many batches of
     prompts have been sampled (DAPO's dynamic sampling); 1: they stay, and teach nothing."""

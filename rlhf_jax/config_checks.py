@@ -216,12 +216,12 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
         return
     steps -= waits * settings.num_epochs * settings.num_minibatches
     if stage.optimizer.warmup_steps > steps:
-        names = (f"{section}.num_steps",)
+        names, behind = (f"{section}.num_steps",), f" behind {section}.value_warmup" if waits else ""
         if isinstance(settings, OnlineConfig):
             names = tuple(f"{section}.{of}" for of in ("num_iterations", "num_epochs", "num_minibatches"))
         yield (
             f"{path('optimizer', 'warmup_steps')}: must be at most the optimiser steps of the stage, "
-            f"{' * '.join(names)} = {steps}, got {stage.optimizer.warmup_steps}"
+            f"{' * '.join(names)}{behind} = {steps}, got {stage.optimizer.warmup_steps}"
         )
 
 
@@ -310,21 +310,40 @@ def check_controller(stage: StageConfig, path: PathOf) -> Iterator[str]:
 def check_policy_loss(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields options of a policy's loss that make no sense together, and buffers longer than completions."""
     settings, section = stage.settings, stage.algorithm
-    if (
-        isinstance(settings, PolicyGradientConfig)
-        and settings.surrogate == "kl"
-        and settings.ratio != "token"
-    ):
+    if not isinstance(settings, PolicyGradientConfig):
+        return
+    if settings.surrogate == "kl" and settings.ratio != "token":
         yield (
             f"{path(section, 'ratio')}: must be 'token' where {section}.surrogate is 'kl', whose KL is "
             f"of tokens, got {settings.ratio!r}"
         )
-    if isinstance(settings, PolicyGradientConfig) and 0 < settings.dual_clip <= 1:
-        yield f"{path(section, 'dual_clip')}: must be more than 1, or 0 for none, got {settings.dual_clip:g}"
-    if isinstance(settings, OnlineConfig) and settings.overlong_buffer > stage.rollout.max_new_tokens:
+    if settings.surrogate == "kl" and settings.num_epochs * settings.num_minibatches == 1:
         yield (
-            f"{path(section, 'overlong_buffer')}: must be at most rollout.max_new_tokens = "
-            f"{stage.rollout.max_new_tokens}, got {settings.overlong_buffer}"
+            f"{path(section, 'surrogate')}: must be 'clip' where a rollout has one optimiser step, before "
+            f"which the policy is the old one: {section}.num_epochs and num_minibatches are 1, got 'kl'"
+        )
+    if settings.old_kl_target and getattr(settings, "value_warmup", 0):
+        yield (
+            f"{path(section, 'old_kl_target')}: must be 0 where {section}.value_warmup is not, as the policy "
+            f"then stands still and its weight would be halved, got {settings.old_kl_target:g}"
+        )
+    if settings.ratio == "sequence" and settings.aggregation != "sequence":
+        yield (
+            f"{path(section, 'aggregation')}: must be 'sequence' where {section}.ratio is 'sequence', as a "
+            f"completion is one action, got {settings.aggregation!r}"
+        )
+    is_corrected = stage.rollout.importance == "always" or stage.rollout.devices > 0
+    if is_corrected and settings.ratio != "token" and stage.rollout.importance_cap:
+        yield (
+            f"{path('rollout', 'importance_cap')}: must be 0 where {section}.ratio is {settings.ratio!r}, as "
+            f"importance weights are of tokens, got {stage.rollout.importance_cap:g}"
+        )
+    if 0 < settings.dual_clip <= 1:
+        yield f"{path(section, 'dual_clip')}: must be more than 1, or 0 for none, got {settings.dual_clip:g}"
+    if settings.overlong_from >= stage.rollout.max_new_tokens:
+        yield (
+            f"{path(section, 'overlong_from')}: must be less than rollout.max_new_tokens = "
+            f"{stage.rollout.max_new_tokens}, got {settings.overlong_from}"
         )
 
 

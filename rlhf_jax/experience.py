@@ -37,30 +37,6 @@ class Experience(NamedTuple):
     rows_counted: np.ndarray
     """bool, one for each completion: whether it counts in metrics."""
 
-    def teaches(self, group_size: int) -> np.ndarray:
-        """Returns bool[N]: the groups, with fillings, in which the scores that count are not all equal."""
-        num_rows = len(self.scored.scores)
-        scores, counts = np.zeros(num_rows, np.float32), np.zeros(num_rows, bool)
-        scores[: len(self.scores)], counts[: len(self.scores)] = self.scores, self.rows_counted
-        scores, counts = scores.reshape(-1, group_size), counts.reshape(-1, group_size)
-        most = np.where(counts, scores, -np.inf).max(axis=1)
-        return most > np.where(counts, scores, np.inf).min(axis=1)
-
-
-class Overlong(NamedTuple):
-    """What completions lose that come near the longest length. Source: arXiv:2503.14476 eq. 13."""
-
-    longest: int
-    buffer: int
-    """Tokens before the longest from which on something is lost."""
-    penalty: float
-    """Lost at the longest length; in proportion before."""
-
-    def __call__(self, lengths: np.ndarray) -> np.ndarray:
-        """Returns f32[B], what completions of these lengths lose."""
-        beyond = (lengths - (self.longest - self.buffer)) / self.buffer
-        return (self.penalty * np.clip(beyond, 0, 1)).astype(np.float32)
-
 
 class Collector:
     """Makes experience with one set of programs; keeps the host side: tokenizer and judge."""
@@ -74,7 +50,6 @@ class Collector:
         *,
         leaves_out: bool,
         external: ExternalReward | None = None,
-        overlong: Overlong | None = None,
     ) -> None:
         """Makes a collector.
 
@@ -85,9 +60,7 @@ class Collector:
             mesh: where everything lies.
             leaves_out: completions without EOS do not count in metrics.
             external: gives the learned scores where the reward model is not among the stage's roles.
-            overlong: what long completions lose.
         """
-        self._overlong = overlong
         self._external = external
         self._leaves_out = leaves_out
         self._programs = programs
@@ -152,21 +125,14 @@ class Collector:
             learned, told = self._external(rows, records, completions, ended)
             metrics = metrics | told
         verdict = self._judge(records, completions, learned, rows_counted)
-        judged_scores = verdict.scores
-        if self._overlong is not None:
-            lost = self._overlong(np.asarray([len(row_ids) for row_ids in ids]))
-            judged_scores = judged_scores - lost
-            metrics["reward/overlong"] = (
-                float(np.mean(lost[rows_counted])) if rows_counted.any() else math.nan
-            )
         scores = np.zeros(rows.lengths.shape, np.float32)
-        scores[: len(records)] = judged_scores
+        scores[: len(records)] = verdict.scores
         scored = scored._replace(scores=place_rows(self._mesh, scores))
         judged = time.perf_counter()
         watchdog.beat()
         metrics = metrics | verdict.metrics | text_metrics(ids, rows_counted)
         metrics |= {"perf/rollout_seconds": sampled - begun, "perf/score_seconds": judged - sampled}
-        return Experience(scored, judged_scores, metrics, completions, ids, rows_counted)
+        return Experience(scored, verdict.scores, metrics, completions, ids, rows_counted)
 
 
 def completion_ids(rows: Rows, row: int) -> np.ndarray:

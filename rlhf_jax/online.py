@@ -22,6 +22,10 @@ from rlhf_jax.rollout.generate import RolloutPrograms
 from rlhf_jax.sharding import batch_sharding, gathered, place_rows, replicated
 from rlhf_jax.trainer import NextBatch
 
+OF_SCORES = ("reward/", "rollout/equal_groups")
+"""Metrics that a selection of groups would bias."""
+SUMMED = ("perf/tokens", "perf/rollout_seconds", "perf/score_seconds")
+
 
 class PromptBatch(NamedTuple):
     """A batch of prompts."""
@@ -74,6 +78,7 @@ class OnPolicy:
             max_rollouts: batches of prompts that are sampled at most to replace groups of equal scores.
         """
         self._max_rollouts = max_rollouts
+        self._has_merged = False
         self._programs = programs
         self._frozen = frozen
         self._collector = collector
@@ -88,6 +93,9 @@ class OnPolicy:
             scored, end, more = self._filled(state, experience, end, key)
             told = told | more
         batch, metrics = self._programs.advantages(scored, state.aux)
+        if scored is not experience.scored:  # what is told of scores is told of all that was sampled first
+            of_first = self._programs.advantages(experience.scored, state.aux)[1]
+            metrics = metrics | {name: x for name, x in of_first.items() if name.startswith(OF_SCORES)}
 
         def meanwhile() -> tuple[None, Metrics]:
             self._batches(end)
@@ -101,10 +109,10 @@ class OnPolicy:
     def _filled(
         self, state: TrainState, first: Experience, end: int, key: Array
     ) -> tuple[Scored, int, Metrics]:
-        """Returns a rollout whose groups of equal scores are replaced by those of further prompts.
+        """Returns a rollout whose groups of equal rewards are replaced by those of further prompts.
 
-        The replaced ones stay where there are not enough others. Metrics of rollouts are the first one's: all
-        of its groups are in them. Source: arXiv:2503.14476 section 3.2.
+        The replaced ones stay where there are not enough others. Tokens and seconds are those of all
+        rollouts, other metrics the first one's, with all of its groups. Source: arXiv:2503.14476 section 3.2.
 
         Args:
             state: of the policy.
@@ -113,22 +121,30 @@ class OnPolicy:
             key: of all rollouts of the iteration; a completion's random numbers follow from its prompt's
                 position.
         """
-        scored, teaches = first.scored, first.teaches(self._batches.group_size)
-        rows = np.arange(len(scored.scores)).reshape(len(teaches), -1)
-        num_rollouts, tokens = 1, [first.metrics["perf/tokens"]]
-        while not teaches.all() and num_rollouts < self._max_rollouts:
+        scored, teaches = first.scored, self._informative(first, state)
+        rows = np.arange(len(scored.scores), dtype=np.int32).reshape(len(teaches), -1)
+        told = [first.metrics]
+        if not self._has_merged:  # compiled now, not at the first gap
+            scored = self._programs.merge(scored, scored, rows.ravel())
+            self._has_merged = True
+        while not teaches.all() and len(told) < self._max_rollouts:
             taken = self._batches(end)
             more = self._collect(state, taken, key)
-            end, num_rollouts = taken.end, num_rollouts + 1
-            tokens.append(more.metrics["perf/tokens"])
-            found = np.flatnonzero(more.teaches(self._batches.group_size))
+            end = taken.end
+            told.append(more.metrics)
+            found = np.flatnonzero(self._informative(more, state))
             gaps = np.flatnonzero(~teaches)[: len(found)]
             source = rows.copy()
             source[gaps] = rows.size + rows[found[: len(gaps)]]
             scored = self._programs.merge(scored, more.scored, source.ravel())
             teaches[gaps] = True
-        num_tokens = float(np.sum(gathered(tokens)))
-        return scored, end, {"perf/tokens": num_tokens, "rollout/rollouts": float(num_rollouts)}
+        sums: Metrics = {"rollout/rollouts": float(len(told))}
+        for name in SUMMED:
+            sums[name] = float(np.sum(gathered([of[name] for of in told])))
+        return scored, end, sums
+
+    def _informative(self, experience: Experience, state: TrainState) -> np.ndarray:
+        return np.array(self._programs.informative_groups(experience.scored, state.aux))
 
 
 class RolloutWorker:

@@ -369,9 +369,13 @@ def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
         )
         if model_section.attention == "flash" and lack:
             problems.append(f"model.attention is 'flash', but {lack}; set it to auto")
-        if plan.stage.rollout.slots:
-            for on in (mesh, sampling):  # evaluations are where the policy is trained
-                _attempt(problems, check_batch, on, plan.stage.rollout.slots, "rollout.slots")
+        if slots := plan.stage.rollout.slots:
+            group_size = getattr(plan.stage.settings, "group_size", 1)
+            name = "rollout.slots" + f" / {plan.stage.algorithm}.group_size" * (group_size > 1)
+            _attempt(problems, check_batch, sampling, -(-slots // group_size), name)
+            _attempt(
+                problems, check_batch, mesh, slots, "rollout.slots"
+            )  # evaluations are where it is trained
         problems += rows[:1]  # what does not divide the first does not divide its parts
         for parts in plan.parts().values():
             _attempt(problems, part_shardings, model, mesh, parts)

@@ -64,6 +64,8 @@ class Programs(NamedTuple):
     """A role's parameters -> the same in the types that decoding reads: what a rollout elsewhere needs."""
     score: Callable[[Params, Params, Rollout], tuple[Scored, Metrics]]
     """Trained and frozen parameters, rollout -> what every role says, and metrics of the rollout."""
+    informative_groups: Callable[[Scored, dict[str, Array]], Array]
+    """Scored rollout, aux -> bool[N], the groups from which something is to be learned."""
     merge: Callable[[Scored, Scored, Array | np.ndarray], Scored]
     """Two scored rollouts of B rows, i32[B] -> these of their 2 B rows."""
     advantages: Callable[[Scored, dict[str, Array]], tuple[PolicyBatch, Metrics]]
@@ -155,6 +157,10 @@ def build_programs(
         is_own = not stage.rollout.devices
         return scored, rollout_metrics(scored, counted(rollout), is_own=is_own)
 
+    def informative_groups(scored: Scored, aux: dict[str, Array]) -> Array:
+        assert algorithm.informative_groups is not None
+        return algorithm.informative_groups(scored, aux, settings)
+
     def merge(one: Scored, other: Scored, rows: Array) -> Scored:
         return constrain(jax.tree.map(lambda a, b: jnp.concatenate([a, b])[rows], one, other))
 
@@ -203,6 +209,7 @@ def build_programs(
         rollout_of_one=rollout if group_size == 1 else rollout_programs(stage, model, mesh, ids),
         to_decode=compiled(partial(cast_to_decode, dtype=model.dtype)),
         score=compiled(score),
+        informative_groups=compiled(informative_groups, out_shardings=replicated(mesh)),
         merge=compiled(merge),
         advantages=compiled(advantages),
         update=compiled(update, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),

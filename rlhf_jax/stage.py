@@ -22,7 +22,7 @@ from rlhf_jax.data.loader import Loader, Prefetched
 from rlhf_jax.data.records import AnyRecord, Preference, PromptOnly
 from rlhf_jax.data.tokenize import text_difference
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
-from rlhf_jax.experience import Collector, Overlong
+from rlhf_jax.experience import Collector
 from rlhf_jax.files import to_json
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.architecture import Architecture
@@ -69,7 +69,8 @@ def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
     programs = build_programs(stage, algorithm, model, mesh, num_completion, ids, prompt_length)
     stops = read_stop_strings(stage.rollout, plan.tokenizer)
     if stops is not None:
-        programs = programs._replace(rollout=programs.rollout._replace(stops=stops))
+        cut = {name: getattr(programs, name)._replace(stops=stops) for name in ("rollout", "rollout_of_one")}
+        programs = programs._replace(**cut)
     return model, programs
 
 
@@ -237,9 +238,6 @@ def _online(
         mesh,
         leaves_out=plan.algorithm.leaves_out(settings),
         external=external,
-        overlong=Overlong(stage.rollout.max_new_tokens, settings.overlong_buffer, settings.overlong_penalty)
-        if settings.overlong_buffer
-        else None,
     )
     if worker is None:
         batches = PromptBatches(loader, mesh, settings.group_size)

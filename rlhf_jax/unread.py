@@ -170,13 +170,14 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         if settings.missing_eos in ("none", "mask"):
             section = stage.algorithm
             reasons[f"{section}.missing_eos_value"] = f"{section}.missing_eos is {settings.missing_eos!r}"
-        if not settings.overlong_buffer:
-            reasons[f"{stage.algorithm}.overlong_penalty"] = f"{stage.algorithm}.overlong_buffer is 0"
     if isinstance(settings, PolicyGradientConfig):
         section = stage.algorithm
         if settings.kl_controller == "fixed":
             for key in ("kl_target", "kl_horizon"):
                 reasons[f"{section}.{key}"] = f"{section}.kl_controller is 'fixed'"
+        if not settings.overlong_from:
+            for key in ("overlong_buffer", "overlong_penalty"):
+                reasons[f"{section}.{key}"] = f"{section}.overlong_from is 0"
         if settings.surrogate == "clip":
             for key in ("old_kl_coef", "old_kl_target"):
                 reasons[f"{section}.{key}"] = f"{section}.surrogate is 'clip'"
@@ -188,6 +189,8 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
                 reasons[f"{section}.{key}"] = f"{section}.ratio is 'sequence': a completion is one action"
         if not settings.kl_coef and settings.kl_controller == "fixed":
             reasons[f"{section}.kl_term"] = f"{section}.kl_coef is 0"
+    if isinstance(settings, GRPOConfig) and settings.kl_coef:
+        reasons[f"{stage.algorithm}.tracks_kl"] = f"{stage.algorithm}.kl_coef is not 0"
     if isinstance(settings, GRPOConfig) and (settings.kl_term != "reward" or not settings.kl_coef):
         section = stage.algorithm
         reasons[f"{section}.credit"] = f"without a KL in the reward ({section}.kl_term) both are the same"

@@ -39,17 +39,17 @@ def group_statistics(rewards: Array, stays: Array, group_size: int) -> tuple[Arr
     return mean, std, count
 
 
-def teaches(scores: Array, stays: Array, group_size: int) -> Array:
-    """Returns bool[N]: the groups whose completions that count have different scores.
+def teaches(rewards: Array, stays: Array, group_size: int) -> Array:
+    """Returns bool[N]: the groups whose completions that count have different rewards.
 
     Args:
-        scores: f32[B].
+        rewards: f32[B].
         stays: bool[B].
         group_size: G.
     """
-    scores, stays = scores.reshape(-1, group_size), stays.reshape(-1, group_size)
-    most = jnp.max(jnp.where(stays, scores, -jnp.inf), axis=1)
-    return most > jnp.min(jnp.where(stays, scores, jnp.inf), axis=1)
+    rewards, stays = rewards.reshape(-1, group_size), stays.reshape(-1, group_size)
+    most = jnp.max(jnp.where(stays, rewards, -jnp.inf), axis=1)
+    return most > jnp.min(jnp.where(stays, rewards, jnp.inf), axis=1)
 
 
 def advantages(rewards: Array, mask: Array, stays: Array, settings: GRPOConfig) -> Array:
@@ -84,6 +84,9 @@ def advantages(rewards: Array, mask: Array, stays: Array, settings: GRPOConfig) 
     if settings.credit == "token":
         to_go = lax.cumsum(rewards, axis=1, reverse=True)
     found = to_go - baseline[:, None]
+    if settings.baseline in ("group", "others") and settings.credit == "completion":
+        has_taught = jnp.repeat(teaches(totals, stays, settings.group_size), settings.group_size)
+        found = keep(found, has_taught[:, None])  # else rounding is all there is, and divided by little
     if settings.scale == "group":
         found = found / (std + STD_EPS)[:, None]
     found = jnp.broadcast_to(found, mask.shape)
@@ -98,20 +101,32 @@ def loss(
     return policy_terms(forward, logprobs, entropy, batch, settings)
 
 
+def _rewards(scored: Scored, aux: Aux, settings: GRPOConfig) -> tuple[Array, Array, Array, Metrics]:
+    """Returns rewards f32[B, T], the tokens bool[B, T] and the completions bool[B] that stay, and metrics."""
+    scores, stays, told = shaped_scores(scored, aux, settings)
+    mask = scored.rollout.rows.completion_mask & stays[:, None]
+    kl_coef, reference = jnp.float32(0), scored.old_logprobs
+    if scored.ref_logprobs is not None and settings.kl_coef and settings.kl_term == "reward":
+        kl_coef, reference = aux["kl_coef"], scored.ref_logprobs
+    return token_rewards(scores, scored.old_logprobs, reference, mask, kl_coef), mask, stays, told
+
+
+def informative_groups(scored: Scored, aux: Aux, settings: GRPOConfig) -> Array:
+    """Returns bool[N]: the groups from whose rewards something is to be learned."""
+    rewards, _, stays, _ = _rewards(scored, aux, settings)
+    return teaches(jnp.sum(rewards, axis=1), stays, settings.group_size)
+
+
 def prepare(scored: Scored, aux: Aux, settings: GRPOConfig) -> tuple[PolicyBatch, Metrics]:
     """Returns the batch that the update reads, and what the rollout says of the policy; all is float32."""
-    scores, stays = shaped_scores(scored, aux, settings)
-    mask = scored.rollout.rows.completion_mask & stays[:, None]
-    in_reward = settings.kl_term == "reward" and scored.ref_logprobs is not None
-    kl_coef = aux["kl_coef"] if in_reward else jnp.float32(0)
-    reference = scored.old_logprobs if scored.ref_logprobs is None else scored.ref_logprobs
-    rewards = token_rewards(scores, scored.old_logprobs, reference, mask, kl_coef)
+    rewards, mask, stays, told = _rewards(scored, aux, settings)
+    totals = jnp.sum(rewards, axis=1)
     batch = policy_batch(scored, aux, settings, mask, advantages(rewards, mask, stays, settings))
-    metrics: Metrics = {"reward/total": masked(jnp.sum(rewards, axis=1), stays)}
-    if scored.ref_logprobs is not None:
+    metrics = told | {"reward/total": masked(totals, stays)}
+    if scored.ref_logprobs is not None and settings.kl_coef:
         metrics["policy/kl_coef"] = aux["kl_coef"]
     if settings.group_size > 1:
-        is_equal = ~teaches(scores, stays, settings.group_size)
+        is_equal = ~teaches(totals, stays, settings.group_size)
         some = jnp.any(stays.reshape(-1, settings.group_size), axis=1)
         metrics["rollout/equal_groups"] = masked(jnp.float32(is_equal), some)
     return batch, metrics
@@ -119,10 +134,11 @@ def prepare(scored: Scored, aux: Aux, settings: GRPOConfig) -> tuple[PolicyBatch
 
 GRPO = PPO._replace(
     trains=("policy",),
-    reads=lambda settings: ("reference", "reward") if settings.kl_coef else ("reward",),
+    reads=lambda settings: ("reference", "reward") if settings.kl_coef or settings.tracks_kl else ("reward",),
     loss=loss,
     adam_eps=1e-8,
     prepare=prepare,
+    informative_groups=informative_groups,
     rates=lambda settings: {},
     waits=lambda settings: {},
 )

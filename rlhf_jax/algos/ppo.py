@@ -22,7 +22,7 @@ SCORE_STATISTICS = ("score_count", "score_mean", "score_var")
 def clipped_policy_loss(
     logprobs: Array, batch: PolicyBatch, settings: PolicyGradientConfig, longest: int = 1
 ) -> tuple[Mean, Metrics]:
-    """Returns the clipped surrogate loss, to minimise, and metrics of the ratio.
+    """Returns the clipped surrogate loss, to minimise, and metrics of the ratio, that of tokens.
 
     L_t = w_t max(-A_t r_t, -A_t clip(r_t, 1 - low, 1 + high)),   log r_t = logprobs_t - old_logprobs_t
 
@@ -40,7 +40,7 @@ def clipped_policy_loss(
     """
     mask, low = batch.completion_mask, settings.clip_eps
     log_ratios = log_ratio(logprobs, batch.old_logprobs, mask)
-    ratio = jnp.exp(log_ratios)
+    of_tokens = ratio = jnp.exp(log_ratios)
     match settings.ratio:
         case "sequence_mean":
             ratio = jnp.exp(sequence_means(log_ratios, mask, batch.rows))
@@ -58,9 +58,9 @@ def clipped_policy_loss(
         surrogate = keep(batch.importance, mask) * surrogate
     return aggregated(surrogate, mask, batch.rows, settings.aggregation, longest), {
         "policy/clip_frac": masked(jnp.float32(clipped > plain), mask),
-        "policy/ratio": masked(ratio, mask),
-        "policy/ratio_max": Max(masked_max(ratio, mask)),
-        "policy/ratio_gap": Max(masked_max(jnp.abs(ratio - 1), mask)),
+        "policy/ratio": masked(of_tokens, mask),
+        "policy/ratio_max": Max(masked_max(of_tokens, mask)),
+        "policy/ratio_gap": Max(masked_max(jnp.abs(of_tokens - 1), mask)),
         "policy/approx_kl": masked(k3(batch.old_logprobs, logprobs), mask),
     }
 
@@ -130,23 +130,30 @@ def loss(
     return terms | {"value": Term(value, settings.value_coef)}, metrics | value_metrics
 
 
-def shaped_scores(scored: Scored, aux: Aux, settings: PolicyGradientConfig) -> tuple[Array, Array]:
-    """Returns the scores f32[B] after normalisation, clip and missing-EOS rule, and the rows that stay.
+def shaped_scores(scored: Scored, aux: Aux, settings: PolicyGradientConfig) -> tuple[Array, Array, Metrics]:
+    """Returns the scores f32[B] that become rewards, the rows bool[B] that stay, and what long ones lost.
+
+    Running normalisation, clip, missing-EOS rule, price of overlong completions, in this order.
 
     Args:
         scored: a judged rollout.
         aux: statistics of the scores of earlier iterations, where settings.normalize_scores.
-        settings: reads normalize_scores, score_clip and missing_eos.
-    Source: arXiv:1909.08593's code and arXiv:2307.04964 (normalisation and clip of scores).
+        settings: reads normalize_scores, score_clip, missing_eos and overlong_*.
+    Source: arXiv:1909.08593's code and arXiv:2307.04964 (normalisation, clip); arXiv:2503.14476 eq. 13.
     """
-    scores, ended, is_data = scored.scores, scored.rollout.ended, scored.rollout.rows.sequence_mask
+    scores, rows, rule = scored.scores, scored.rollout.rows, settings.missing_eos
+    stays = rows.sequence_mask & (scored.rollout.ended | (rule != "mask"))
     if settings.normalize_scores:
-        _, mean, var = _statistics(aux, scores, is_data)
+        _, mean, var = _statistics(aux, scores, stays)
         scores = (scores - mean) / jnp.sqrt(var + WHITEN_EPS)
     if settings.score_clip:
         scores = jnp.clip(scores, -settings.score_clip, settings.score_clip)
-    scores, stays = apply_missing_eos(scores, ended, settings.missing_eos, settings.missing_eos_value)
-    return scores, stays & is_data
+    scores, _ = apply_missing_eos(scores, scored.rollout.ended, rule, settings.missing_eos_value)
+    if not settings.overlong_from:
+        return scores, stays, {}
+    beyond = (rows.lengths - rows.prompt_lengths - settings.overlong_from) / settings.overlong_buffer
+    lost = settings.overlong_penalty * jnp.clip(beyond, 0.0, 1.0)
+    return scores - lost, stays, {"reward/overlong": masked(lost, stays)}
 
 
 def _statistics(aux: Aux, scores: Array, mask: Array) -> tuple[Array, Array, Array]:
@@ -170,7 +177,7 @@ def policy_batch(
     def everywhere(name: str) -> Array:
         return jnp.full(mask.shape, aux[name])
 
-    in_loss = scored.ref_logprobs is not None and settings.kl_term != "reward"
+    in_loss = settings.kl_coef > 0 and settings.kl_term != "reward"
     return PolicyBatch(
         rows=scored.rollout.rows,
         completion_mask=mask,
@@ -193,7 +200,7 @@ def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch,
     """
     assert scored.ref_logprobs is not None and scored.values is not None
     rows, values = scored.rollout.rows, scored.values
-    scores, stays = shaped_scores(scored, aux, settings)
+    scores, stays, told = shaped_scores(scored, aux, settings)
     mask = rows.completion_mask & stays[:, None]
     kl_coef = aux["kl_coef"] if settings.kl_term == "reward" else jnp.float32(0)
     rewards = token_rewards(scores, scored.old_logprobs, scored.ref_logprobs, mask, kl_coef)
@@ -201,17 +208,19 @@ def prepare(scored: Scored, aux: Aux, settings: PPOConfig) -> tuple[PolicyBatch,
     if settings.whiten_rewards:
         rewards = whiten(rewards, mask, keep_mean=True)
     if settings.ratio == "sequence":  # one action, whose reward is all there is
-        returns = keep(jnp.sum(rewards, axis=1, keepdims=True), mask)
-        first = jnp.sum(keep(values, first_token(mask)), axis=1, keepdims=True)
-        advantages = keep(returns - first, mask)
+        gained = jnp.sum(rewards, axis=1)
+        of_action = gained - jnp.sum(keep(values, first_token(mask)), axis=1)
+        if settings.whiten_advantages:
+            of_action = whiten(of_action, stays)
+        advantages, returns = (keep(x[:, None], mask) for x in (of_action, gained))
     else:
         advantages, returns = gae(rewards, values, mask, gamma=settings.gamma, lam=settings.gae_lambda)
-    if settings.whiten_advantages:
-        advantages = whiten(advantages, mask)
+        if settings.whiten_advantages:
+            advantages = whiten(advantages, mask)
     batch = policy_batch(scored, aux, settings, mask, advantages)._replace(old_values=values, returns=returns)
     return_var = masked_var(returns, mask)
     unexplained = masked_var(returns - values, mask) / jnp.maximum(return_var, 1e-8)
-    return batch, {
+    return batch, told | {
         "reward/total": total,
         "policy/kl_coef": aux["kl_coef"],
         "value/mean": masked(values, mask),
@@ -242,9 +251,11 @@ def update_aux(aux: Aux, batch: PolicyBatch, metrics: Metrics, settings: PolicyG
         last = metrics["policy/approx_kl_last"]
         assert isinstance(last, Mean)
         coef = adapt_old_kl_coef(aux["old_kl_coef"], last.value, target=settings.old_kl_target)
-        aux = aux | {"old_kl_coef": coef}
+        aux = aux | {
+            "old_kl_coef": jnp.where(last.weight > 0, coef, aux["old_kl_coef"])
+        }  # not if all skipped
     if batch.scores is not None:
-        found = _statistics(aux, batch.scores, batch.rows.sequence_mask)
+        found = _statistics(aux, batch.scores, jnp.any(batch.completion_mask, axis=1))
         aux = aux | dict(zip(SCORE_STATISTICS, found, strict=True))
     return aux
 

@@ -613,12 +613,36 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
             "ppo.dual_clip: must be more than 1, or 0 for none, got 1",
         ),
         (
-            PPO_ONLY + FUNCTION + "ppo: {overlong_buffer: 65}",
-            "ppo.overlong_buffer: must be at most rollout.max_new_tokens = 64, got 65",
+            PPO_ONLY + FUNCTION + "ppo: {ratio: sequence}",
+            "ppo.aggregation: must be 'sequence' where ppo.ratio is 'sequence', as a completion is one",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "gspo") + FUNCTION + "rollout: {importance: always}",
+            "rollout.importance_cap: must be 0 where gspo.ratio is 'sequence_mean', as importance weights",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "grpo") + FUNCTION + "grpo: {surrogate: kl}",
+            "grpo.surrogate: must be 'clip' where a rollout has one optimiser step, before which the policy",
+        ),
+        (
+            PPO_ONLY + FUNCTION + "ppo: {surrogate: kl, old_kl_target: 0.01, value_warmup: 3}",
+            "ppo.old_kl_target: must be 0 where ppo.value_warmup is not, as the policy then stands still and",
+        ),
+        (
+            PPO_ONLY + FUNCTION + "ppo: {value_warmup: 100}",
+            "ppo.value_warmup: must be less than num_iterations = 100, got 100",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "grpo") + FUNCTION + "grpo: {tracks_kl: false}",
+            "grpo.tracks_kl: would be ignored: grpo.kl_coef is not 0",
+        ),
+        (
+            PPO_ONLY + FUNCTION + "ppo: {overlong_from: 64}",
+            "ppo.overlong_from: must be less than rollout.max_new_tokens = 64, got 64",
         ),
         (
             PPO_ONLY + FUNCTION + "ppo: {overlong_penalty: 2.0}",
-            "ppo.overlong_penalty: would be ignored: ppo.overlong_buffer is 0",
+            "ppo.overlong_penalty: would be ignored: ppo.overlong_from is 0",
         ),
         (
             PPO_ONLY + FUNCTION + "data: {max_length: 99}",

@@ -35,6 +35,8 @@ CONFIGS = {
     "reinforce_pp": ReinforcePPConfig(),
     "kl": GRPOConfig(group_size=G, surrogate="kl", normalize_scores=True, score_clip=0.8),
     "dual clip": GRPOConfig(group_size=G, dual_clip=1.1, missing_eos="mask"),
+    "overlong": GRPOConfig(group_size=G, overlong_from=3, overlong_buffer=2, overlong_penalty=0.5),
+    "statistics without what is masked": GRPOConfig(group_size=G, normalize_scores=True, missing_eos="mask"),
 }
 
 
@@ -65,10 +67,14 @@ def in_python(scored, logprobs, settings, kl_coef):
         tokens = {b: of for b, of in tokens.items() if scored.rollout.ended[b]}
     reward, scores = {}, np.float64(scored.scores)
     if settings.normalize_scores:  # of [1, -1] before, and these
-        seen = np.array([1.0, -1.0, *scores[:8]])
+        seen = np.array([1.0, -1.0, *scores[list(tokens)]])
         scores = (scores - seen.mean()) / np.sqrt(seen.var() + 1e-8)
     if settings.score_clip:
         scores = np.clip(scores, -settings.score_clip, settings.score_clip)
+    if settings.overlong_from:
+        for b, of in tokens.items():
+            beyond = (len(of) - settings.overlong_from) / settings.overlong_buffer
+            scores[b] -= settings.overlong_penalty * min(max(beyond, 0), 1)
     for b, of in tokens.items():
         for t in of:
             penalty = kl_coef * (old[b, t] - ref[b, t]) if settings.kl_term == "reward" else 0.0
@@ -84,10 +90,13 @@ def in_python(scored, logprobs, settings, kl_coef):
             "batch": np.mean(list(total.values())),
             "none": 0.0,
         }[settings.baseline]
+        is_equal = settings.baseline in ("group", "others") and max(group) - min(group) < 1e-9
         for t in of:
             gain = total[b] if settings.credit == "completion" else sum(reward[b, k] for k in of if k >= t)
             scale = np.std(group, ddof=1) + 1e-4 if settings.scale == "group" else 1.0
-            advantage[b, t] = (gain - baseline) / scale
+            advantage[b, t] = (
+                0.0 if is_equal and settings.credit == "completion" else (gain - baseline) / scale
+            )
     if settings.scale == "batch":
         every = list(advantage.values())
         advantage = {at: (a - np.mean(every)) / np.sqrt(np.var(every) + 1e-8) for at, a in advantage.items()}
@@ -154,14 +163,17 @@ def test_loss_and_advantages_are_those_of_the_papers(name, seed):
     ups, downs = (in_python(scored, logprobs + sign * step, settings, 0.3)[0] for sign in (1, -1))
     assert slope[at] == pytest.approx((ups - downs) / 2e-4, rel=1e-3, abs=1e-5)
     if settings.group_size == G:
-        assert to_host(metrics)["rollout/equal_groups"] == pytest.approx(1 / 3)
+        only_scores = settings.kl_term != "reward" and not settings.overlong_from
+        assert to_host(metrics)["rollout/equal_groups"] == pytest.approx(1 / 3 if only_scores else 0)
 
 
 def test_a_group_of_equal_scores_moves_nothing():
-    settings = GRPOConfig(group_size=G)
-    batch, _ = grpo.prepare(scored_rollout(0), {"kl_coef": jnp.float32(0)}, settings)
-    np.testing.assert_allclose(batch.advantages[3:6], 0, atol=1e-3)  # 0 / 1e-4, but for rounding
-    assert np.abs(batch.advantages[:3]).max() > 0.5
+    """The mean of eight times 100.1 is not 100.1 in float32, and the gap would be divided by 1e-4."""
+    settings = GRPOConfig(group_size=8)
+    mask, stays = jnp.ones((8, 2), bool), jnp.ones(8, bool)
+    rewards = jnp.zeros((8, 2)).at[:, 1].set(100.1)
+    np.testing.assert_array_equal(grpo.advantages(rewards, mask, stays, settings), 0)
+    assert np.abs(grpo.advantages(rewards.at[0, 1].set(100.2), mask, stays, settings)).min() > 0.3
 
 
 @pytest.mark.parametrize("how", ["token", "sequence", "constant"])
@@ -206,3 +218,21 @@ def test_weights_and_statistics_go_on():
         assert float(aux["score_mean"]) == pytest.approx(scores.mean(), rel=1e-5)
         assert float(aux["score_var"]) == pytest.approx(scores.var(), rel=1e-5)
     assert aux["score_count"] == 16
+
+
+def test_completions_as_actions_weigh_alike_whatever_their_length():
+    """Of two good completions, of 1 and of 3 tokens, all slopes of one sum up to those of the other."""
+    rows = Rows(jnp.zeros((2, 4), jnp.int32), jnp.array([1, 1]), jnp.array([2, 4]))
+    old = jnp.full((2, 4), -1.0)
+    batch = PolicyBatch(rows, rows.completion_mask, old, None, None, jnp.ones((2, 4)), None)
+    settings = PPOConfig(ratio="sequence", aggregation="sequence")
+    slope = jax.grad(lambda x: ppo.clipped_policy_loss(x, batch, settings)[0].value)(old)
+    np.testing.assert_allclose(slope, [[0, -0.5, 0, 0], [0, -0.5, -0.5, -0.5]], rtol=1e-6)
+
+
+def test_the_weight_of_the_old_kl_stays_where_all_steps_were_skipped():
+    settings = GRPOConfig(group_size=G, surrogate="kl", old_kl_target=0.1)
+    aux = {"kl_coef": jnp.float32(0), "old_kl_coef": jnp.float32(1)}
+    batch, _ = grpo.prepare(scored_rollout(0), aux, settings)
+    metrics = {"policy/approx_kl_last": Mean(jnp.float32(0), jnp.float32(0))}
+    assert ppo.update_aux(aux, batch, metrics, settings)["old_kl_coef"] == 1

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax.batch import Prompts, Rollout, Rows, Scored
 from rlhf_jax.data.records import PromptOnly
-from rlhf_jax.experience import Experience, Overlong
+from rlhf_jax.experience import Experience
 from rlhf_jax.online import OnPolicy, PromptBatches
 from tests import tiny
 
@@ -50,13 +50,16 @@ def test_the_next_prompts_are_on_the_mesh_before_the_policy_is():
     assert made.events[-3:] == ["prompts 8", "prompts 4", "rollout 4 'prompt 4'"]
 
 
+METRICS = {"perf/tokens": jnp.float32(10), "perf/rollout_seconds": 2.0, "perf/score_seconds": 1.0, "a": 1.0}
+
+
 class Judged(Recorded):
     """Scores groups of two: the n-th rollout's are SCORES[n]."""
 
     SCORES = ([1, 2, 5, 5], [3, 3, 4, 4], [6, 7, 8, 9], [0, 1, 0, 1])
 
     def collect(self, params, frozen, prompts, records, key):
-        scores = np.float32(self.SCORES[len(self.events) // 2])
+        scores = np.float32(self.SCORES[sum("rollout" in event for event in self.events)])
         super().collect(params, frozen, prompts, records, key)
         column = jnp.asarray(scores, jnp.int32)
         rows = Rows(column[:, None], column, column)
@@ -64,13 +67,17 @@ class Judged(Recorded):
             Rollout(rows, column > 0, column[:, None] * 1.0), column, None, None, jnp.asarray(scores)
         )
         counted = np.ones(4, bool)
-        return Experience(scored, scores, {"perf/tokens": jnp.float32(10)}, [], [], counted)
+        return Experience(scored, scores, METRICS, [], [], counted)
+
+    def informative_groups(self, scored, aux):
+        groups = scored.scores.reshape(-1, 2)
+        return groups[:, 0] != groups[:, 1]
 
     def merge(self, one, other, rows):
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[rows], one, other)
 
     def advantages(self, scored, aux):
-        return scored, {}
+        return scored, {"reward/score": jnp.mean(scored.scores), "value/mean": jnp.mean(scored.scores)}
 
 
 @pytest.mark.parametrize(
@@ -95,8 +102,6 @@ def test_groups_of_equal_scores_are_replaced(max_rollouts, scores, position, rol
     assert found.position == position
     assert found.metrics.get("rollout/rollouts") == rollouts
     assert float(found.metrics["perf/tokens"]) == 10 * (rollouts or 1)
-
-
-def test_long_completions_lose_score_in_proportion():
-    lost = Overlong(longest=20, buffer=5, penalty=2.0)(np.array([1, 15, 16, 18, 20]))
-    np.testing.assert_allclose(lost, [0, 0, 0.4, 1.2, 2.0], rtol=1e-6)
+    assert found.metrics["perf/rollout_seconds"] == 2 * (rollouts or 1)
+    assert found.metrics["reward/score"] == 13 / 4  # of what was sampled first, before a selection
+    assert found.metrics["value/mean"] == np.mean(scores)
