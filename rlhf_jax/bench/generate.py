@@ -11,12 +11,9 @@ the same batches, in turn with the others (peer_generate.py).
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from rlhf_jax.bench.harness import NEVER, Bench, arguments, resources, tailed_lengths
+from rlhf_jax.bench.peers import AGAINST, in_turn, start_peers
 from rlhf_jax.models.kv_cache import DecodeWeights, unstack
 from rlhf_jax.rollout.sampling import Sampling
 from rlhf_jax.rollout.slots import Completions, Engine, Queue
@@ -41,12 +39,7 @@ def main() -> None:
             "help": "prompts prefilled at once; 0: for a quarter of the slots",
         },
         "fixed": {"action": "store_true", "help": "all completions of the queue have --new tokens"},
-        "against": {
-            "nargs": "*",
-            "default": [],
-            "metavar": "PEER=PYTHON",
-            "help": "transformers=..., tunix=...",
-        },
+        **AGAINST,
     }
     bench = Bench(arguments(__doc__ or "", **more))
     params = {"policy": bench.weights("policy", 0)}
@@ -89,19 +82,20 @@ def long_tailed(bench: Bench, policy: dict) -> None:
         return [refilled(cast(policy), place_rows(mesh, queue), key)]
 
     ways: dict[str, Callable[[], Any]] = {"batches": in_batches, "slots": in_slots}
-    for peer in args.against:
-        name, python = peer.split("=", 1)
-        ways[name] = start_peer(name, python, bench, queue)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    found, first_s = {}, {}
-    for step in range(args.warmup + args.steps):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            found[name] = jax.block_until_ready(way())
-            elapsed = time.perf_counter() - start
-            first_s.setdefault(name, round(elapsed, 1))
-            if step >= args.warmup:
-                seconds[name].append(elapsed)
+    job = {
+        "prompt": args.prompt,
+        "new": args.new,
+        "batch": args.batch,
+        "prompts": np.asarray(queue.prompts.tokens).tolist(),
+        "limits": np.asarray(queue.limits).tolist(),
+    }
+    ways |= start_peers(args.against, "peer_generate.py", job, bench.architecture)
+    found: dict[str, list[Completions]] = {}
+
+    def step(name: str, _: int) -> None:
+        found[name] = jax.block_until_ready(ways[name]())
+
+    seconds, first = in_turn({name: partial(step, name) for name in ways}, args.warmup, args.steps)
     tokens = {name: np.concatenate([done.tokens for done in found[name]]) for name in ("batches", "slots")}
     useful = int(limits.sum())
     medians = {name: statistics.median(of) for name, of in seconds.items()}
@@ -110,46 +104,13 @@ def long_tailed(bench: Bench, policy: dict) -> None:
         "queue": args.queue,
         "mean_new": round(useful / args.queue, 1),
         "rows_alike": float(np.mean((tokens["batches"] == tokens["slots"]).all(axis=1))),
-        "first_s": first_s,
+        "first_s": {name: round(of, 1) for name, of in first.items()},
     }
     line |= {f"{name}_s": round(median, 3) for name, median in medians.items()}
     line |= {f"{name}_tokens_per_s": round(useful / median, 1) for name, median in medians.items()}
     others = {name: median for name, median in medians.items() if name != "slots"}
     line |= {f"slots_against_{name}": round(other / medians["slots"], 2) for name, other in others.items()}
     print(json.dumps(line | resources()), flush=True)
-
-
-def start_peer(name: str, python: str, bench: Bench, queue: Queue) -> Callable[[], None]:
-    """Returns what makes another library complete the queue; it runs in a process that waits in between."""
-    architecture, args = bench.architecture, bench.args
-    sizes = ("vocab_size", "hidden_size", "mlp_size", "num_layers", "num_heads", "num_kv_heads")
-    job = {size: getattr(architecture, size) for size in sizes} | {
-        "prompt": args.prompt,
-        "new": args.new,
-        "batch": args.batch,
-        "threads": os.cpu_count(),
-        "prompts": np.asarray(queue.prompts.tokens).tolist(),
-        "limits": np.asarray(queue.limits).tolist(),
-    }
-    script = Path(__file__).with_name("peer_generate.py")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    peer = subprocess.Popen([python, str(script), name], env=environment, **pipes)
-    assert peer.stdin is not None and peer.stdout is not None
-    to_peer, from_peer = peer.stdin, peer.stdout
-
-    def tell(line: str) -> str:
-        print(line, file=to_peer, flush=True)
-        while not (said := from_peer.readline()).startswith("peer: "):
-            if not said:
-                raise SystemExit(f"{name} ended; its messages are above")
-        return said
-
-    def complete() -> None:
-        tell("go")
-
-    tell(json.dumps(job))
-    return complete
 
 
 if __name__ == "__main__":

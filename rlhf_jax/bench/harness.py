@@ -28,19 +28,21 @@ from tokenizers import models, pre_tokenizers
 
 from rlhf_jax import algo_config, config
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import Params, Prompts, Rollout
-from rlhf_jax.data.collate import collate_prompts
+from rlhf_jax.batch import Params, Prompts, Rollout, Rows
+from rlhf_jax.bench.floor import ADAM_BYTES, seconds_of, step_products
+from rlhf_jax.bench.peers import in_turn, start_peers
+from rlhf_jax.data.collate import Row, collate_prompts, collate_rows
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.host_memory import keep_freed_memory
 from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.models.forward import policy_parts
 from rlhf_jax.models.heads import init_score_head
 from rlhf_jax.models.transformer import Model, make_model
 from rlhf_jax.programs import Programs, TokenIds, build_programs
 from rlhf_jax.role_parts import role_shardings
-from rlhf_jax.rollout.generate import generate
-from rlhf_jax.rollout.sampling import Sampling
-from rlhf_jax.sharding import make_mesh, traced_on
+from rlhf_jax.rollout.generate import assemble
+from rlhf_jax.rollout.sampling import read_sampling
+from rlhf_jax.rollout.slots import Completions, Engine, Queue, Slots
+from rlhf_jax.sharding import make_mesh, place_rows, traced_on
 
 SHAPES = {  # width, layers, heads, kv heads, mlp, vocabulary; embeddings tied but in UNTIED
     "tiny": (32, 2, 4, 2, 64, 512),
@@ -55,12 +57,14 @@ UNTIED = ("8b",)
 PAD, FIRST_WORD = 0, 4
 NEVER = TokenIds(eos=-1, pad=PAD)  # no token is EOS: every completion has its full length
 MEAN_LENGTH = 0.35  # of long-tailed completions, of the longest
-PACKING = {
+ROLLOUTS = {
     "sequences_per_row": {"type": int, "default": 1, "help": "that share a row in scoring and update"},
     "length_buckets": {"type": int, "default": 1, "help": "lengths of rows in scoring and update"},
+    "slots": {"type": int, "default": 0, "help": "completions that are sampled at once; 0: all"},
+    "refill": {"type": int, "default": 0, "help": "prompts prefilled at once; 0: for a quarter of the slots"},
     "tail": {"action": "store_true", "help": "long-tailed completions, with a mean of 0.35 of --new"},
 }
-"""Options of the benchmarks of an update."""
+"""Options of the benchmarks of a stage with rollouts."""
 
 
 def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
@@ -122,61 +126,74 @@ def tailed_lengths(num_prompts: int, longest: int, seed: int = 0) -> np.ndarray:
 
 
 class Bench:
-    """A PPO stage on random weights."""
+    """A stage on random weights: of PPO, or of another algorithm."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, algorithm: str = "ppo") -> None:
         """Builds the programs; nothing is compiled yet."""
         keep_freed_memory()
         self.args = args
+        self.algorithm = ALGORITHMS[algorithm]
         architecture = make_architecture(args.shape, args.prompt + args.new)
         self.architecture = architecture
         self.mesh: Mesh = make_mesh(config.MeshConfig())
         self.model: Model = make_model(architecture, args.dtype)
+        slots, refill_size = getattr(args, "slots", 0), getattr(args, "refill", 0)
         self.stage = make_stage(
-            "ppo",
-            settings=algo_config.PPOConfig(
-                batch_size=args.batch,
-                num_epochs=args.epochs,
-                num_minibatches=args.minibatches,
-                sequences_per_row=getattr(args, "sequences_per_row", 1),
-                length_buckets=getattr(args, "length_buckets", 1),
-            ),
+            algorithm,
+            settings=_settings(algorithm, args),
             model=config.ModelConfig(dtype=args.dtype),
             optimizer=config.OptimizerConfig(learning_rate=1e-6),
-            rollout=config.RolloutConfig(max_new_tokens=args.new),
+            rollout=config.RolloutConfig(max_new_tokens=args.new, slots=slots, refill_size=refill_size),
         )
         self.programs: Programs = build_programs(
-            self.stage, ALGORITHMS["ppo"], self.model, self.mesh, args.new, NEVER, args.prompt
+            self.stage, self.algorithm, self.model, self.mesh, args.new, NEVER, args.prompt
         )
         self.made: list[np.ndarray] = []
         """Tokens of the completions of each rollout with --tail."""
+        self.laps: dict[str, list[float]] = {}
+        """Seconds of each phase of a step."""
+        self._lap_start = 0.0
         if getattr(args, "tail", False):
             self.programs = self.programs._replace(rollout=cast(Any, self.tailed_rollout()))
 
     def tailed_rollout(self) -> Callable[[Params, Params, Prompts, Array], Rollout]:
-        """Returns a rollout of long-tailed completions: the lengths of its i-th call are always the same."""
+        """Returns the stage's rollout with long-tailed completions: its i-th call's have `lengths_of(i)`."""
+        programs, rollout, new = self.programs.rollout, self.stage.rollout, self.args.new
+        engine = Engine(new, NEVER.pad, num_slots=rollout.slots, refill_size=rollout.refill_size)
 
-        def of(params: Params, frozen: Params, prompts: Prompts, key: Array, limits: Array) -> Rollout:
-            return generate(
-                self.model,
-                policy_parts(params, frozen),
-                prompts,
-                key,
-                Sampling(1.0, jnp.asarray([NEVER.eos])),
-                max_new_tokens=self.args.new,
-                pad_id=NEVER.pad,
-                limits=limits,
+        def run(weights: Any, queue: Queue, key: Array, slots: Slots) -> Slots:
+            sampling = read_sampling(rollout, jnp.asarray([NEVER.eos]))
+            return engine.run(weights, queue, sampling, key, slots, rollout.steps_per_call)
+
+        def finish(queue: Queue, done: Completions) -> Rollout:
+            return assemble(queue.prompts, engine.in_order(queue, done), NEVER.pad)
+
+        run = jax.jit(traced_on(self.mesh, run), donate_argnums=3)
+        finish = jax.jit(traced_on(self.mesh, finish))
+
+        def tailed(params: Params, frozen: Params, prompts: Prompts, key: Array) -> Rollout:
+            limits = place_rows(self.mesh, self.lengths_of(len(self.made)))
+            of_queue = programs._replace(
+                run=lambda weights, prompts, *rest: run(weights, Queue(prompts, limits), *rest),
+                finish=lambda prompts, done: finish(Queue(prompts, limits), done),
             )
-
-        compiled = jax.jit(traced_on(self.mesh, of))
-
-        def rollout(params: Params, frozen: Params, prompts: Prompts, key: Array) -> Rollout:
-            limits = tailed_lengths(self.args.batch, self.args.new, seed=len(self.made))
-            made = compiled(params, frozen, prompts, key, limits)
+            made = of_queue(params, frozen, prompts, key)
             self.made.append(np.asarray(made.rows.lengths - made.rows.prompt_lengths))
             return made
 
-        return rollout
+        return tailed
+
+    def lengths_of(self, step: int) -> np.ndarray:
+        """Returns i32[Q], the long-tailed lengths of the completions of a step."""
+        return tailed_lengths(self.args.batch, self.args.new, seed=step)
+
+    def lap(self, phase: str, value: Any) -> Any:
+        """Returns the value when it is ready; since the last one of the step, this phase was timed."""
+        jax.block_until_ready(value)
+        now = time.perf_counter()
+        self.laps.setdefault(phase, []).append(now - self._lap_start)
+        self._lap_start = now
+        return value
 
     @property
     def mean_new(self) -> float:
@@ -193,10 +210,16 @@ class Bench:
 
     def roles(self) -> tuple[Params, Params]:
         """Returns (trained, frozen)."""
-        algorithm = ALGORITHMS["ppo"]
-        reads = algorithm.reads(self.stage.settings)
-        trained = {role: self.weights(role, i) for i, role in enumerate(algorithm.trains)}
+        trained = {role: self.weights(role, i) for i, role in enumerate(self.algorithm.trains)}
+        reads = self.algorithm.reads(self.stage.settings)
         return trained, {role: self.weights(role, 8 + i) for i, role in enumerate(reads)}
+
+    def rows(self, num_rows: int, seed: int) -> Rows:
+        """Returns random rows of a prompt and a completion, on the mesh."""
+        shape = num_rows, self.args.prompt + self.args.new
+        ids = np.random.default_rng(seed).integers(FIRST_WORD, self.architecture.vocab_size, shape)
+        rows = [Row(row, self.args.prompt) for row in ids]
+        return place_rows(self.mesh, collate_rows(rows, shape[1], PAD, num_rows))
 
     def prompts(self, seed: int = 0, num_prompts: int = 0) -> Prompts:
         """Returns random prompts on the host: a batch, or as many as are asked for."""
@@ -223,21 +246,48 @@ class Bench:
         with_head = everything if self.architecture.tie_embeddings else everything - embedding
         return with_head, with_head - embedding
 
+    def num_trained(self) -> int:
+        """Returns the parameters of the roles that are trained."""
+        trunk = self.architecture.vocab_size * self.architecture.hidden_size + self.num_parameters()[1]
+        whole = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.model.policy_shapes))
+        return sum(whole if role == "policy" else trunk for role in self.algorithm.trains)
+
     def useful_flops(self, task: str) -> float:
         """Returns operations of one step by 2ND forward, 6ND forward and backward; no credit for waste.
 
-        The embedding counts as the head's product in the policy, not at all in models with a score head.
+        The embedding counts as the head's product, where a completion's token is predicted; not at all in
+        models with a score head.
         """
         n, body = self.num_parameters()
         args = self.args
-        tokens = args.batch * (args.prompt + self.mean_new)
-        generate = 2 * n * args.batch * self.mean_new + 2 * body * args.batch * args.prompt
-        update = args.epochs * 6 * (n + body) * tokens
+        tokens, predicted = args.batch * (args.prompt + self.mean_new), args.batch * self.mean_new
+        policy, scorer = body * tokens + (n - body) * predicted, body * tokens
+        generate = 2 * n * predicted + 2 * body * args.batch * args.prompt
+        score = 4 * policy + 4 * scorer
+        update = args.epochs * 6 * (policy + scorer)
         return {
             "generate": generate,
+            "score": score,
             "ppo_update": update,
-            "train_step": generate + (2 * n + 4 * body) * tokens + update,
+            "train_step": generate + score + update,
+            "sft_step": 6 * policy,
+            "reward_step": 6 * 2 * scorer,
         }[task]
+
+    def floor(self, task: str, seconds: float) -> dict[str, Any]:
+        """Returns the seconds that a step takes at least, by phase and in all, and their share of its own."""
+        args = self.args
+        products = step_products(task, self.architecture, args, self.mean_new)
+        floors = {phase: seconds_of(of_phase, args.dtype) for phase, of_phase in products.items()}
+        if "update" in floors:
+            steps = args.epochs * args.minibatches if self.algorithm.prepare else 1
+            floors["optimizer"] = steps * ADAM_BYTES * self.num_trained() / memory_rate() / 1e9
+        total = sum(floors.values())
+        return {
+            "floor_s": {phase: round(of_phase, 3) for phase, of_phase in floors.items()},
+            "floor_ms": round(1000 * total, 1),
+            "share_of_floor": round(total / seconds, 3),
+        }
 
     def of_memory(self, seconds: float) -> dict[str, float]:
         """Returns what decoding has to read of memory, beside what the memory can: GB/s, and the share.
@@ -271,22 +321,39 @@ class Bench:
             "dtype": args.dtype,
         }
 
-    def report(self, task: str, step: Callable[[int], Any], tokens: int = 0) -> None:
-        """Times step(i) and prints the JSON line; the step returns what has to be ready.
+    def job(self, task: str) -> dict[str, Any]:
+        """Returns what a peer has to know in order to make the same steps."""
+        args = self.args
+        count = args.warmup + args.steps
+        lengths = [self.lengths_of(i).tolist() for i in range(count)] if getattr(args, "tail", False) else []
+        names = ("batch", "prompt", "new", "epochs", "minibatches")
+        return {name: getattr(args, name) for name in names} | {
+            "task": task,
+            "steps": count,
+            "lengths": lengths,
+        }
 
-        Tokens are the useful ones of a step; 0: those of the completions.
+    def report(self, task: str, step: Callable[[int], Any], tokens: int = 0) -> None:
+        """Times step(i), in turn with the peers' where there are some, and prints the JSON line.
+
+        Args:
+            task: name of the benchmark.
+            step: returns what has to be ready.
+            tokens: the useful ones of a step; 0: those of the completions.
         """
         args = self.args
-        start = time.perf_counter()
-        for i in range(args.warmup):
+        peers = getattr(args, "against", [])
+
+        def ours(i: int) -> None:
+            self._lap_start = time.perf_counter()
             jax.block_until_ready(step(i))
-        warm = time.perf_counter() - start
-        seconds = []
-        for i in range(args.steps):
-            start = time.perf_counter()
-            jax.block_until_ready(step(args.warmup + i))
-            seconds.append(time.perf_counter() - start)
-        median = statistics.median(seconds)
+
+        ways: dict[str, Callable[[int], Any]] = {"ours": ours}
+        for name, go in start_peers(peers, "peer_train.py", self.job(task), self.architecture).items():
+            ways[name] = lambda _, go=go: go()
+        seconds, first = in_turn(ways, args.warmup, args.steps)
+        medians = {name: statistics.median(of) for name, of in seconds.items()}
+        median = medians["ours"]
         ceiling = matrix_rate(args.dtype)
         tokens = tokens or round(args.batch * self.mean_new)
         rate = self.useful_flops(task) / median / 1e9
@@ -294,20 +361,40 @@ class Bench:
             **self.header(task),
             "epochs": args.epochs,
             "minibatches": args.minibatches,
-            **{name: getattr(args, name) for name in PACKING if name in args},
+            **({name: getattr(args, name) for name in ROLLOUTS} if "tail" in args else {}),
             **({"mean_new": round(self.mean_new, 1)} if self.made else {}),
             "ms": round(1000 * median, 1),
-            "ms_min": round(1000 * min(seconds), 1),
-            "ms_max": round(1000 * max(seconds), 1),
+            "ms_min": round(1000 * min(seconds["ours"]), 1),
+            "ms_max": round(1000 * max(seconds["ours"]), 1),
             "tokens_per_s": round(tokens / median, 1),
             "useful_gflops": round(rate, 1),
             "ceiling_gflops": round(ceiling, 1),
             "share_of_ceiling": round(rate / ceiling, 3),
-            **(self.of_memory(median) if task == "generate" else {}),
-            "warmup_s": round(warm, 1),
-            **resources(),
+            **(self.of_memory(median) if task == "generate" else self.floor(task, median)),
         }
-        print(json.dumps(line), flush=True)
+        if self.laps:
+            laps = {phase: statistics.median(of[args.warmup :]) for phase, of in self.laps.items()}
+            line["phases_s"] = {phase: round(of, 3) for phase, of in laps.items()}
+        for name in ways.keys() - {"ours"}:
+            line[f"{name}_ms"] = round(1000 * medians[name], 1)
+            line[f"against_{name}"] = round(medians[name] / median, 2)
+        if peers:
+            line["first_s"] = {name: round(of, 1) for name, of in first.items()}
+        print(json.dumps(line | {"warmup_s": round(first["ours"], 1)} | resources()), flush=True)
+
+
+def _settings(algorithm: str, args: argparse.Namespace) -> Any:
+    if algorithm == "sft":
+        return algo_config.SFTConfig(batch_size=args.batch)
+    if algorithm == "reward_model":
+        return algo_config.RewardModelConfig(batch_size=args.batch)
+    return algo_config.PPOConfig(
+        batch_size=args.batch,
+        num_epochs=args.epochs,
+        num_minibatches=args.minibatches,
+        sequences_per_row=getattr(args, "sequences_per_row", 1),
+        length_buckets=getattr(args, "length_buckets", 1),
+    )
 
 
 def resources() -> dict[str, float]:

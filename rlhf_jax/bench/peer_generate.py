@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from peer_models import PAD, Words, llama_config, tunix_llama, turns
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -22,22 +24,10 @@ Complete = Callable[[list[list[int]], list[int]], None]
 def with_transformers(job: dict[str, Any]) -> Complete:
     """Returns transformers' generate, on random weights, in float32."""
     import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
+    from transformers import GenerationConfig, LlamaForCausalLM, StoppingCriteria
 
     torch.set_num_threads(job["threads"])
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=job["vocab_size"],
-            hidden_size=job["hidden_size"],
-            intermediate_size=job["mlp_size"],
-            num_hidden_layers=job["num_layers"],
-            num_attention_heads=job["num_heads"],
-            num_key_value_heads=job["num_kv_heads"],
-            max_position_embeddings=job["prompt"] + job["new"],
-            tie_word_embeddings=True,
-            pad_token_id=0,
-        )
-    ).eval()
+    model = LlamaForCausalLM(llama_config(job)).eval()
 
     class Limits(StoppingCriteria):
         """Ends each row at its own limit."""
@@ -51,7 +41,7 @@ def with_transformers(job: dict[str, Any]) -> Complete:
     def complete(prompts: list[list[int]], limits: list[int]) -> None:
         ids = torch.tensor(prompts)
         settings = GenerationConfig(
-            max_new_tokens=max(limits), do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None
+            max_new_tokens=max(limits), do_sample=True, top_k=0, pad_token_id=PAD, eos_token_id=None
         )
         with torch.inference_mode():
             found = model.generate(
@@ -67,60 +57,15 @@ def with_transformers(job: dict[str, Any]) -> Complete:
 
 def with_tunix(job: dict[str, Any]) -> Complete:
     """Returns Tunix's sampler, on random weights, in float32, with a cache no larger than has to be."""
-    import jax
     import tunix
-    from flax import nnx
-    from tunix.models.llama3 import model as llama
-
-    head_dim = job["hidden_size"] // job["num_heads"]
-    model = llama.Llama3(
-        llama.ModelConfig(
-            num_layers=job["num_layers"],
-            vocab_size=job["vocab_size"],
-            embed_dim=job["hidden_size"],
-            hidden_dim=job["mlp_size"],
-            num_heads=job["num_heads"],
-            head_dim=head_dim,
-            num_kv_heads=job["num_kv_heads"],
-            rope_theta=10000,
-            norm_eps=1e-5,
-            weight_tying=True,
-        ),
-        rngs=nnx.Rngs(0),
-    )
-    leaves, tree = jax.tree.flatten(nnx.state(model))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    filled = [
-        0.02 * jax.random.normal(key, x.shape, x.dtype) if x.ndim > 1 else x
-        for key, x in zip(keys, leaves, strict=True)
-    ]
-    nnx.update(model, jax.tree.unflatten(tree, filled))
-
-    class Words:
-        """Token i is the word i."""
-
-        def encode(self, text: str, **_: Any) -> list[int]:
-            return [int(word) for word in text.split()]
-
-        def decode(self, ids: Any, **_: Any) -> str:
-            return " ".join(str(int(token)) for token in ids)
-
-        def bos_id(self) -> int:
-            return 0  # none is put in front
-
-        def eos_id(self) -> int:
-            return 2
-
-        def pad_id(self) -> int:
-            return 0
 
     cache = tunix.CacheConfig(
         cache_size=job["prompt"] + job["new"],
         num_layers=job["num_layers"],
         num_kv_heads=job["num_kv_heads"],
-        head_dim=head_dim,
+        head_dim=job["hidden_size"] // job["num_heads"],
     )
-    sampler = tunix.Sampler(model, Words(), cache)
+    sampler = tunix.Sampler(tunix_llama(job), Words(), cache)
     never = [job["vocab_size"] + 7]
 
     def complete(prompts: list[list[int]], limits: list[int]) -> None:
@@ -143,11 +88,9 @@ def main() -> None:
     job = json.loads(sys.stdin.readline())
     complete = {"transformers": with_transformers, "tunix": with_tunix}[sys.argv[1]](job)
     batches = [slice(i, i + job["batch"]) for i in range(0, len(job["prompts"]), job["batch"])]
-    print("peer: ready", flush=True)
-    for _ in sys.stdin:
+    for _ in turns():
         for rows in batches:
             complete(job["prompts"][rows], job["limits"][rows])
-        print("peer: done", flush=True)
 
 
 if __name__ == "__main__":

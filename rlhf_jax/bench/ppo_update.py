@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 
 from rlhf_jax.batch import Metrics
-from rlhf_jax.bench.harness import PACKING, Bench, arguments
+from rlhf_jax.bench.harness import ROLLOUTS, Bench, arguments
 from rlhf_jax.sharding import place_rows
 
 
 def main() -> None:
     """One rollout is made and scored; the update on it is repeated, each time on the state of the last."""
-    bench = Bench(arguments(__doc__ or "", **PACKING))
+    bench = Bench(arguments(__doc__ or "", **ROLLOUTS))
     programs = bench.programs
     trained, frozen = bench.roles()
     state = programs.init_state(trained)

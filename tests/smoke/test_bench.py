@@ -1,13 +1,20 @@
 """The benchmarks run and print what docs and comparisons read; no time is asserted."""
 
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 
+from rlhf_jax.bench import harness
+from rlhf_jax.bench.floor import step_products
+from rlhf_jax.bench.harness import make_architecture
+from rlhf_jax.bench.peers import in_turn, start_peers
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -17,30 +24,40 @@ KEYS = {
     "ms", "ms_min", "ms_max", "tokens_per_s", "useful_gflops", "ceiling_gflops", "share_of_ceiling",
     "warmup_s", "peak_rss_mib", "load_1m",
 }  # fmt: skip
+ROLLOUTS = {"sequences_per_row", "length_buckets", "slots", "refill", "tail"}
+FLOOR = {"floor_s", "floor_ms", "share_of_floor"}
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys, one_device_mesh):
+    """Runs a benchmark in this process, on one of its devices, and returns its line."""
+    monkeypatch.setattr(harness, "make_mesh", lambda _: one_device_mesh)
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        importlib.import_module(f"rlhf_jax.bench.{name}").main()
+        (text,) = capsys.readouterr().out.splitlines()
+        return json.loads(text)
+
+    return run
 
 
 @pytest.mark.parametrize(
-    "name, dtype",
+    "name, dtype, more",
     [
-        ("generate", "float32"),
-        ("ppo_update", "float32"),
-        ("train_step", "float32"),
-        ("train_step", "bfloat16"),
+        ("generate", "float32", {"memory_gb_s", "memory_ceiling_gb_s", "share_of_memory"}),
+        ("ppo_update", "float32", ROLLOUTS | FLOOR),
+        ("train_step", "float32", ROLLOUTS | FLOOR | {"phases_s"}),
+        ("train_step", "bfloat16", ROLLOUTS | FLOOR | {"phases_s"}),
+        ("score", "float32", ROLLOUTS | FLOOR),
+        ("sft_step", "float32", FLOOR),
+        ("reward_step", "float32", FLOOR),
     ],
 )
-def test_one_json_line(name, dtype):
+def test_one_json_line(name, dtype, more, run_here):
     sizes = {"shape": "tiny", "steps": 1, "batch": 4, "prompt": 8, "new": 8, "dtype": dtype}
     flags = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
-    done = subprocess.run(
-        [sys.executable, "-m", f"rlhf_jax.bench.{name}", *flags],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (text,) = done.stdout.splitlines()
-    line = json.loads(text)
-    more = {"memory_gb_s", "memory_ceiling_gb_s", "share_of_memory"}
-    if name != "generate":
-        more = {"sequences_per_row", "length_buckets", "tail"}
+    line = run_here(name, *flags)
     assert line.keys() == KEYS | more
     assert line["bench"] == name
     assert {key: line[key] for key in sizes if key != "steps"} == {
@@ -49,6 +66,48 @@ def test_one_json_line(name, dtype):
     assert 0 < line["ms_min"] <= line["ms"] <= line["ms_max"]
     for key in ("tokens_per_s", "useful_gflops", "ceiling_gflops", "peak_rss_mib"):
         assert math.isfinite(line[key]) and line[key] >= 0, key
+    if "floor_ms" in more:
+        assert line["floor_ms"] > 0
+    if "phases_s" in more:
+        assert line["phases_s"].keys() == {"rollout", "scores", "advantages", "update"}
+        assert line["floor_s"].keys() == {"rollout", "scores", "update", "optimizer"}
+
+
+def test_the_floor_counts_the_products_of_a_step():
+    """One layer without grouped heads: products with its 7 matrices and the head, two more each backward."""
+    architecture = replace(make_architecture("tiny", 16), num_layers=1, num_kv_heads=4)
+    args = Namespace(batch=2, prompt=3, new=5, epochs=1, minibatches=1)
+    (products,) = step_products("sft_step", architecture, args, 5).values()
+    operations = sum(2 * p.m * p.k * p.n * count for p, count in products.items())
+    body, head = 4 * 32 * 32 + 3 * 32 * 64, 32 * 512
+    assert operations == 6 * (body * 2 * (3 + 5) + head * 2 * 5)
+
+
+PEER = """
+import json, sys
+job = json.loads(sys.stdin.readline())
+print("noise; peer: not at the start", flush=True)
+print("peer: ready", flush=True)
+for turn, _ in enumerate(sys.stdin):
+    if turn == job["ends"]:
+        break
+    print("peer: done", flush=True)
+"""
+
+
+def test_peers_make_steps_in_turn_with_ours_and_an_early_end_is_told(tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text(PEER)
+    architecture = make_architecture("tiny", 16)
+    peers = start_peers([f"other={sys.executable}"], str(script), {"ends": 3}, architecture)
+    order = []
+    ways = {"ours": lambda i: order.append(i), "other": lambda _: order.append(peers["other"]())}
+    seconds, first = in_turn(ways, warmup=1, steps=2)
+    assert order == [0, None, 1, None, 2, None]
+    assert {name: len(of) for name, of in seconds.items()} == {"ours": 2, "other": 2}
+    assert first.keys() == ways.keys()
+    with pytest.raises(SystemExit, match="other ended"):
+        peers["other"]()
 
 
 def test_loading_keeps_no_more_of_a_checkpoint_than_its_parameters():
@@ -130,15 +189,9 @@ def test_memory_of_roles_that_share_a_base():
     assert stays[1] < 0.4 * stays[0]  # at this width adapters are a large part: 0.31
 
 
-def test_long_tailed_completions_have_the_same_lengths_however_rows_are_laid_out():
+def test_long_tailed_completions_have_the_same_lengths_however_rows_are_laid_out(run_here):
     sizes = {"shape": "tiny", "steps": 1, "batch": 4, "prompt": 8, "new": 8, "minibatches": 1}
     flags = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
-    lines = []
-    for layout in ([], ["--sequences_per_row", "2", "--length_buckets", "2"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "rlhf_jax.bench.train_step", *flags, "--tail", *layout],
-            cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        lines.append(json.loads(done.stdout))
-    assert lines[0]["mean_new"] == lines[1]["mean_new"] < 8
+    layouts = [], ["--slots", "2", "--sequences_per_row", "2", "--length_buckets", "2"]
+    as_rows, packed = (run_here("train_step", *flags, "--tail", *layout) for layout in layouts)
+    assert as_rows["mean_new"] == packed["mean_new"] < 8
