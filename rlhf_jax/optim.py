@@ -77,7 +77,7 @@ def make_optimizer(
     *,
     eps: float = 1e-8,
     wait: int = 0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Returns clipping by global norm, then an optimiser by name; the updates are to be added to parameters.
 
     g <- g min(1, max_grad_norm / ||g||)
@@ -92,7 +92,7 @@ def make_optimizer(
 
     State, updates and what they are computed from are float32. Norms and biases are not decayed. A gradient
     that is not finite gives updates that are not finite: `step.py` skips those. The norm before clipping is
-    the caller's to log, with optax.tree.norm.
+    the caller's to log, with optax.tree.norm; given to `update` as grad_norm, it is not computed again.
 
     Args:
         cfg: every field but those of storage.
@@ -115,7 +115,25 @@ def make_optimizer(
         optax.add_decayed_weights(cfg.weight_decay, decay_mask),
         optax.scale_by_learning_rate(make_schedule(cfg, num_steps, learning_rate, wait)),
     )
-    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), step)
+    return optax.chain(_clip(cfg.max_grad_norm), step)
+
+
+def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Returns clipping by the global norm, which the caller may know."""
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        grad_norm: Array | None = None,
+        **_: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda x: x * factor, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def decay_mask(params: Params) -> Params:

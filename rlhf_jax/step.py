@@ -158,16 +158,19 @@ def make_update(
         quantities = {f"loss/{name}": mean.total for name, mean in means.items()}
         quantities |= {f"{role}/grad_norm": norm for role, norm in norms.items()}
         finite = jnp.all(jnp.stack([jnp.isfinite(x) for x in quantities.values()]))
-        new_params, new_opt_state = {}, {}
-        wide_params, wide_opt_state = widened((params, opt_state))
-        for role, optimizer in optimizers.items():
-            updates, new_opt_state[role] = optimizer.update(
-                grads[role], wide_opt_state[role], wide_params[role]
-            )
-            new_params[role] = optax.apply_updates(wide_params[role], updates)
-        old = (params, opt_state)
-        new = rounded_like((new_params, new_opt_state), old, key if stochastic_rounding else None)
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+        def step(old: tuple[Params, Params]) -> tuple[Params, Params]:
+            wide_params, wide_opt_state = widened(old)
+            new_params, new_opt_state = {}, {}
+            for role, optimizer in optimizers.items():
+                updates, new_opt_state[role] = optax.with_extra_args_support(optimizer).update(
+                    grads[role], wide_opt_state[role], wide_params[role], grad_norm=norms[role]
+                )
+                new_params[role] = optax.apply_updates(wide_params[role], updates)
+            return rounded_like((new_params, new_opt_state), old, key if stochastic_rounding else None)
+
+        # Not a choice between old and new, for which a CPU would keep copies of the old.
+        params, opt_state = lax.cond(finite, step, lambda old: old, (params, opt_state))
         one = jnp.float32(1)
         metrics = metrics | {f"loss/{name}": mean for name, mean in means.items()}
         metrics |= {f"{role}/grad_norm": Mean(norm, one) for role, norm in norms.items()}
