@@ -18,6 +18,7 @@ from rlhf_jax.models.experts import choose_experts, run_experts
 from rlhf_jax.models.lora import Lora, with_adapter
 from rlhf_jax.models.rope import Rotation, rotate
 from rlhf_jax.shard_map import Peers, by_tokens, lookup
+from rlhf_jax.sharding import device_platform
 
 INIT_STD = 0.02
 _ACTIVATIONS = {
@@ -145,8 +146,8 @@ class MLP(nnx.Module):
             out = y @ getattr(self, name)[...].astype(x.dtype)
             return _plus(_adapted(out, self, name, y), self, f"{name}_bias")
 
-        act, up = _ACTIVATIONS[self.activation], times("up", x)
-        return times("down", act(times("gate", x)) * up if self.is_gated else act(up))
+        act, up = _ACTIVATIONS[self.activation], _gradient_once(times("up", x))
+        return times("down", act(_gradient_once(times("gate", x))) * up if self.is_gated else act(up))
 
 
 class Adapter(nnx.Module):
@@ -276,6 +277,15 @@ def _adapted(out: Array, module: nnx.Module, name: str, x: Array) -> Array:
 def _plus(x: Array, module: nnx.Module, name: str) -> Array:
     """Returns x plus the module's bias of that name, where it has one."""
     return x + getattr(module, name)[...].astype(x.dtype) if hasattr(module, name) else x
+
+
+def _gradient_once(x: Array) -> Array:
+    """Returns x, and lets its gradient be computed once.
+
+    For the product that wants a gradient transposed XLA would compute it anew on a CPU, element by element
+    down the columns, which takes as long as the product.
+    """
+    return jax.lax.optimization_barrier(x) if device_platform() == "cpu" else x
 
 
 def _residual_std(architecture: Architecture) -> float:
