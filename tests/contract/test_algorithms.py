@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
-from rlhf_jax.algos.dpo import DPO
-from rlhf_jax.algos.kto import KTO
-from rlhf_jax.algos.reference_free import ORPO, SIMPO
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import PolicyBatch, Rows, num_rows
 from rlhf_jax.metrics import to_host
@@ -21,12 +18,15 @@ from rlhf_jax.role_parts import role_parts
 from tests import tiny
 
 NAMES = sorted(ALGORITHMS)
-FAST = ("grpo", "ppo", "reward_model", "sft")
-"""The others differ from one of these in options of the loss; they are tested with the slow ones."""
+IN_FULL = ("ppo", "reward_model", "sft")
+"""These stand for the others, which are tested with everything changed at once."""
+AT_ONCE = [name for name in NAMES if name not in IN_FULL]
+FAST = ("dpo", "grpo", "kto")
+"""Of AT_ONCE."""
 
 
-def by_speed(names):
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def slow_but(fast, names):
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def section(name: str):
@@ -38,9 +38,6 @@ def is_online(name: str) -> bool:
 
 
 ONLINE = [name for name in NAMES if is_online(name)]
-ON_PREFERENCES = sorted(name for name, of in ALGORITHMS.items() if of in (DPO, KTO, SIMPO, ORPO))
-"""Tested with everything changed at once; two of them, that stand for the others, in full as well."""
-IN_FULL = by_speed([name for name in NAMES if name not in ON_PREFERENCES or name in ("dpo", "kto")])
 SHARED = ["dpo:lora", "ppo:trunk", "ppo:hydra", "reward_model:lora", "sft:lora"]
 """Algorithms whose roles share parameters, or are adapters; the fast tests of them are in test_sharing.py."""
 GRADIENT = 1e-5  # of the leaf's norm
@@ -195,13 +192,7 @@ def test_packed_rows_on_eight_devices(reference):
     assert_same(updated(name, rows, tiny.mesh(data=4, fsdp=2), packing=True), expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("dpo", "kto") else pytest.param(name, marks=pytest.mark.slow)
-        for name in ON_PREFERENCES
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(FAST, AT_ONCE))
 def test_nothing_changes_where_everything_is_changed_at_once(name):
     batch = batch_of(name, tiny.rows())
     gradient, metrics = expected = updated(name, batch)
@@ -235,8 +226,9 @@ def test_a_reference_computed_beforehand_changes_nothing(name):
         assert_same(updated(name, rows, packing=packing, precompute_ref=True), expected)
 
 
-@pytest.mark.parametrize("poison", [1e6, np.nan])
-@pytest.mark.parametrize("name", by_speed(ONLINE))
+@pytest.mark.parametrize(
+    ("name", "poison"), [("ppo", 1e6), ("ppo", np.nan), pytest.param("gspo", np.nan, marks=pytest.mark.slow)]
+)
 def test_garbage_outside_the_completions_changes_nothing(name, poison):
     batch = batch_of(name, tiny.rows())
     kept = batch.completion_mask
@@ -254,16 +246,15 @@ def test_garbage_outside_the_completions_changes_nothing(name, poison):
     assert_same(updated(name, poisoned), updated(name, batch))
 
 
-@pytest.mark.parametrize("name", by_speed(ONLINE))
-@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
-def test_the_first_ratio_is_one(name, temperature):
+@pytest.mark.parametrize("name", slow_but(("ppo",), ONLINE))
+def test_the_first_ratio_is_one(name):
     """Rollout, score, advantages, update have one temperature, so old equals new before the first step."""
     mesh = tiny.mesh()
     programs = tiny.programs(
         tiny.stage(
             name,
             settings={"num_epochs": 2, "num_minibatches": 4, "group_size": 2},
-            rollout={"max_new_tokens": 8, "temperature": temperature},
+            rollout={"max_new_tokens": 8, "temperature": 0.7},
         ),
         mesh,
     )
