@@ -72,7 +72,8 @@ def test_a_chain_of_preferences(run_train, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     found = summary_of(run)
     assert 0.7 < found["dpo"]["accuracy_ceiling"] < 1
-    assert found["kto"]["eval_loss_after"] < found["kto"]["eval_loss_before"]
+    assert found["kto"]["eval_loss_before"] == pytest.approx(0.5)  # the reference is the policy at the start
+    assert found["kto"]["eval_loss_after"] != found["kto"]["eval_loss_before"]
     with np.load(run / "dpo" / "reference" / "train.npz") as stored:
         assert stored["logprobs"].max() < 0
     assert sample.main(["--model", str(run), "--prompt", "Customer: my lamp.", "--json"]) == 0
