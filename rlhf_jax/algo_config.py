@@ -130,9 +130,11 @@ class RobustDPOConfig(CDPOConfig):
 class IPOConfig(DPOConfig):
     """Identity preference optimisation, log ratios averaged over tokens as in the authors' code.
 
-    The paper's are sums: length_normalized false.
+    The paper's are sums: length_normalized false, with a smaller beta, as 1 / (2 beta) is the gap that is
+    aimed at: an averaged one of 5 nats is out of reach.
     """
 
+    beta: PositiveFloat = 1.0
     loss: PairLoss = "ipo"
     length_normalized: bool = True
 

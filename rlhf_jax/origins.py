@@ -68,10 +68,11 @@ def stored_architecture(path: Path, role: str) -> Architecture:
         if algorithm is None or not isinstance(info.get("architecture"), dict):
             raise ValueError(f"the checkpoints in {path} are not those of a stage that this version can read")
         if role not in algorithm.trains:
-            fitting = " or ".join(name for name, of in ALGORITHMS.items() if role in of.trains)
+            fitting = [name for name, of in ALGORITHMS.items() if role in of.trains]
+            such = " or ".join(fitting) if len(fitting) <= 2 else f"{', '.join(fitting[:2])} or the like"
             raise ValueError(
                 f"{path} is the result of {info['algorithm']}, which trains no {role}; "
-                f"name the directory of a stage that runs {fitting}"
+                f"name the directory of a stage that runs {such}"
             )
         if read_result(path) is None:
             unfinished = f"stage {path} is not finished: it has no {RESULT}"

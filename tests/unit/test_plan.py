@@ -308,7 +308,7 @@ def test_text_settings_come_back_from_a_saved_tokenizer(tmp_path):
     "start, message",
     [
         ("HERE/run/reward", "run/reward is the result of reward_model, which trains no policy; name the "
-         "directory of a stage that runs sft or ppo"),
+         "directory of a stage that runs sft, ppo or the like"),
         ("HERE/run", "run is a whole run; name one of its stages: HERE/run/reward, HERE/run/sft"),
         ("HERE/other/sft", "other/sft was trained with another tokenizer: "),
         ("HERE/alone/sft", "alone/sft is of a run without a tokenizer: there is no HERE/alone/tokenizer"),
@@ -319,7 +319,7 @@ def test_a_start_that_does_not_fit(plans, tmp_path, start, message):
     write_stage(tmp_path / "other", "sft", "sft", tokenizer=train_tokenizer(["another text"] * 3, 260))
     write_stage(tmp_path / "alone", "sft", "sft")
     (tmp_path / "alone" / "tokenizer").rename(tmp_path / "elsewhere")
-    write_stage(tmp_path / "foreign", "sft", "dpo")
+    write_stage(tmp_path / "foreign", "sft", "of_tomorrow")
     with pytest.raises(ValueError) as raised:
         plans(start)
     assert message.replace("HERE", str(tmp_path)) in str(raised.value)
