@@ -13,16 +13,25 @@ import pytest
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.metrics import to_host
 from tests import tiny
-from tests.contract.test_algorithms import ONLINE, batch_of
+from tests.contract.test_algorithms import batch_of
 
-NAMES = sorted(ALGORITHMS)
+ONLINE = ["grpo", "ppo"]
+LOSSES = {
+    "dpo": {"preference"},
+    "grpo": {"policy", "kl"},
+    "ppo": {"policy"},
+    "reward_model": {"bradley_terry"},
+    "sft": {"nll"},
+}
+"""The losses that a bad parameter of the first role reaches, of an algorithm of each kind."""
+NAMES = sorted(LOSSES)
 MESHES = [{"data": 1}, {"data": 8}]
 RARE = 63  # a token that one row alone has
 
 
 @functools.cache
 def programs_of(name, mesh):
-    two_steps = {"num_epochs": 1, "num_minibatches": 2} if name in ONLINE else {}
+    two_steps = {"num_epochs": 1, "num_minibatches": 2, "group_size": 1} if name in ONLINE else {}
     return tiny.programs(tiny.stage(name, settings={"batch_size": 16 // rows_per(name)} | two_steps), mesh)
 
 
@@ -69,16 +78,19 @@ def test_a_step_on_a_row_that_is_not_finite_changes_no_bit(name, sizes):
     assert (metrics["update/skipped"].total, metrics["update/skipped"].weight) == (num_steps, num_steps)
     found = to_host(metrics)
     bad = {key for key, value in found.items() if key.startswith("not_finite/") and value > 0}
-    first = {"sft": "nll", "reward_model": "bradley_terry", "ppo": "policy"}[name]
     role = ALGORITHMS[name].trains[0]
-    assert bad == {f"not_finite/loss/{first}", f"not_finite/{role}/grad_norm"}
+    assert bad == {f"not_finite/{role}/grad_norm", *(f"not_finite/loss/{loss}" for loss in LOSSES[name])}
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("name", ONLINE)
 @pytest.mark.parametrize(
-    "field, quantity",
-    [("advantages", "loss/policy"), ("returns", "loss/value"), ("old_logprobs", "loss/policy")],
+    "name, field, quantity",
+    [
+        ("ppo", "advantages", "loss/policy"),
+        ("ppo", "returns", "loss/value"),
+        ("ppo", "old_logprobs", "loss/policy"),
+        ("grpo", "ref_logprobs", "loss/kl"),
+    ],
 )
 def test_one_bad_token_skips_its_minibatch_alone(name, sizes, field, quantity):
     """Both roles wait although one of them alone is bad; the other minibatch's step is made."""
@@ -90,7 +102,7 @@ def test_one_bad_token_skips_its_minibatch_alone(name, sizes, field, quantity):
     assert (metrics["update/skipped"].total, metrics["update/skipped"].weight) == (1, 2)
     found = to_host(metrics)
     assert found[f"not_finite/{quantity}"] == 1
-    other = {"loss/policy": "loss/value", "loss/value": "loss/policy"}[quantity]
+    other = {"loss/policy": "loss/value", "loss/value": "loss/policy", "loss/kl": "loss/policy"}[quantity]
     assert found[f"not_finite/{other}"] == 0
     for role in ALGORITHMS[name].trains:
         assert after.opt_state[role][1][0].count == 1

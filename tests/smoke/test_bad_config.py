@@ -36,9 +36,11 @@ def test_every_problem_in_one_message(refused, config):
         config.read_text() + "sft: {batch_sise: 8}\nppo: {clip_eps: high, gamma: null}\n"
         "data: {train: nowhere.jsonl}\nreward_model: {microbatch_size: 5}\n"
     )
-    assert refused("--config", config, "--clip_eps", "1e-5", "--mesh.tensor", "3", "--ppo.kl_horizon=5") == [
+    assert refused(
+        "--config", config, "--gae_lambda", "1e-5", "--mesh.tensor", "3", "--ppo.kl_horizon=5"
+    ) == [
         f"rlhf_jax: 9 problems in {config}:",
-        "  --clip_eps: no such flag; did you mean --ppo.clip_eps?",
+        "  --gae_lambda: no such flag; did you mean --ppo.gae_lambda?",
         "  sft.batch_sise: no such option; did you mean 'batch_size'?",
         "  ppo.clip_eps: expected a number, got 'high'",
         "  ppo.gamma: expected a number, got null",

@@ -69,7 +69,8 @@ def test_conversations_of_every_kind(tokenizer):
     assert tokenizer.decode(asked.ids) == "<|bos|>u:q;a:" and asked.prompt_length == len(asked.ids)
     ranking = encode(tokenizer, [Ranking(prompt, (a, b, a), ((0, 1),))], "ranking")
     assert [row.ids for row in ranking.rows] == [pair.rows[0].ids, pair.rows[1].ids, pair.rows[0].ids]
-    assert encode(tokenizer, [Unpaired(prompt, b, False)], "unpaired").rows[:] == [pair.rows[1]]
+    unpaired = encode(tokenizer, [Unpaired(prompt, b, False, mismatched=a)], "unpaired")
+    assert unpaired.rows[:] == [pair.rows[1], pair.rows[0]]
 
 
 def test_completions_of_conversations_end_with_the_token_of_the_template(tokenizer):
