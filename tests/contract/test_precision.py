@@ -12,9 +12,8 @@ from rlhf_jax.metrics import to_host
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.programs import TokenIds, build_programs
 from tests import tiny
-from tests.contract.test_algorithms import ONLINE, batch_of
-
-NAMES = sorted(ALGORITHMS)
+from tests.contract.test_algorithms import batch_of
+from tests.contract.test_state import NAMES, ONLINE
 
 
 @functools.cache
