@@ -48,7 +48,7 @@ SERVES: dict[Kind, tuple[Format, ...]] = {
         "messages",
         "text",
     ),
-    "unpaired": ("unpaired", "preference", "ranking"),
+    "unpaired": ("unpaired", "preference"),
     "ranking": ("ranking",),
 }
 USUAL_COLUMNS = tuple(dict.fromkeys([*itertools.chain(*COLUMNS.values()), *ORDERS, *FOR_TEMPLATES]))

@@ -6,8 +6,7 @@
 | messages          | messages                                    | prompt_completion, prompt_only           |
 | prompt_completion | prompt, completion                          | prompt_completion, prompt_only           |
 | preference        | [prompt,] chosen, rejected                  | preference, unpaired, prompt_only        |
-| ranking           | prompt, completions; ranks, scores or pairs | ranking, preference, unpaired,           |
-|                   |                                             | prompt_only                              |
+| ranking           | prompt, completions; ranks, scores or pairs | ranking, preference, prompt_only         |
 | unpaired          | prompt, completion, label (true or false)   | unpaired, prompt_completion, prompt_only |
 | prompt_only       | prompt                                      | prompt_only                              |
 | labelled          | text, label (0 or 1)                        | preference                               |

@@ -89,22 +89,30 @@ def unpaired_of(pairs: Sequence[Preference]) -> list[Unpaired]:
 
 
 def with_mismatched(records: Sequence[Unpaired]) -> list[Unpaired]:
-    """Returns the records, each with the completion of the next one, counted round, that has another prompt.
+    """Returns the records, each with a completion of another prompt, that of the records that follow its own.
 
-    Where all have the same prompt it is that of the next record.
+    Of a prompt's records, which stand one behind the other, the k-th has the k-th completion of the next
+    prompt's, both counted round: all of them are used about equally, the desirable ones and the others. Where
+    all have the same prompt it is that of the next record.
     """
-    count = len(records)
-    others = [(number + 1) % count for number in range(count)]
-    for number in reversed(range(2 * count)):  # twice round: what follows the last record is known then
-        here = number % count
-        if records[others[here]].prompt == records[here].prompt:
-            others[here] = others[(number + 1) % count]
-    if any(records[other].prompt == record.prompt for other, record in zip(others, records, strict=True)):
-        others = [(number + 1) % count for number in range(count)]
-    return [
-        record._replace(mismatched=records[other].completion)
-        for record, other in zip(records, others, strict=True)
-    ]
+    if not records:
+        return []
+    starts = [i for i, record in enumerate(records) if i == 0 or record.prompt != records[i - 1].prompt]
+    runs = [records[a:b] for a, b in zip(starts, [*starts[1:], len(records)], strict=True)]
+    if len(runs) == 1:
+        return [
+            record._replace(mismatched=following.completion)
+            for record, following in zip(records, [*records[1:], records[0]], strict=True)
+        ]
+    found = []
+    for number, run in enumerate(runs):
+        others = runs[(number + 1) % len(runs)]
+        if others[0].prompt == run[0].prompt:  # the last run and the first
+            others = runs[(number + 2) % len(runs)]
+        found += [
+            record._replace(mismatched=others[k % len(others)].completion) for k, record in enumerate(run)
+        ]
+    return found
 
 
 def is_conversational(record: AnyRecord) -> bool:

@@ -127,10 +127,17 @@ def test_sums_over_completions_are_the_same_in_packed_rows():
 
 def test_a_mismatched_completion_is_that_of_the_next_other_prompt():
     records = [Unpaired(prompt, answer, True) for prompt, answer in ("aA", "aB", "bC", "bD", "aE")]
-    assert [record.mismatched for record in with_mismatched(records)] == ["C", "C", "E", "E", "C"]
+    assert [record.mismatched for record in with_mismatched(records)] == ["C", "D", "E", "E", "C"]
     alike = [Unpaired("", answer, True) for answer in "AB"]
     assert [record.mismatched for record in with_mismatched(alike)] == ["B", "A"]
     assert with_mismatched([]) == []
+
+
+def test_mismatched_completions_of_pairs_are_as_often_desirable_as_not():
+    """Else what KTO measures them against is what good completions alone have."""
+    pairs = [Preference(f"p{i}", f"good {i}", f"bad {i}") for i in range(5)]
+    found = [record.mismatched for record in with_mismatched(unpaired_of(pairs))]
+    assert sorted(found) == sorted([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
 
 
 def test_pairs_give_both_of_their_completions():
