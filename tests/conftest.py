@@ -30,6 +30,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
 RunTrain = Callable[..., "subprocess.CompletedProcess[str]"]
 GIB = 2**30
+MOST_MAPPINGS = 30_000
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -65,15 +66,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _programs_are_dropped():
-    """Drops compiled programs behind a module where they take much of what a process may map.
+    """Drops compiled programs behind a test where they take much of what a process may map.
 
     On a CPU a program has many mappings; beyond Linux's limit of 65530 XLA would end by a segmentation fault.
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.is_file() and maps.read_bytes().count(b"\n") > 20_000:
+    if maps.is_file() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
 
 

@@ -115,7 +115,8 @@ def run_ppo(start, directory, mesh, wrap, monkeypatch):
 
     def build(*args):
         programs = build_programs(*args)
-        return programs._replace(rollout=wrap(plan, programs))
+        wrapped = wrap(plan, programs)
+        return programs._replace(rollout=wrapped, rollout_of_one=wrapped)
 
     monkeypatch.setattr(stage, "build_programs", build)
     stage.run_stage(plan, mesh, StopSignals())
