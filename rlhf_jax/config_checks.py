@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rlhf_jax.algo_config import GRPOConfig, OnlineConfig, PolicyGradientConfig, PPOConfig, RewardModelConfig
+from rlhf_jax.algo_checks import check_algorithm
+from rlhf_jax.algo_config import OnlineConfig, PPOConfig, RewardModelConfig
 from rlhf_jax.axes import axis_problems, axis_table
 from rlhf_jax.config import PATH_OPTIONS, RESERVED_NAMES, DataConfig, LoraConfig, StageConfig
-from rlhf_jax.config_file import Resolved, Where, ignored
+from rlhf_jax.config_file import PathOf, Resolved, Where, ignored
 from rlhf_jax.config_types import LARGEST_INT
 from rlhf_jax.data.columns import SERVES
 from rlhf_jax.data.records import PROMPT
@@ -26,9 +27,6 @@ from rlhf_jax.models.hub import PREFIX, is_hub, split_name
 from rlhf_jax.options import did_you_mean
 from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.run_directory import check_run_directory
-
-PathOf = Callable[[str, str], str]
-"""(section, option) -> the path at which the stage's option is set."""
 
 
 def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> list[str]:
@@ -57,11 +55,7 @@ def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> 
         found += check_hub(stage, path)
         found += check_batches(stage, path)
         found += check_architecture(stage, earlier, path)
-        found += check_scores(stage, path)
-        found += check_controller(stage, path)
-        found += check_policy_loss(stage, path)
-        found += check_groups(stage, path)
-        found += check_rollout_devices(stage, path)
+        found += check_algorithm(stage, path)
         found += check_lora(stage, earlier, path)
         found += check_formats(stage, path)
         found += check_paths(stage, path)
@@ -272,105 +266,6 @@ def check_architecture(stage: StageConfig, earlier: dict[str, StageConfig], path
         )
 
 
-def check_scores(stage: StageConfig, path: PathOf) -> Iterator[str]:
-    """Yields what is wrong with where an online stage's scores come from."""
-    rewards = stage.rewards
-    if not stage.is_online:
-        return
-    if stage.reward_from and rewards.model_weight == 0:
-        yield f"stages.{stage.name}.reward_from: would be ignored: {path('rewards', 'model_weight')} is 0"
-    if rewards.function and rewards.function_weight == 0:
-        yield f"{path('rewards', 'function')}: would be ignored: {path('rewards', 'function_weight')} is 0"
-    if not stage.reward_from and not rewards.function:
-        yield (
-            f"stages.{stage.name}: nothing gives its completions a score; set reward_from to a reward_model "
-            "stage or a directory, or rewards.function to package.module:name"
-        )
-
-
-def check_controller(stage: StageConfig, path: PathOf) -> Iterator[str]:
-    """Yields what is wrong with the controller of the weight of the KL."""
-    settings, section = stage.settings, stage.algorithm
-    if not isinstance(settings, PolicyGradientConfig):
-        return
-    if settings.kl_controller == "adaptive" and settings.kl_coef == 0:
-        yield (
-            f"{path(section, 'kl_coef')}: must be > 0 where {section}.kl_controller is 'adaptive', which "
-            "multiplies it and so would leave it at 0, got 0"
-        )
-    rows = settings.rows_per_update
-    if settings.kl_controller == "adaptive" and settings.kl_horizon <= 0.2 * rows:
-        of = "batch_size" if rows == settings.batch_size else "batch_size * group_size"
-        yield (
-            f"{path(section, 'kl_horizon')}: must be more than 0.2 * {of} = "
-            f"{0.2 * rows:g}, got {settings.kl_horizon}"
-        )
-
-
-def check_policy_loss(stage: StageConfig, path: PathOf) -> Iterator[str]:
-    """Yields options of a policy's loss that make no sense together, and buffers longer than completions."""
-    settings, section = stage.settings, stage.algorithm
-    if not isinstance(settings, PolicyGradientConfig):
-        return
-    if settings.surrogate == "kl" and settings.ratio != "token":
-        yield (
-            f"{path(section, 'ratio')}: must be 'token' where {section}.surrogate is 'kl', whose KL is "
-            f"of tokens, got {settings.ratio!r}"
-        )
-    if settings.surrogate == "kl" and settings.num_epochs * settings.num_minibatches == 1:
-        yield (
-            f"{path(section, 'surrogate')}: must be 'clip' where a rollout has one optimiser step, before "
-            f"which the policy is the old one: {section}.num_epochs and num_minibatches are 1, got 'kl'"
-        )
-    if settings.old_kl_target and getattr(settings, "value_warmup", 0):
-        yield (
-            f"{path(section, 'old_kl_target')}: must be 0 where {section}.value_warmup is not, as the policy "
-            f"then stands still and its weight would be halved, got {settings.old_kl_target:g}"
-        )
-    if settings.ratio == "sequence" and settings.aggregation != "sequence":
-        yield (
-            f"{path(section, 'aggregation')}: must be 'sequence' where {section}.ratio is 'sequence', as a "
-            f"completion is one action, got {settings.aggregation!r}"
-        )
-    is_corrected = stage.rollout.importance == "always" or stage.rollout.devices > 0
-    if is_corrected and settings.ratio != "token" and stage.rollout.importance_cap:
-        yield (
-            f"{path('rollout', 'importance_cap')}: must be 0 where {section}.ratio is {settings.ratio!r}, as "
-            f"importance weights are of tokens, got {stage.rollout.importance_cap:g}"
-        )
-    if 0 < settings.dual_clip <= 1:
-        yield f"{path(section, 'dual_clip')}: must be more than 1, or 0 for none, got {settings.dual_clip:g}"
-    if settings.overlong_from >= stage.rollout.max_new_tokens:
-        yield (
-            f"{path(section, 'overlong_from')}: must be less than rollout.max_new_tokens = "
-            f"{stage.rollout.max_new_tokens}, got {settings.overlong_from}"
-        )
-
-
-def check_groups(stage: StageConfig, path: PathOf) -> Iterator[str]:
-    """Yields what needs several completions of a prompt where there is one, and replaced groups elsewhere."""
-    settings, section = stage.settings, stage.algorithm
-    if not isinstance(settings, GRPOConfig):
-        return
-    of_groups = [
-        f"{option} {value!r}"
-        for option, value in (("baseline", settings.baseline), ("scale", settings.scale))
-        if value in ("group", "others")
-    ]
-    if settings.max_rollouts > 1:
-        of_groups.append(f"max_rollouts {settings.max_rollouts}")
-    if settings.group_size == 1 and of_groups:
-        yield (
-            f"{path(section, 'group_size')}: must be >= 2 where {section} has {' and '.join(of_groups)}, "
-            "which compare the completions of a prompt, got 1"
-        )
-    if settings.max_rollouts > 1 and stage.rollout.devices:
-        yield (
-            f"{path(section, 'max_rollouts')}: must be 1 where rollout.devices is not 0, as a batch is "
-            f"sampled before the scores of the last one are known, got {settings.max_rollouts}"
-        )
-
-
 def check_lora(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf) -> Iterator[str]:
     """Yields adapters without the sharing that trains them, or without a model that they would adapt."""
     rank, sharing = stage.lora.rank, stage.model.sharing
@@ -538,30 +433,6 @@ def check_mesh(resolved: Resolved) -> Iterator[str]:
     for name, problem in axis_problems(resolved.config.stages[0].mesh.axes):
         path = f"mesh.axes.{name}"
         yield f"{'--' if {path, 'mesh.axes'} & resolved.flags else ''}{path}: {problem}"
-
-
-def check_rollout_devices(stage: StageConfig, path: PathOf) -> Iterator[str]:
-    """Yields why devices cannot be set aside for rollouts, whatever their number is."""
-    number, mesh = stage.rollout.devices, stage.mesh
-    if not stage.is_online or not number:
-        return
-    settings = stage.settings
-    if isinstance(settings, PolicyGradientConfig) and settings.kl_controller == "adaptive":
-        yield (
-            f"{path(stage.algorithm, 'kl_controller')}: must be fixed where rollout.devices is not 0, as the "
-            f"KL of the rollout is then not that of the policy which is held to {stage.algorithm}.kl_target, "
-            "got 'adaptive'"
-        )
-    where, open_axes = path("rollout", "devices"), [axis for axis, size in mesh.sizes.items() if size == -1]
-    if mesh.slice != 1:
-        yield f"{where}: must be 0 where mesh.slice is not 1, got {number} for {mesh.slice}"
-    if open_axes in ([], ["tensor"]):
-        yield (
-            f"{where}: must be 0 where no axis of the mesh but mesh.tensor is -1 and so takes what is left, "
-            f"got {number}; set mesh.data or mesh.fsdp to -1"
-        )
-    elif number % max(mesh.tensor, 1):
-        yield f"{where}: must be a multiple of mesh.tensor = {mesh.tensor}, got {number}"
 
 
 def check_ignored(resolved: Resolved, file_alone: Resolved) -> Iterator[str]:

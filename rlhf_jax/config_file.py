@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from rlhf_jax import strict_yaml
@@ -22,6 +22,10 @@ STAGE_KEYS = ("name", "algorithm", "from", "reward_from")
 EXAMPLE = "[{name: sft, algorithm: sft}, {name: ppo, algorithm: ppo, from: sft}]"
 Where = tuple[str, str, str]
 """(stage name or '' for the top level, section, option)"""
+
+
+PathOf = Callable[[str, str], str]
+"""(section, option) -> the path at which a stage's option is set."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from rlhf_jax import distributed, keys, watchdog
 from rlhf_jax.agreement import check_alike, on_first
 from rlhf_jax.algo_config import OnlineConfig, ReferenceConfig, RewardModelConfig
+from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Params, Prompts, Rows, TrainState, UnpairedRows, num_tokens
 from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
 from rlhf_jax.config import StageConfig
@@ -117,50 +118,37 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     mesh, sampling = stage_meshes(stage, mesh)
     model, programs = stage_programs(plan, mesh)
     trained, frozen = load_roles(stage, algorithm, plan.origins, model, mesh, root)
-    if is_online:
-        worker = None if sampling is mesh else _worker(plan, programs, frozen, mesh, sampling)
-        source, evaluate = _online(plan, programs, frozen, mesh, root, worker)
-    else:
-        plan = _with_reference(plan, programs, trained, frozen, mesh)
-        source, evaluate = _offline(plan, programs, mesh)
     with (
         Checkpointer(
             plan.directory / "checkpoints", stage.checkpoint.keep, stage.distributed.save_timeout
         ) as checkpointer,
         MetricWriter(stage.run.dir, stage.name, stage.run.tensorboard) as writer,
     ):
-        state = programs.init_state(trained)
-        data = plan.train.fingerprint
+        start = plan.origins.policy
         info = {
             "architecture": plan.architecture.to_dict(),
             "algorithm": stage.algorithm,
-            "data": data,
+            "data": plan.train.fingerprint,
             "text": plan.text,
             "parts": {role: sorted(weights) for role, weights in trained.items()},
             **adapter_info(stage, plan.origins, model.lora),
         }
-        base = info.get("base")
+        if start is not None and model.lora is None and has_reference(stage, algorithm):
+            info["reference"] = on_first(lambda: fingerprint(start))
         newest = checkpointer.latest()
+        if newest is not None:
+            info = _resumed_info(plan, info, checkpointer.info(newest), newest)
+        # What follows may take long, and writes: the stage is known to be the same now.
+        if is_online:
+            worker = None if sampling is mesh else _worker(plan, programs, frozen, mesh, sampling)
+            source, evaluate = _online(plan, programs, frozen, mesh, root, worker)
+        else:
+            plan = _with_reference(plan, programs, trained, frozen, mesh)
+            source, evaluate = _offline(plan, programs, mesh)
+        state = programs.init_state(trained)
         if newest is not None:
             ahead = ahead_of(checkpointer.leaves(newest, "ahead"), mesh)
             state = checkpointer.restore(newest, state._replace(ahead=ahead))
-            info = checkpointer.info(newest)
-            if differing := text_difference(info.get("text", {}), plan.text):
-                raise ValueError(
-                    f"stage {stage.name}: its text is treated otherwise than until step {newest}: "
-                    f"{differing}; restore the options of tokenizer and data, or choose another run.dir"
-                )
-            if info["data"] != data:
-                raise ValueError(
-                    f"stage {stage.name}: the records of data.train are not those that it was trained on "
-                    f"until step {newest}; restore them, or choose another run.dir"
-                )
-            if not is_same_base(info.get("base"), base):
-                raise ValueError(
-                    f"stage {stage.name}: {plan.origins.policy} is not the model any more to which its "
-                    f"adapters belonged until step {newest}; put that back, or choose another run.dir"
-                )
-            info |= {} if base is None else {"base": base}  # it may have moved
             if distributed.is_first():
                 print(f"[{stage.name}] goes on after step {newest}", file=sys.stderr)
         writer.resume(0 if newest is None else newest + 1)
@@ -175,6 +163,42 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
             result = _result(plan, trainer.info)
             write_result(plan.directory, int(state.step), result)
     return result
+
+
+def has_reference(stage: StageConfig, algorithm: Algorithm) -> bool:
+    """Returns whether a stage reads the policy as it was at the start, be it only before the first step."""
+    precomputes = isinstance(stage.settings, ReferenceConfig) and stage.settings.precompute_ref
+    return precomputes or "reference" in algorithm.reads(stage.settings)
+
+
+def _resumed_info(plan: Plan, here: dict[str, Any], stored: dict[str, Any], newest: int) -> dict[str, Any]:
+    """Returns the info of a stage's newest checkpoint, with the place of the base as it is now.
+
+    Raises:
+        ValueError: text, records, base or reference are not those of that checkpoint.
+    """
+    name, start = plan.stage.name, plan.origins.policy
+    if differing := text_difference(stored.get("text", {}), plan.text):
+        raise ValueError(
+            f"stage {name}: its text is treated otherwise than until step {newest}: "
+            f"{differing}; restore the options of tokenizer and data, or choose another run.dir"
+        )
+    if stored["data"] != here["data"]:
+        raise ValueError(
+            f"stage {name}: the records of data.train are not those that it was trained on "
+            f"until step {newest}; restore them, or choose another run.dir"
+        )
+    if not is_same_base(stored.get("base"), here.get("base")):
+        raise ValueError(
+            f"stage {name}: {start} is not the model any more to which its "
+            f"adapters belonged until step {newest}; put that back, or choose another run.dir"
+        )
+    if stored.get("reference", here.get("reference")) != here.get("reference"):
+        raise ValueError(
+            f"stage {name}: {start} is not the model any more that was its reference until step {newest}; "
+            "put that back, or choose another run.dir"
+        )
+    return stored | ({"base": here["base"]} if "base" in here else {})  # it may have moved
 
 
 def _offline(plan: Plan, programs: Programs, mesh: Mesh) -> tuple[Source, Evaluate]:

@@ -84,7 +84,8 @@ def advantages(rewards: Array, mask: Array, stays: Array, settings: GRPOConfig) 
     if settings.credit == "token":
         to_go = lax.cumsum(rewards, axis=1, reverse=True)
     found = to_go - baseline[:, None]
-    if settings.baseline in ("group", "others") and settings.credit == "completion":
+    compares = settings.baseline in ("group", "others") and settings.credit == "completion"
+    if compares or settings.scale == "group":
         has_taught = jnp.repeat(teaches(totals, stays, settings.group_size), settings.group_size)
         found = keep(found, has_taught[:, None])  # else rounding is all there is, and divided by little
     if settings.scale == "group":

@@ -62,9 +62,10 @@ def long_tailed(bench: Bench, policy: dict) -> None:
     sampling = Sampling(1.0, jnp.asarray([-1]))
     cast = jax.jit(traced_on(mesh, lambda params: unstack(params, bench.architecture, args.dtype)))
 
-    def completing(engine: Engine) -> Callable[[DecodeWeights, Queue, Array], Completions]:
-        def complete(weights: DecodeWeights, queue: Queue, key: Array) -> Completions:
-            return engine.run(weights, queue, sampling, key, engine.start(weights, queue.prompts)).done
+    def completing(engine: Engine) -> Callable[[DecodeWeights, Queue, Array], tuple[Completions, Array]]:
+        def complete(weights: DecodeWeights, queue: Queue, key: Array) -> tuple[Completions, Array]:
+            slots = engine.run(weights, queue, sampling, key, engine.start(weights, queue.prompts))
+            return slots.done, slots.steps
 
         return jax.jit(traced_on(mesh, complete))
 
@@ -72,13 +73,13 @@ def long_tailed(bench: Bench, policy: dict) -> None:
     refilled = completing(Engine(args.new, NEVER.pad, args.batch, args.refill))
     key = jax.random.key(0)
 
-    def in_batches() -> list[Completions]:
+    def in_batches() -> list[tuple[Completions, Array]]:
         weights = cast(policy)
         parts = [slice(i, i + args.batch) for i in range(0, args.queue, args.batch)]
         batches = [jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], queue) for rows in parts]
         return [static(weights, place_rows(mesh, batch), key) for batch in batches]
 
-    def in_slots() -> list[Completions]:
+    def in_slots() -> list[tuple[Completions, Array]]:
         return [refilled(cast(policy), place_rows(mesh, queue), key)]
 
     ways: dict[str, Callable[[], Any]] = {"batches": in_batches, "slots": in_slots}
@@ -90,13 +91,14 @@ def long_tailed(bench: Bench, policy: dict) -> None:
         "limits": np.asarray(queue.limits).tolist(),
     }
     ways |= start_peers(args.against, "peer_generate.py", job, bench.architecture)
-    found: dict[str, list[Completions]] = {}
+    found: dict[str, list[tuple[Completions, Array]]] = {}
 
     def step(name: str, _: int) -> None:
         found[name] = jax.block_until_ready(ways[name]())
 
     seconds, first = in_turn({name: partial(step, name) for name in ways}, args.warmup, args.steps)
-    tokens = {name: np.concatenate([done.tokens for done in found[name]]) for name in ("batches", "slots")}
+    ours = ("batches", "slots")
+    tokens = {name: np.concatenate([done.tokens for done, _ in found[name]]) for name in ours}
     useful = int(limits.sum())
     medians = {name: statistics.median(of) for name, of in seconds.items()}
     line = {
@@ -104,6 +106,7 @@ def long_tailed(bench: Bench, policy: dict) -> None:
         "queue": args.queue,
         "mean_new": round(useful / args.queue, 1),
         "rows_alike": float(np.mean((tokens["batches"] == tokens["slots"]).all(axis=1))),
+        "decode_steps": {name: sum(int(steps) for _, steps in found[name]) for name in ours},
         "first_s": {name: round(of, 1) for name, of in first.items()},
     }
     line |= {f"{name}_s": round(median, 3) for name, median in medians.items()}

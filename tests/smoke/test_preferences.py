@@ -1,7 +1,9 @@
 """Preference algorithms by the real command: each runs, and what it trains is a policy like any other."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -71,6 +73,8 @@ def test_a_chain_of_preferences(run_train, tmp_path, capsys):
     done = run_train(["--config", config])
     assert done.returncode == 0, done.stderr
     found = summary_of(run)
+    # Before the first step policy and reference are one: what was computed beforehand is at the right pairs.
+    assert found["dpo"]["eval_loss_before"] == pytest.approx(math.log(2), rel=1e-5)
     assert 0.7 < found["dpo"]["accuracy_ceiling"] < 1
     assert found["kto"]["eval_loss_before"] == pytest.approx(0.5)  # the reference is the policy at the start
     assert found["kto"]["eval_loss_after"] != found["kto"]["eval_loss_before"]
@@ -78,3 +82,24 @@ def test_a_chain_of_preferences(run_train, tmp_path, capsys):
         assert stored["logprobs"].max() < 0
     assert sample.main(["--model", str(run), "--prompt", "Customer: my lamp.", "--json"]) == 0
     assert "completion" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_stage_is_not_resumed_beside_another_reference(run_train, tmp_path):
+    """Nor is what that would say computed first."""
+
+    def trained(seed):
+        flags = ["--run.dir", tmp_path / seed, "--run.seed", seed, "--dpo.precompute_ref", "true"]
+        return run_train(["--config", ROOT / "configs" / "smoke" / "dpo.yaml", *flags])
+
+    assert [trained(seed).returncode for seed in ("0", "1")] == [0, 0]
+    run = tmp_path / "0"
+    shutil.rmtree(run / "sft")
+    shutil.copytree(tmp_path / "1" / "sft", run / "sft")
+    (run / "dpo" / "result.json").unlink()  # as if it had been interrupted
+    cached = run / "dpo" / "reference" / "train.npz"
+    before = cached.read_bytes()
+    again = trained("0")
+    assert again.returncode == 2
+    assert "sft is not the model any more that was its reference until step 8" in again.stderr
+    assert cached.read_bytes() == before

@@ -150,10 +150,10 @@ def test_loss_and_advantages_are_those_of_the_papers(name, seed):
         terms, _ = grpo.loss(forward, {}, {}, batch, settings)
         return sum(term.coef * term.mean.value for term in terms.values())
 
-    assert value(jnp.float32(logprobs)) == pytest.approx(expected, rel=2e-5, abs=1e-6)
+    assert value(jnp.float32(logprobs)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert {tuple(at) for at in np.argwhere(batch.completion_mask)} == advantages.keys()
     for at, advantage in advantages.items():
-        assert batch.advantages[at] == pytest.approx(advantage, rel=1e-4, abs=1e-5)
+        assert batch.advantages[at] == pytest.approx(advantage, rel=1e-5, abs=1e-5)
     slope = jax.grad(value)(jnp.float32(logprobs))
     assert np.all(np.isfinite(slope))
     assert not np.any(np.asarray(slope)[~np.asarray(batch.completion_mask)])
@@ -167,13 +167,14 @@ def test_loss_and_advantages_are_those_of_the_papers(name, seed):
         assert to_host(metrics)["rollout/equal_groups"] == pytest.approx(1 / 3 if only_scores else 0)
 
 
-def test_a_group_of_equal_scores_moves_nothing():
+@pytest.mark.parametrize("options", [{}, {"baseline": "batch"}, {"credit": "token"}])
+def test_a_group_of_equal_scores_moves_nothing(options):
     """The mean of eight times 100.1 is not 100.1 in float32, and the gap would be divided by 1e-4."""
-    settings = GRPOConfig(group_size=8)
+    settings = GRPOConfig(group_size=8, **options)
     mask, stays = jnp.ones((8, 2), bool), jnp.ones(8, bool)
     rewards = jnp.zeros((8, 2)).at[:, 1].set(100.1)
     np.testing.assert_array_equal(grpo.advantages(rewards, mask, stays, settings), 0)
-    assert np.abs(grpo.advantages(rewards.at[0, 1].set(100.2), mask, stays, settings)).min() > 0.3
+    assert np.abs(grpo.advantages(rewards.at[0, 1].set(100.2), mask, stays, settings)).max() > 0.3
 
 
 @pytest.mark.parametrize("how", ["token", "sequence", "constant"])

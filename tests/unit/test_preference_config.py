@@ -28,6 +28,12 @@ def told(problems, name, options=""):
             "stages.it.dpo.label_smoothing: would be ignored",
         ),
         ("dpo", "dpo: {label_smoothing: 0.5}", "stages.it.dpo.label_smoothing: must be >= 0 and < 0.5, got"),
+        (
+            "kto",
+            "kto: {desirable_weight: 0, undesirable_weight: 0}",
+            "stages.it.kto.desirable_weight: must be > 0 where kto.undesirable_weight is 0, as nothing would",
+        ),
+        ("cdpo", "cdpo: {label_smoothing: 0}", "stages.it.cdpo.label_smoothing: must be > 0, as cdpo is dpo"),
         ("dpo", "dpo: {beta: 0}", "stages.it.dpo.beta: must be > 0, got 0"),
         ("dpo", "dpo: {loss: kto}", "stages.it.dpo.loss: must be one of 'sigmoid', 'robust', 'ipo', 'hinge'"),
         ("simpo", "simpo: {precompute_ref: true}", "stages.it.simpo.precompute_ref: no such option"),
