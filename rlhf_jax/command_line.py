@@ -276,7 +276,7 @@ def help_text() -> str:
         *_entry("reward_from", STAGE_FIELDS["reward_from"].text),
     ]
     for name, section in SECTIONS.items():
-        kind = "; only the stages of this algorithm read it" if name in ALGORITHM_SECTIONS else ""
+        kind = " Only the stages of this algorithm read it." if name in ALGORITHM_SECTIONS else ""
         lines += ["", *_paragraph(f"{name}: {' '.join((section.__doc__ or '').split())}{kind}")]
         like = next((other for of in section.__mro__[1:] for other in SECTIONS if SECTIONS[other] is of), "")
         if like:
