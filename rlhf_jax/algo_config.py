@@ -7,9 +7,7 @@ that one's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from rlhf_jax.config_types import (
     Count,
@@ -19,6 +17,7 @@ from rlhf_jax.config_types import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Smoothing,
 )
 
 KlTerm = Literal["reward", "k2", "k3"]
@@ -28,7 +27,6 @@ Baseline = Literal["group", "others", "batch", "none"]
 Scale = Literal["group", "batch", "none"]
 Credit = Literal["completion", "token"]
 PairLoss = Literal["sigmoid", "robust", "ipo", "hinge"]
-Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +73,54 @@ class SFTConfig(OfflineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig(OfflineConfig):
-    """Reward model: Bradley-Terry on preference pairs."""
+    """Reward model: scores that agree with people's comparisons, rankings or ratings of completions."""
 
-    records: ClassVar[Kind] = "preference"
+    loss: Literal["bradley_terry", "hinge", "info_nce", "plackett_luce", "regression"] = "bradley_terry"
+    """What is minimised: of pairs -log sigmoid of the gap between their scores (bradley_terry), or what it
+    lacks to the margin (hinge); of rankings -log of the best completion's share among itself and what is
+    worse (info_nce), or of each one's among itself, its equals and what is worse (plackett_luce); of ratings
+    the squared error (regression)."""
+    all_pairs: bool = False
+    """Of bradley_terry and hinge: the pairs of a ranking stay in one batch, each with the weight 1 / their
+    number, and every completion goes through the model once. Otherwise they are records of their own."""
+    margin: NonNegativeFloat = 0.0
+    """Of bradley_terry and hinge: by how much the better completion's score is to be ahead."""
+    margin_from_data: bool = False
+    """The column margin of a pair, or the difference of scores in a ranking, is added to the margin."""
+    label_smoothing: Smoothing = 0.0
+    """Of bradley_terry: the chance that a judgement is the wrong way round."""
+    center_coef: NonNegativeFloat = 0.0
+    """Weight of (r_i + r_j)^2, the mean over the pairs of a record's completions, which draws the mean score
+    to 0; 0.01 in the paper. Of all losses but regression."""
+    num_heads: PositiveInt = 1
+    """Heads on the trunk, an ensemble: each learns by itself from its own first weights, and has its own
+    normaliser. rewards.ensemble says which score a policy is given; elsewhere it is their mean."""
+    fresh_trunk: bool = False
+    """The trunk starts at random; only its architecture is that of the model that the stage starts from."""
     normalizer: Literal["none", "mean", "mean_std"] = "mean"
     """What is made 0 (and 1) on demonstrations: nothing, the mean score, the mean and the deviation."""
     normalize_on: Literal["demonstrations", "chosen"] = "demonstrations"
     """Texts on which the normaliser is measured: the training records of the SFT stage that this one starts
-    from, or the chosen completions of its own."""
+    from, or the chosen completions of its own, of rankings the best ones."""
+
+    @property
+    def records(self) -> Kind:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Returns what the loss is of: pairs, with their margins or without, rankings or ratings."""
+        if self.loss == "regression":
+            return "rating"
+        if self.reads_rankings:
+            return "ranking"
+        return "preference_with_margin" if self.margin_from_data else "preference"
+
+    @property
+    def reads_rankings(self) -> bool:
+        """Returns whether all completions of a prompt are in one record."""
+        return self.all_pairs or self.loss in ("info_nce", "plackett_luce")
+
+    @property
+    def needs_scores(self) -> bool:
+        """Returns whether rankings have to tell more than pairs: scores or ranks of all completions."""
+        return self.loss in ("plackett_luce", "regression") or self.margin_from_data
 
 
 @dataclass(frozen=True, kw_only=True)

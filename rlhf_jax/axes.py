@@ -28,6 +28,7 @@ LOGICAL_AXES: Table = {
     "expert": ("expert",),
     "vocab": ("tensor",),
     "rank": (),  # of adapters
+    "score_heads": (),  # of an ensemble
 }
 """What is in force where `mesh.axes` says nothing else."""
 

@@ -118,6 +118,28 @@ class UnpairedRows(NamedTuple):
     is_desirable: Array  # bool[B] or bool[B, S], of the completions in rows
 
 
+class JudgedRows(NamedTuple):
+    """Rows of records of K completions each, and what judges said of them; filling completes a record."""
+
+    rows: Rows
+    ratings: Array  # f32[B] or f32[B, S], how good each completion is; of a pair its margin, and 0
+    better: Array  # bool[B, K] or bool[B, S, K], whether it is better than the k-th of its record
+
+
+RecordRows = Rows | UnpairedRows | JudgedRows
+"""A batch of records, from which an offline stage learns."""
+
+
+def rows_of(batch: RecordRows) -> Rows:
+    """Returns the rows of a batch of records, of unpaired completions their own."""
+    return batch if isinstance(batch, Rows) else batch.rows
+
+
+def parts_of(batch: RecordRows) -> tuple[Rows, ...]:
+    """Returns all rows of a batch of records: behind unpaired completions the mismatched ones."""
+    return (batch.rows, batch.mismatched) if isinstance(batch, UnpairedRows) else (rows_of(batch),)
+
+
 class Prompts(NamedTuple):
     """Prompts to complete, right-padded."""
 
@@ -171,10 +193,9 @@ class TrainState(NamedTuple):
     ahead: Rollout | None = None  # of the next step, where it was made before this one's update was done
 
 
-def num_tokens(batch: Rows | UnpairedRows) -> int:
+def num_tokens(batch: RecordRows) -> int:
     """Returns the tokens of a batch on the host, without padding."""
-    parts = (batch,) if isinstance(batch, Rows) else (batch.rows, batch.mismatched)
-    return sum(int(rows.lengths.sum()) for rows in parts)
+    return sum(int(rows.lengths.sum()) for rows in parts_of(batch))
 
 
 def num_rows(batch: object) -> int:

@@ -161,6 +161,7 @@ class DataConfig:
         "prompt_completion",
         "preference",
         "ranking",
+        "rating",
         "unpaired",
         "prompt_only",
         "labelled",
@@ -346,16 +347,30 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardsConfig:
-    """Where a completion's score comes from: model_weight * reward model + function_weight * function."""
+    """Where a completion's score comes from: the reward model's score and those of functions, weighted."""
 
     model_weight: FiniteFloat = 1.0
     """Weight of the learned reward model (the stage's reward_from)."""
-    function: str = ""
-    """Python function `package.module:name`, called as fn(prompts, completions, **columns) -> list[float]."""
+    ensemble: Literal["mean", "minimum", "mean_minus_std"] = "mean"
+    """Score of a reward model with several heads (reward_model.num_heads): their mean, the least one, or the
+    mean less ensemble_stds of their standard deviations. Where it is not the mean, the value model starts
+    from the policy and not from the reward model."""
+    ensemble_stds: NonNegativeFloat = 1.0
+    """See ensemble."""
+    function: str | dict[str, FiniteFloat] = ""
+    """Python function `package.module:name`, called as fn(prompts, completions, **columns) -> list[float]; or
+    several and their weights: `{my_rewards:short: 0.5, my_rewards:polite: -1}`. Each is logged alone."""
     function_weight: FiniteFloat = 1.0
-    """Weight of the function's score."""
+    """Weight of the score of one function."""
     gold: str = ""
     """Python function of the same signature that only judges held-out completions; it is never trained on."""
+
+    @property
+    def functions(self) -> dict[str, float]:
+        """Returns the functions and their weights."""
+        if isinstance(self.function, dict):
+            return self.function
+        return {self.function: self.function_weight} if self.function else {}
 
 
 @dataclass(frozen=True, kw_only=True)

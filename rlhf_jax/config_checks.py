@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rlhf_jax.algo_checks import check_algorithm
-from rlhf_jax.algo_config import OnlineConfig, PPOConfig, RewardModelConfig
+from rlhf_jax.algo_config import OnlineConfig, PPOConfig
 from rlhf_jax.axes import axis_problems, axis_table
 from rlhf_jax.config import PATH_OPTIONS, RESERVED_NAMES, DataConfig, LoraConfig, StageConfig
 from rlhf_jax.config_file import PathOf, Resolved, Where, ignored
@@ -25,6 +25,7 @@ from rlhf_jax.data.records import PROMPT
 from rlhf_jax.data.sources import local_path
 from rlhf_jax.models.hub import PREFIX, is_hub, split_name
 from rlhf_jax.options import did_you_mean
+from rlhf_jax.reward_checks import check_normalizer, check_reward_model
 from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.run_directory import check_run_directory
 
@@ -56,6 +57,7 @@ def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> 
         found += check_batches(stage, path)
         found += check_architecture(stage, earlier, path)
         found += check_algorithm(stage, path)
+        found += check_reward_model(stage, path)
         found += check_lora(stage, earlier, path)
         found += check_formats(stage, path)
         found += check_paths(stage, path)
@@ -184,7 +186,8 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
     over = {axis: sizes[axis] for axis in axes if sizes.get(axis, 1) > 1}
     # A pair is two rows. What divides the smallest of batch, minibatch and microbatch divides the others.
     devices = math.prod(over.values())
-    unit = devices // math.gcd(devices, 2) if settings.records == "preference" else devices
+    per_record = {"preference": 2, "preference_with_margin": 2, "ranking": devices}.get(settings.records, 1)
+    unit = devices // math.gcd(devices, per_record)  # how many rows a ranking is the data tell
     if size % unit == 0:  # of groups the prompts are dealt as well
         option, size, text = "batch_size", settings.batch_size, f"{settings.batch_size}"
     if size % unit:
@@ -354,21 +357,6 @@ def check_formats(stage: StageConfig, path: PathOf) -> Iterator[str]:
         )
 
 
-def check_normalizer(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf) -> Iterator[str]:
-    """Yields where a reward model's normaliser finds no demonstrations."""
-    settings = stage.settings
-    if not isinstance(settings, RewardModelConfig) or settings.normalizer == "none":
-        return
-    source = earlier.get(stage.start_from)
-    if settings.normalize_on == "demonstrations" and (source is None or source.algorithm != "sft"):
-        start = f"starts from {stage.start_from!r}" if stage.start_from else "has no from"
-        yield (
-            f"{path('reward_model', 'normalize_on')}: 'demonstrations' are the training records of the sft "
-            f"stage that this one starts from, but stage {stage.name!r} {start}; set "
-            "reward_model.normalize_on: chosen, or reward_model.normalizer: none"
-        )
-
-
 def check_paths(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields the files and directories of a stage that do not exist, and the lack of held-out records."""
     data, model = stage.data, stage.model
@@ -410,8 +398,8 @@ def check_mixture(data: DataConfig, path: PathOf) -> Iterator[str]:
 
 def check_functions(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields the Python functions that cannot be imported or called."""
-    for option in ("function", "gold"):
-        spec = getattr(stage.rewards, option)
+    rewards = stage.rewards
+    for option, spec in [*(("function", spec) for spec in rewards.functions), ("gold", rewards.gold)]:
         try:
             if spec:
                 load_function(spec)

@@ -20,5 +20,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-Kind = Literal["prompt_completion", "preference", "prompt_only", "unpaired", "ranking"]
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+Kind = Literal[
+    "prompt_completion",
+    "preference",
+    "preference_with_margin",
+    "prompt_only",
+    "unpaired",
+    "ranking",
+    "rating",
+]
 """What an algorithm learns from."""
+COMPARISONS: tuple[Kind, ...] = ("preference", "preference_with_margin", "ranking")
+"""The kinds that tell which of two completions is better."""

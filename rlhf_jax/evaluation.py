@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import watchdog
-from rlhf_jax.batch import Metrics, Params, Prompts, Rows, UnpairedRows, reduce_metrics
+from rlhf_jax.batch import Metrics, Params, Prompts, RecordRows, reduce_metrics
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import AnyRecord, PromptOnly
 from rlhf_jax.experience import Collector, text_metrics
@@ -34,9 +34,7 @@ class Evaluation(NamedTuple):
 Evaluate = Callable[[Params, Params], Evaluation]
 
 
-def evaluate_records(
-    programs: Programs, loader: Loader[Rows, AnyRecord] | Loader[Rows | UnpairedRows, AnyRecord], mesh: Mesh
-) -> Evaluate:
+def evaluate_records(programs: Programs, loader: Loader[RecordRows, AnyRecord], mesh: Mesh) -> Evaluate:
     """Returns the evaluation of an offline stage: means over held-out records, eval/nll as perplexity too."""
 
     def evaluate(params: Params, frozen: Params) -> Evaluation:

@@ -16,12 +16,14 @@ from pydantic import TypeAdapter, ValidationError
 from rlhf_jax import algo_config, config
 from rlhf_jax.algo_config import ALGORITHM_SECTIONS
 from rlhf_jax.config import RUN_SECTIONS, STAGE_SECTIONS
-from rlhf_jax.config_types import LARGEST_INT, PositiveFloat
+from rlhf_jax.config_types import LARGEST_INT, FiniteFloat, PositiveFloat
 
 SECTIONS = RUN_SECTIONS | STAGE_SECTIONS | ALGORITHM_SECTIONS
 REQUIRED = dataclasses.MISSING
 MIXTURE = str | dict[str, PositiveFloat]
 """One source, or several and their weights."""
+FUNCTIONS = str | dict[str, FiniteFloat]
+"""One function, or several and their weights."""
 AXES = dict[str, str | list[str]]
 """Axes of the mesh by name: one, several, or `none`."""
 
@@ -31,6 +33,7 @@ _NOUNS = {
     bool: "true or false",
     str: "a string",
     MIXTURE: "a string, or a mapping of strings to weights",
+    FUNCTIONS: "a string, or a mapping of strings to weights",
     AXES: "a mapping of names to a string or a list of strings",
     tuple[str, ...]: "a list of strings",
     tuple[int | str, ...]: "a list of integers and strings",
@@ -67,8 +70,8 @@ class Option:
 
     def is_text(self, given: str) -> bool:
         """Returns whether what is given on the command line is the value itself, not YAML that tells it."""
-        is_source = self.base == MIXTURE and not given.lstrip().startswith("{")
-        return self.base is str or (bool(self.choices) and not self.is_list) or is_source
+        is_one = self.base in (MIXTURE, FUNCTIONS) and not given.lstrip().startswith("{")
+        return self.base is str or (bool(self.choices) and not self.is_list) or is_one
 
     @property
     def kind(self) -> str:
@@ -96,8 +99,8 @@ class Option:
         Raises:
             ValueError: it is of another type or out of range; the text says what is allowed and what came.
         """
-        if self.base == MIXTURE and isinstance(value, dict):
-            return _weights(value)
+        if self.base in (MIXTURE, FUNCTIONS) and isinstance(value, dict):
+            return _weights(value, PositiveFloat if self.base == MIXTURE else FiniteFloat)
         if self.is_list:
             return self._read_list(value)
         try:
@@ -134,9 +137,9 @@ class Option:
         return tuple(value)
 
 
-def _weights(value: dict[str, Any]) -> dict[str, float]:
-    """Returns the weights of a mixture's sources; ValueError with all that are none."""
-    weight, read, problems = Option("weight", PositiveFloat, REQUIRED, ""), {}, []
+def _weights(value: dict[str, Any], hint: Any) -> dict[str, float]:
+    """Returns the weights of sources or functions, of that type; ValueError with all that are none."""
+    weight, read, problems = Option("weight", hint, REQUIRED, ""), {}, []
     for source, given in value.items():
         try:
             read[source] = weight.read(given)

@@ -16,6 +16,7 @@ from rlhf_jax.checkpoint import fingerprint as stage_fingerprint
 from rlhf_jax.config import StageConfig
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.heads import Ensemble
 from rlhf_jax.models.lora import Lora, choose_targets
 from rlhf_jax.models.peft import check_adapter
 from rlhf_jax.models.scorers import check_scorer, read_scorer
@@ -153,6 +154,11 @@ def stored_adapters(info: dict[str, Any]) -> Lora | None:
     """Returns what a checkpoint's info says that its adapters are like; None where it has none."""
     stored = info.get("lora")
     return None if stored is None else Lora(**stored | {"targets": tuple(stored["targets"])})
+
+
+def stored_ensemble(info: dict[str, Any]) -> Ensemble:
+    """Returns how many score heads a checkpoint's info says that its reward model has."""
+    return Ensemble(info.get("num_heads", 1))
 
 
 def fingerprint(path: Path) -> str:

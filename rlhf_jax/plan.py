@@ -24,6 +24,7 @@ from rlhf_jax.data.collate import LENGTH_MULTIPLE
 from rlhf_jax.data.columns import Format, is_read
 from rlhf_jax.data.examples import Examples, Split, load_examples
 from rlhf_jax.data.packing import length_ladder
+from rlhf_jax.data.records import Ranking
 from rlhf_jax.data.tokenize import text_difference, text_settings
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models.architecture import Architecture
@@ -39,6 +40,7 @@ from rlhf_jax.origins import (
     origins,
     reward_adapter_info,
     stored_architecture,
+    stored_ensemble,
 )
 from rlhf_jax.programs import rows_per_unit
 from rlhf_jax.reward_origin import External, external_reward
@@ -66,7 +68,8 @@ class Plan(NamedTuple):
     held_out: Examples
     demonstrations: Examples | None
     """Where a stage normalises scores: the texts whose mean score becomes 0."""
-    function: RewardFunction | None
+    functions: dict[str, RewardFunction]
+    """Of rewards.functions, by what that calls them."""
     gold: RewardFunction | None
     external: External | None = None
     """The reward model, where it has another architecture or tokenizer than the policy."""
@@ -185,6 +188,9 @@ def _plan(
         if lora is not None:
             attempt(check_start, stage, where, lora, architecture)
     train, held_out = examples("train"), examples("eval")
+    for split, of in (("train", train), ("eval", held_out)):
+        if of is not None:
+            attempt(_check_scores, stage, split, of)
     external = None
     if architecture is not None and train is not None:
         external = attempt(
@@ -195,12 +201,14 @@ def _plan(
             tokenizer,
             {name: plan.architecture for name, plan in earlier.items()},
             has_conversations=train.has_conversations,
+            num_heads=_num_reward_heads(stage, where, earlier),
         )
+        attempt(_check_ensemble, stage, where, earlier)
         if lora is not None and external is None:
             attempt(_check_base, stage, where, lora, earlier)
     attempt(read_stop_ids, stage.rollout, tokenizer)
     attempt(read_stop_strings, stage.rollout, tokenizer)
-    function = judge(stage.rewards.function, train, held_out)
+    functions = {spec: judge(spec, train, held_out) for spec in stage.rewards.functions}
     gold = judge(stage.rewards.gold, held_out)
     if problems or architecture is None or train is None or held_out is None:
         return None
@@ -214,6 +222,10 @@ def _plan(
         ladder = length_ladder(train.lengths.max(axis=1), stage.data.length_buckets, LENGTH_MULTIPLE)
         shorter = tuple(step for step in ladder if step < length)
     train, held_out = (dataclasses.replace(of, length=length, shorter=shorter) for of in (train, held_out))
+    if train.kind == "ranking":
+        most = max(train.rows_per_record, held_out.rows_per_record)
+        train, held_out = (of.with_rows_per_record(most) for of in (train, held_out))
+    algorithm = with_rows_of(algorithm, train)
     demonstrations = None
     if algorithm.normalizes_scores:
         assert isinstance(stage.settings, RewardModelConfig)
@@ -231,13 +243,20 @@ def _plan(
         train=train,
         held_out=held_out,
         demonstrations=demonstrations,
-        function=function,
+        functions={spec: function for spec, function in functions.items() if function},
         gold=gold,
         external=external,
         reward_is_whole=_reward_is_whole(stage, where, earlier),
     )
     attempt(_check_text, plan, earlier)
     return None if problems else plan
+
+
+def with_rows_of(algorithm: Algorithm, examples: Examples) -> Algorithm:
+    """Returns the algorithm for records of as many rows as these have, where it takes any number."""
+    if examples.kind not in ("ranking", "rating"):
+        return algorithm
+    return algorithm._replace(rows_per_record=examples.rows_per_record)
 
 
 def _check_base(stage: StageConfig, where: Origins, lora: Lora, earlier: dict[str, Plan]) -> None:
@@ -264,6 +283,21 @@ def _reward_is_whole(stage: StageConfig, where: Origins, earlier: dict[str, Plan
     return reward_adapter_info(where.reward) is None
 
 
+def _num_reward_heads(stage: StageConfig, where: Origins, earlier: dict[str, Plan]) -> int:
+    if stage.reward_from in earlier:
+        return getattr(earlier[stage.reward_from].stage.settings, "num_heads", 1)
+    if where.reward is None or not is_stage_dir(where.reward):
+        return 1
+    return stored_ensemble(load_info(where.reward)).num_heads
+
+
+def _check_ensemble(stage: StageConfig, where: Origins, earlier: dict[str, Plan]) -> None:
+    """Raises ValueError where one head is to be combined with others."""
+    rule = stage.rewards.ensemble
+    if stage.is_online and rule != "mean" and _num_reward_heads(stage, where, earlier) == 1:
+        raise ValueError(f"rewards.ensemble: {rule} would be ignored: {stage.reward_from} has one score head")
+
+
 def _text(stage: StageConfig, algorithm: Algorithm, tokenizer: Tokenizer, train: Examples) -> dict[str, Any]:
     """Returns the text_settings of a stage, None for what it does not read."""
     text = text_settings(tokenizer, stage.data, has_conversations=train.has_conversations)
@@ -278,6 +312,19 @@ TEXT_OF_MODEL = ("tokenizer", "bos", "stop", "pad", "conversations", "chat_templ
 """What text_settings have to agree on between a model and the stage that goes on from it."""
 TEXT_OF_DATA = ("prompt_template", "prompt_truncation", "truncation")
 """The same, of stages that both read the option; None where one does not."""
+
+
+def _check_scores(stage: StageConfig, split: Split, examples: Examples) -> None:
+    """Raises ValueError where a loss needs more of rankings than which of two is better."""
+    settings = stage.settings
+    if not isinstance(settings, RewardModelConfig) or not settings.needs_scores:
+        return
+    if any(isinstance(record, Ranking) and not record.scores for record in examples.records):
+        option = "margin_from_data" if settings.margin_from_data else f"loss {settings.loss}"
+        raise ValueError(
+            f"data.{split}: its rankings tell pairs alone, but reward_model.{option} needs to know of every "
+            "completion how good it is: a column scores or ranks"
+        )
 
 
 def _check_text(plan: Plan, earlier: dict[str, Plan]) -> None:
@@ -380,7 +427,8 @@ def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
         for parts in plan.parts().values():
             _attempt(problems, part_shardings, model, mesh, parts)
         if plan.external is not None:
-            _attempt(problems, role_shardings, make_model(plan.external.architecture), mesh, "reward")
+            other = make_model(plan.external.architecture, ensemble=plan.external.ensemble)
+            _attempt(problems, role_shardings, other, mesh, "reward")
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
 

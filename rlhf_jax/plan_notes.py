@@ -62,7 +62,7 @@ def losses(plan: Plan) -> list[str]:
         if of.num_cut:
             parts.append(f"{of.num_cut} of {len(of.rows)} rows cut at {data.max_length} tokens")
         if of.packings:
-            num_rows = sum(of.num_units) * (2 if of.kind == "unpaired" else 1)
+            num_rows = sum(of.num_units) * of.rows_per_record // of.rows_together
             parts.append(
                 f"{len(of)} records packed into {num_rows} rows of {of.length} tokens, "
                 f"{of.lengths.sum() / (num_rows * of.length):.1%} filled (one record each: "

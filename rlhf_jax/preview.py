@@ -23,6 +23,7 @@ from rich.text import Text
 from rlhf_jax.command_line import ConfigError, read_config
 from rlhf_jax.data.collate import Row
 from rlhf_jax.data.examples import Examples
+from rlhf_jax.data.records import completions
 from rlhf_jax.data.tokenizer import GrowingText, Tokenizer, special_ids
 from rlhf_jax.files import to_json
 from rlhf_jax.models.hub import fetch_models, read_commits
@@ -147,7 +148,8 @@ def stage_lines(plan: Plan, num_records: int, *, in_colour: bool) -> Iterator[Te
 
 def length_statistics(examples: Examples) -> dict[str, dict[str, float]]:
     """Returns minimum, median, 95th percentile and maximum of prompts, completions and rows, in tokens."""
-    prompts, rows = examples.rows.prompt_lengths, examples.rows.lengths
+    is_row = examples.rows.lengths > 0  # rankings are of different lengths
+    prompts, rows = examples.rows.prompt_lengths[is_row], examples.rows.lengths[is_row]
     lengths = {"prompt": prompts}
     if examples.kind != "prompt_only":
         lengths |= {"completion": rows - prompts, "row": rows}
@@ -185,9 +187,16 @@ def _titled_rows(plan: Plan, num_records: int) -> list[tuple[str, Row]]:
     examples, sources = plan.train, list(plan.stage.data.sources)
 
     def names(number: int) -> tuple[str, ...]:
-        if examples.kind == "unpaired":
-            return ("desirable" if examples.is_desirable[number] else "undesirable", "mismatched")
-        return ("chosen", "rejected") if examples.kind == "preference" else ("",)
+        match examples.kind:
+            case "unpaired":
+                return ("desirable" if examples.is_desirable[number] else "undesirable", "mismatched")
+            case "preference" | "preference_with_margin":
+                return ("chosen", "rejected")
+            case "ranking":
+                count = len(completions(examples.records[number]))
+                return tuple(f"completion {place}" for place in range(1, count + 1))
+            case _:
+                return ("",)
 
     parts = [
         (f"{source}, " if len(sources) > 1 else "", examples.of_source(i)) for i, source in enumerate(sources)

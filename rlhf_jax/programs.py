@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
 from rlhf_jax.config import StageConfig
 from rlhf_jax.config_types import LARGEST_INT
-from rlhf_jax.models.forward import make_forward, policy_parts
+from rlhf_jax.models.forward import RoleFunction, make_forward, policy_parts
 from rlhf_jax.models.kv_cache import DecodeWeights, cast_to_decode, unstack
 from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.importance import importance_weights
@@ -78,6 +78,8 @@ class Programs(NamedTuple):
     """Frozen parameters -> log-probabilities of completions by the reference: f32[B], packed f32[B * S]."""
     scores: Callable[[Params, Params, Rows], Array]
     """Scores of the reward model, one for each sequence: f32[B], packed f32[B * S]."""
+    head_scores: Callable[[Params, Params, Rows], Array]
+    """The same of each of its heads: f32[H, B], packed f32[H, B * S]."""
 
 
 def rows_per_unit(stage: StageConfig, algorithm: Algorithm) -> int:
@@ -216,6 +218,7 @@ def build_programs(
         evaluate=compiled(evaluate),
         ref_logprobs=compiled(ref_logprobs),
         scores=compiled(forward.scores),
+        head_scores=compiled(cast(RoleFunction, forward.head_scores)),
     )
 
 

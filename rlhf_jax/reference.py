@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import watchdog
 from rlhf_jax.agreement import on_first
-from rlhf_jax.batch import Params, Rows, UnpairedRows
+from rlhf_jax.batch import Params, RecordRows, Rows, parts_of
 from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.distributed import is_first
@@ -63,16 +63,16 @@ def with_reference(
     if not np.isnan(found).any():
         return dataclasses.replace(examples, ref_logprobs=found)
     written = time.monotonic()
-    for batch, units in Loader[Rows | UnpairedRows, Any](examples, batch_size, seed, mesh).numbered_batches():
+    for batch, units in Loader[RecordRows, Any](examples, batch_size, seed, mesh).numbered_batches():
         if not any(np.isnan(found[number]).any() for unit in units for number in unit):
             continue
-        parts = (batch,) if isinstance(batch, Rows) else (batch.rows, batch.mismatched)
         of_parts = [
-            gathered(program(frozen, place_rows(mesh, rows))).reshape(batch_size, -1) for rows in parts
+            gathered(program(frozen, place_rows(mesh, rows))).reshape(batch_size, -1)
+            for rows in parts_of(batch)
         ]
         for place, unit in enumerate(units):
             for k, of_part in enumerate(of_parts):
-                per = shape[1] // len(parts)
+                per = shape[1] // len(of_parts)
                 of_records = of_part[place, : per * len(unit)].reshape(len(unit), per)
                 found[np.asarray(unit), per * k : per * (k + 1)] = of_records
         watchdog.beat()

@@ -12,6 +12,7 @@ from rlhf_jax.data.tokenize import stop_id
 from rlhf_jax.data.tokenizer import Tokenizer, open_tokenizer, settle_template
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.heads import SINGLE, Ensemble
 from rlhf_jax.models.scorers import is_own_scorer, read_scorer
 from rlhf_jax.origins import is_stage_dir, stored_architecture
 from rlhf_jax.rewards.external import RewardReader, leading_bos
@@ -24,6 +25,8 @@ class External(NamedTuple):
     path: Path
     architecture: Architecture
     reader: RewardReader
+    ensemble: Ensemble = SINGLE
+    """Its heads, where the score is not that of one head or their mean."""
 
 
 def external_reward(
@@ -34,11 +37,12 @@ def external_reward(
     earlier: Mapping[str, Architecture],
     *,
     has_conversations: bool,
+    num_heads: int = 1,
 ) -> External | None:
     """Returns the reward model that is no role of the stage; None where there is none, or it is one.
 
-    It is one where it reads the policy's tokens with the policy's architecture: the value model can then
-    start from it.
+    It is one where it reads the policy's tokens with the policy's architecture and has one head, or several
+    of which the mean is asked for: the value model can then start from it.
 
     Args:
         stage: whose reward_from it is.
@@ -47,6 +51,7 @@ def external_reward(
         tokenizer: of the policy.
         earlier: architectures of the run's earlier stages.
         has_conversations: whether the stage's prompts are.
+        num_heads: of the reward model.
     Raises:
         ValueError: there is no such reward model, no tokenizer with it, or no chat template where it needs
             one.
@@ -73,10 +78,14 @@ def external_reward(
                 f"the tokenizer of {path} has {len(own)} tokens, but its model's vocabulary has "
                 f"{of_reward.vocab_size}; the tokenizer is not that of the model"
             )
-    if own is None and of_reward == architecture and pad_id != stop:
+    ensemble = SINGLE
+    if stage.rewards.ensemble != "mean":
+        ensemble = Ensemble(num_heads, stage.rewards.ensemble, stage.rewards.ensemble_stds)
+    if own is None and of_reward == architecture and pad_id != stop and ensemble == SINGLE:
         return None
     bos_id = cast("int | None", (own or tokenizer).bos_token_id)
-    return External(path, of_reward, RewardReader(own, is_foreign, bos_id, pad_id, of_reward.context_length))
+    reader = RewardReader(own, is_foreign, bos_id, pad_id, of_reward.context_length)
+    return External(path, of_reward, reader, ensemble)
 
 
 def _reads_alike(own: Tokenizer, tokenizer: Tokenizer, *, is_foreign: bool, has_conversations: bool) -> bool:

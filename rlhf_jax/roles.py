@@ -7,16 +7,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from rlhf_jax import keys
+from rlhf_jax.algo_config import RewardModelConfig
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Params
 from rlhf_jax.checkpoint import load_aux, load_info, load_params
 from rlhf_jax.config import ModelConfig, StageConfig
 from rlhf_jax.models import hf
-from rlhf_jax.models.heads import fold_normalizer, init_score_head, zero_score_head
+from rlhf_jax.models.heads import average, fold_normalizer, init_score_head, zero_score_head
 from rlhf_jax.models.lora import merge
 from rlhf_jax.models.peft import read_adapter
 from rlhf_jax.models.scorers import RAW, Normalizer, Role, load_scorer, read_scorer
@@ -28,9 +31,10 @@ from rlhf_jax.origins import (
     is_stage_dir,
     reward_adapter_info,
     stored_adapters,
+    stored_ensemble,
 )
 from rlhf_jax.role_parts import part_shardings, part_structs, role_parts, role_shardings
-from rlhf_jax.sharding import Memory, in_memory
+from rlhf_jax.sharding import Memory, in_memory, replicated
 
 
 def load_roles(
@@ -43,7 +47,7 @@ def load_roles(
     base       with adapters: that policy, or of a reward model its trunk
     reference  a copy of that policy; of a base there is none
     reward     to be read: the reward stage's or checkpoint's, its normaliser folded into the head;
-               to be trained: the policy's trunk, or a fresh adapter to it, with a fresh head
+               to be trained: the policy's trunk, a fresh one or a fresh adapter to it, with a fresh head
     value      a copy of that reward model where it has the parts that the value model has, or without one the
                policy's trunk, or a fresh adapter to it, with a zero head
 
@@ -53,15 +57,20 @@ def load_roles(
     cfg, width, reads = stage.model, model.architecture.hidden_size, algorithm.reads(stage.settings)
     # Beside adapters it is the base and nothing else, and never in the host's memory in a wider type.
     policy_dtype = "float32" if model.lora is None else cfg.base_dtype
+    settings = stage.settings
+    is_fresh = isinstance(settings, RewardModelConfig) and settings.fresh_trunk
     policy = (
-        load_policy(where.policy, model, mesh, policy_dtype) if where.policy else _fresh(model, mesh, root)
+        load_policy(where.policy, model, mesh, policy_dtype)
+        if where.policy and not is_fresh
+        else _fresh(model, mesh, root)
     )
     lora = model.lora if reward_adapter_info(where.reward) else None  # of the reward model
     parts = role_parts(stage, algorithm, reward_is_whole=lora is None)
     start, reward = None, None
     if where.reward is not None and lora is not None:
         check_base(stage, where, lora)
-        reward = _fold(*load_adapter(where.reward, "reward", model, mesh))
+        adapter, normalizer = load_adapter(where.reward, "reward", model, mesh)
+        reward = _fold(adapter, *normalizer)
     elif where.reward is not None:
         is_copied = "trunk" in parts.get("value", ())  # what is trained starts unrounded
         reward = load_reward(where.reward, model, mesh, "float32" if is_copied else cfg.role_dtype)
@@ -77,7 +86,8 @@ def load_roles(
                 return reward
         heads = {
             "reward": lambda: (
-                (start and start.score_head) or init_score_head(keys.named(root, "head"), width)
+                (start and start.score_head)
+                or init_score_head(keys.named(root, "head"), width, model.ensemble.num_heads)
             ),
             "value": lambda: zero_score_head(width),
         }
@@ -130,11 +140,15 @@ def _fresh(model: Model, mesh: Mesh, root: Array) -> Params:
 def load_reward(path: Path, model: Model, mesh: Mesh, dtype: hf.Dtype = "float32") -> Params:
     """Returns the reward model of a stage or Hugging Face directory, its normaliser folded into the head.
 
-    The trunk is of the dtype, the head float32.
+    The trunk is of the dtype, the head float32. Several heads, each with its normaliser, become the one of
+    their mean, unless the model has as many.
     """
     if not is_stage_dir(path):
         return load_scorer(path, read_scorer(path), role_shardings(model, mesh, "reward"), dtype)
-    return _fold(*load_trained_scorer(path, "reward", model, mesh, dtype))
+    if model.ensemble.num_heads > 1:
+        return _fold(_load_whole(path, "reward", model, mesh, dtype), *_normalizers(path))
+    scorer, normalizer = load_trained_scorer(path, "reward", model, mesh, dtype)
+    return _fold(scorer, *normalizer)
 
 
 def load_frozen_reward(cfg: ModelConfig, path: Path, model: Model, mesh: Mesh) -> Params:
@@ -145,8 +159,11 @@ def load_frozen_reward(cfg: ModelConfig, path: Path, model: Model, mesh: Mesh) -
 def load_trained_scorer(
     path: Path, role: Role, model: Model, mesh: Mesh, dtype: hf.Dtype = "float32"
 ) -> tuple[Params, Normalizer]:
-    """Returns a stage's reward or value model as it was trained, on the mesh, and its scores' normaliser."""
-    return _load_whole(path, role, model, mesh, dtype), _normalizer(path, role)
+    """Returns a stage's reward or value model as it was trained, on the mesh, and its scores' normaliser.
+
+    Several heads become one, see `load_reward`, which needs no normaliser.
+    """
+    return _with_one_head(path, role, _load_whole(path, role, model, mesh, dtype), mesh)
 
 
 def load_adapter(path: Path, role: str, model: Model, mesh: Mesh) -> tuple[Params, Normalizer]:
@@ -155,18 +172,27 @@ def load_adapter(path: Path, role: str, model: Model, mesh: Mesh) -> tuple[Param
     The model that they belong to is not read, and need not be there.
     """
     parts = ("adapter",) if role == "policy" else ("adapter", "score_head")
-    return load_params(path, role, part_structs(model, mesh, parts)), _normalizer(path, role)
+    model = make_model(model.architecture, lora=model.lora, ensemble=stored_ensemble(load_info(path)))
+    return _with_one_head(path, role, load_params(path, role, part_structs(model, mesh, parts)), mesh)
 
 
-def _normalizer(path: Path, role: str) -> Normalizer:
+def _with_one_head(path: Path, role: str, weights: Params, mesh: Mesh) -> tuple[Params, Normalizer]:
     if role != "reward":
-        return RAW
+        return weights, RAW
+    if weights["score_head"]["kernel"].ndim == 1:
+        return weights, Normalizer(*map(float, _normalizers(path)))
+    folded = _fold(weights, *_normalizers(path))
+    head = jax.device_put(jax.jit(average)(folded["score_head"]), replicated(mesh))
+    return folded | {"score_head": head}, RAW
+
+
+def _normalizers(path: Path) -> tuple[np.ndarray, np.ndarray]:
     aux = load_aux(path)
-    return Normalizer(float(aux["normalizer_mean"]), float(aux["normalizer_std"]))
+    return aux["normalizer_mean"], aux["normalizer_std"]
 
 
-def _fold(weights: Params, normalizer: Normalizer) -> Params:
-    fold = jax.jit(partial(fold_normalizer, mean=normalizer.mean, std=normalizer.std))
+def _fold(weights: Params, mean: ArrayLike, std: ArrayLike) -> Params:
+    fold = jax.jit(partial(fold_normalizer, mean=mean, std=std))
     head = weights["score_head"]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, head)
     return weights | {"score_head": jax.device_put(fold(head), shardings)}
@@ -174,9 +200,10 @@ def _fold(weights: Params, normalizer: Normalizer) -> Params:
 
 def _load_whole(path: Path, role: str, model: Model, mesh: Mesh, dtype: hf.Dtype) -> Params:
     """Returns a role of a stage as a model of its own: what its tree lacks comes from its base."""
-    info, shardings = load_info(path), role_shardings(model, mesh, role)
+    info = load_info(path)
     lora = stored_adapters(info)
-    model = make_model(model.architecture, lora=lora)
+    model = make_model(model.architecture, lora=lora, ensemble=stored_ensemble(info))
+    shardings = role_shardings(model, mesh, role)
     parts = info["parts"][role] if "parts" in info else tuple(shardings)
     own = load_params(path, role, part_structs(model, mesh, parts, dtype))
     if "trunk" in own:

@@ -44,7 +44,8 @@ def layout(plan: Plan, mesh: Mesh) -> Layout:
     state = cast(Any, programs.init_state).eval_shape(trained)
     roles = {role: (model.axes_of(parts[role]), of) for role, of in (state.params | frozen).items()}
     if plan.external is not None:
-        other, cfg = make_model(plan.external.architecture), plan.stage.model
+        other = make_model(plan.external.architecture, ensemble=plan.external.ensemble)
+        cfg = plan.stage.model
         structs = part_structs(other, mesh, SCORER, cfg.role_dtype, cfg.frozen_memory)
         roles["reward model"] = (other.axes_of(structs), structs)
     return Layout(roles, state.opt_state)

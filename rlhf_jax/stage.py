@@ -16,17 +16,27 @@ from rlhf_jax import distributed, keys, watchdog
 from rlhf_jax.agreement import check_alike, on_first
 from rlhf_jax.algo_config import OnlineConfig, ReferenceConfig, RewardModelConfig
 from rlhf_jax.algos.algorithm import Algorithm
-from rlhf_jax.batch import Params, Prompts, Rows, TrainState, UnpairedRows, num_tokens
+from rlhf_jax.batch import (
+    JudgedRows,
+    Params,
+    Prompts,
+    RecordRows,
+    Rows,
+    TrainState,
+    num_tokens,
+    rows_of,
+)
 from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
 from rlhf_jax.config import StageConfig
 from rlhf_jax.data.loader import Loader, Prefetched
-from rlhf_jax.data.records import AnyRecord, Preference, PromptOnly
+from rlhf_jax.data.records import AnyRecord, Preference, PromptOnly, Ranking
 from rlhf_jax.data.tokenize import text_difference
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
 from rlhf_jax.experience import Collector
 from rlhf_jax.files import to_json
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.heads import Ensemble
 from rlhf_jax.models.transformer import Model, make_model
 from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, RolloutWorker, ahead_of
 from rlhf_jax.origins import adapter_info, adapters_of, fingerprint, is_same_base
@@ -48,7 +58,12 @@ def stage_model(stage: StageConfig, architecture: Architecture) -> Model:
     """Returns a model of this architecture as a stage computes with it, as pure functions."""
     options = stage.model
     return make_model(
-        architecture, options.dtype, options.remat, options.attention, adapters_of(stage, architecture)
+        architecture,
+        options.dtype,
+        options.remat,
+        options.attention,
+        adapters_of(stage, architecture),
+        Ensemble(getattr(stage.settings, "num_heads", 1)),
     )
 
 
@@ -131,6 +146,7 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
             "data": plan.train.fingerprint,
             "text": plan.text,
             "parts": {role: sorted(weights) for role, weights in trained.items()},
+            "num_heads": model.ensemble.num_heads,
             **adapter_info(stage, plan.origins, model.lora),
         }
         if start is not None and model.lora is None and has_reference(stage, algorithm):
@@ -204,7 +220,7 @@ def _resumed_info(plan: Plan, here: dict[str, Any], stored: dict[str, Any], newe
 def _offline(plan: Plan, programs: Programs, mesh: Mesh) -> tuple[Source, Evaluate]:
     """Returns where batches of records come from, and the evaluation on held-out records."""
     settings, seed = plan.stage.settings, plan.stage.run.seed
-    loader = Prefetched(Loader[Rows | UnpairedRows, AnyRecord](plan.train, settings.batch_size, seed, mesh))
+    loader = Prefetched(Loader[RecordRows, AnyRecord](plan.train, settings.batch_size, seed, mesh))
 
     def source(state: TrainState, position: int, key: Array) -> NextBatch:
         batch, position = loader.batch(position)
@@ -254,10 +270,11 @@ def _online(
     external = _external_reward(plan, mesh)
     has_model = "reward" in frozen or external is not None
     holders = row_holders(mesh, settings.rows_per_update)
-    function, gold = (None if of is None else scored_once(of, holders) for of in (plan.function, plan.gold))
+    functions = {spec: scored_once(function, holders) for spec, function in plan.functions.items()}
+    gold = None if plan.gold is None else scored_once(plan.gold, holders)
     collector = Collector(
         programs,
-        Judge(stage.rewards, function, has_model=has_model),
+        Judge(stage.rewards, functions, has_model=has_model),
         plan.tokenizer,
         mesh,
         leaves_out=plan.algorithm.leaves_out(settings),
@@ -287,30 +304,42 @@ def _external_reward(plan: Plan, mesh: Mesh) -> ExternalReward | None:
     """Returns the reward model that is not among the stage's roles, if there is one, on the mesh."""
     if plan.external is None:
         return None
-    path, architecture, reader = plan.external
+    path, architecture, reader, ensemble = plan.external
     options = plan.stage.model
-    model = make_model(architecture, options.dtype, attention=options.attention)
+    model = make_model(architecture, options.dtype, attention=options.attention, ensemble=ensemble)
     program = reward_program(model, mesh, options.frozen_memory)
     return ExternalReward(reader, program, load_frozen_reward(options, path, model, mesh), mesh)
 
 
 def _normalized(plan: Plan, programs: Programs, state: TrainState, frozen: Params, mesh: Mesh) -> TrainState:
-    """Returns the state with mean and deviation of the scores on demonstrations in aux."""
+    """Returns the state with mean and deviation of each head's scores on demonstrations in aux."""
     settings = plan.stage.settings
     assert plan.demonstrations is not None and isinstance(settings, RewardModelConfig)
     of = plan.demonstrations
     # As many rows as the mesh is known to divide.
     rows = rows_per_unit(plan.stage, plan.algorithm) * settings.batch_size
-    loader = Loader(of, max(rows // of.rows_per_unit, 1), plan.stage.run.seed, mesh)
+    loader = Loader[Rows | JudgedRows, AnyRecord](
+        of, max(rows // of.rows_per_unit, 1), plan.stage.run.seed, mesh
+    )
     scores = []
     for batch, _ in loader.eval_batches():
-        found = gathered(programs.scores(state.params, frozen, place_rows(mesh, batch)))
-        scores.append(found[np.asarray(batch.sequence_mask)][:: of.rows_per_record])
+        found = gathered(programs.head_scores(state.params, frozen, place_rows(mesh, rows_of(batch))))
+        scores.append(found[:, _best(batch, of.rows_per_record)])
         watchdog.beat()
-    every = np.concatenate(scores)
-    std = every.std() if settings.normalizer == "mean_std" else 1.0
-    aux = {"normalizer_mean": np.float32(every.mean()), "normalizer_std": np.float32(max(std, 1e-6))}
+    every = np.concatenate(scores, axis=1)
+    std = every.std(axis=1) if settings.normalizer == "mean_std" else np.ones(len(every))
+    found = {"normalizer_mean": every.mean(axis=1), "normalizer_std": np.maximum(std, 1e-6)}
+    aux = {name: np.float32(of).reshape(state.aux[name].shape) for name, of in found.items()}
     return state._replace(aux=place(aux, jax.tree.map(lambda x: x.sharding, state.aux)))
+
+
+def _best(batch: Rows | JudgedRows, rows_per_record: int) -> np.ndarray:
+    """Returns bool[B], packed bool[B * S]: the completions that none is better than; of pairs the chosen."""
+    present = np.asarray(rows_of(batch).sequence_mask)
+    if isinstance(batch, JudgedRows):
+        better = np.asarray(batch.better).reshape(-1, rows_per_record, rows_per_record)
+        return present & ~better.any(axis=1).ravel()
+    return present & (np.arange(len(present)) % rows_per_record == 0)
 
 
 def _result(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +354,7 @@ def _result(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:
             result[f"{measure.name}_after"] = after[measure.metric]
         else:
             result[measure.name] = after[measure.metric]
-    if plan.gold is not None and plan.stage.settings.records == "preference":
+    if plan.gold is not None and _held_out_pairs(plan):
         result["accuracy_ceiling"] = on_first(lambda: _gold_accuracy(plan))
     return result | {"seconds": info["seconds"]}
 
@@ -333,9 +362,21 @@ def _result(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:
 def _gold_accuracy(plan: Plan) -> float:
     """Returns the gold function's accuracy on the held-out pairs: what noise lets a perfect model reach."""
     assert plan.gold is not None
-    pairs = [record for record in plan.held_out.records if isinstance(record, Preference)]
+    pairs = _held_out_pairs(plan)
     prompts = [PromptOnly(pair.prompt) for pair in pairs]
     margins = plan.gold(prompts, [pair.chosen for pair in pairs]) - plan.gold(
         prompts, [pair.rejected for pair in pairs]
     )
     return float(np.mean(np.where(margins == 0, 0.5, margins > 0)))
+
+
+def _held_out_pairs(plan: Plan) -> list[Preference]:
+    """Returns the held-out pairs, those of rankings among them."""
+    found = []
+    for record in plan.held_out.records:
+        if isinstance(record, Preference):
+            found.append(record)
+        elif isinstance(record, Ranking):
+            of = record.completions
+            found += [Preference(record.prompt, of[i], of[j]) for i, j in record.pairs]
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ Update = Callable[[TrainState, Params, Any, Array], tuple[TrainState, Metrics]]
 def init_state(
     params: Params,
     optimizers: Optimizers,
-    aux: dict[str, float],
+    aux: Mapping[str, float | tuple[float, ...]],
     *,
     param_dtype: DTypeLike = jnp.float32,
     state_dtype: DTypeLike = jnp.float32,
@@ -39,7 +39,7 @@ def init_state(
     Args:
         params: by role, in any floating-point type.
         optimizers: by role.
-        aux: named scalars.
+        aux: named scalars or vectors.
         param_dtype: in which parameters are stored.
         state_dtype: in which an optimiser stores what it keeps of each parameter.
     """

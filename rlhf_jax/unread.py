@@ -15,6 +15,7 @@ from rlhf_jax.algo_config import (
     RewardModelConfig,
 )
 from rlhf_jax.config import PROMPTLESS_FORMATS, StageConfig
+from rlhf_jax.config_types import COMPARISONS
 
 ARCHITECTURE = (
     "path",
@@ -111,8 +112,8 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
             reasons[f"data.{key}"] = "only a stage that reads pairs of data.format 'labelled' uses it"
     if stage.algorithm == "sft":
         reasons["data.prompt_tokens"] = "an sft stage learns the whole text"
-    elif settings.records == "unpaired":
-        reasons["data.prompt_tokens"] = f"a {stage.algorithm} stage reads no plain text"
+    elif not stage.is_online and settings.records != "preference":
+        reasons["data.prompt_tokens"] = f"a {stage.algorithm} stage reads no plain text as {settings.records}"
     elif settings.records == "preference" and not data.prompts:
         reasons["data.prompt_tokens"] = "data.prompts is not set"
     elif stage.is_online and data.format not in ("auto", "text"):
@@ -152,21 +153,31 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         reasons["rollout"] = "only an online stage, such as ppo, samples"
         reasons["rewards"] = "only an online stage, such as ppo, trains on scores"
         reasons["run.num_samples"] = "only an online stage, such as ppo, writes samples"
-    if settings.records == "preference":  # of which the gold function tells the ceiling of an accuracy
+    if settings.records in COMPARISONS:  # of which the gold function tells the ceiling of an accuracy
         del reasons["rewards"]
-        for key in ("model_weight", "function", "function_weight"):
+        for key in ("model_weight", "function", "function_weight", "ensemble", "ensemble_stds"):
             reasons[f"rewards.{key}"] = "only an online stage, such as ppo, trains on scores"
     if isinstance(settings, RewardModelConfig):
         reasons["model.logprob_chunk"] = "a reward_model stage computes no log-probabilities"
-        if settings.normalizer == "none":
-            reasons["reward_model.normalize_on"] = "reward_model.normalizer is 'none'"
+        reasons |= {f"reward_model.{key}": why for key, why in _of_reward_model(settings).items()}
+        if not stage.start_from and not stage.model.path:
+            reasons["reward_model.fresh_trunk"] = "the stage starts from no model: its trunk is fresh"
     if isinstance(settings, DPOConfig) and settings.loss in ("ipo", "hinge"):
         reasons[f"{stage.algorithm}.label_smoothing"] = f"{stage.algorithm}.loss is {settings.loss!r}"
     if isinstance(settings, OnlineConfig):
         if not stage.reward_from and stage.rewards.model_weight != 0:
             reasons["rewards.model_weight"] = f"stage {stage.name!r} has no reward_from"
+        judge = stages.get(stage.reward_from)
+        if not stage.reward_from:
+            reasons["rewards.ensemble"] = f"stage {stage.name!r} has no reward_from"
+        elif judge is not None and getattr(judge.settings, "num_heads", 1) == 1:
+            reasons["rewards.ensemble"] = f"{stage.reward_from!r} has one score head"
+        if stage.rewards.ensemble != "mean_minus_std":
+            reasons["rewards.ensemble_stds"] = f"rewards.ensemble is {stage.rewards.ensemble!r}"
         if not stage.rewards.function:
             reasons["rewards.function_weight"] = "rewards.function is not set"
+        elif isinstance(stage.rewards.function, dict):
+            reasons["rewards.function_weight"] = "rewards.function tells the weight of each"
         if settings.missing_eos in ("none", "mask"):
             section = stage.algorithm
             reasons[f"{section}.missing_eos_value"] = f"{section}.missing_eos is {settings.missing_eos!r}"
@@ -194,4 +205,19 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
     if isinstance(settings, GRPOConfig) and (settings.kl_term != "reward" or not settings.kl_coef):
         section = stage.algorithm
         reasons[f"{section}.credit"] = f"without a KL in the reward ({section}.kl_term) both are the same"
+    return reasons
+
+
+def _of_reward_model(settings: RewardModelConfig) -> dict[str, str]:
+    """Returns {option: why} of what a reward model's loss does not read."""
+    of_loss = f"reward_model.loss is {settings.loss!r}"
+    reasons: dict[str, str] = {}
+    if settings.loss not in ("bradley_terry", "hinge"):
+        reasons |= dict.fromkeys(("margin", "margin_from_data", "all_pairs"), of_loss)
+    if settings.loss != "bradley_terry":
+        reasons["label_smoothing"] = of_loss
+    if settings.loss == "regression":
+        reasons["center_coef"] = of_loss
+    if settings.normalizer == "none":
+        reasons["normalize_on"] = "reward_model.normalizer is 'none'"
     return reasons

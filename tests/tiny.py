@@ -15,11 +15,12 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import algo_config, config
+from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import Params, Prompts, Rows, UnpairedRows
+from rlhf_jax.batch import JudgedRows, Params, Prompts, Rows, UnpairedRows
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.models.heads import init_score_head
+from rlhf_jax.models.heads import Ensemble, init_score_head
 from rlhf_jax.models.transformer import Model, make_model
 from rlhf_jax.origins import adapters_of
 from rlhf_jax.programs import Programs, TokenIds, build_programs
@@ -84,8 +85,11 @@ def mesh(**sizes: int) -> Mesh:
 
 
 def model(of: config.StageConfig | None = None) -> Model:
-    """Returns the tiny transformer, with the adapters of a stage."""
-    return make_model(ARCHITECTURE, lora=None if of is None else adapters_of(of, ARCHITECTURE))
+    """Returns the tiny transformer, with the adapters and score heads of a stage."""
+    if of is None:
+        return make_model(ARCHITECTURE)
+    ensemble = Ensemble(getattr(of.settings, "num_heads", 1))
+    return make_model(ARCHITECTURE, lora=adapters_of(of, ARCHITECTURE), ensemble=ensemble)
 
 
 def adapter(of: config.StageConfig, on: Mesh, seed: int = 0) -> Params:
@@ -99,14 +103,16 @@ def adapter(of: config.StageConfig, on: Mesh, seed: int = 0) -> Params:
     )
 
 
-def weights(role: str, on: Mesh, seed: int = 0) -> Params:
+def weights(role: str, on: Mesh, seed: int = 0, num_heads: int = 1) -> Params:
     """Returns fresh parameters of a role, the same on any mesh; heads are not zero, so that values differ."""
     params = model().init_policy(jax.random.key(seed))
     # Far enough from uniform to tell tokens apart.
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
     if role in ("value", "reward"):
-        params = {"trunk": params["trunk"], "score_head": init_score_head(jax.random.key(seed + 9), 32)}
-    return jax.device_put(params, role_shardings(model(), on, role))
+        head = init_score_head(jax.random.key(seed + 9), 32, num_heads)
+        params = {"trunk": params["trunk"], "score_head": head}
+    of = make_model(ARCHITECTURE, ensemble=Ensemble(num_heads))
+    return jax.device_put(params, role_shardings(of, on, role))
 
 
 def load_policy(directory: Path, on: Mesh) -> tuple[Architecture, Params]:
@@ -117,13 +123,13 @@ def load_policy(directory: Path, on: Mesh) -> tuple[Architecture, Params]:
     return architecture, hf.load_policy(directory, architecture, shardings)
 
 
-def roles(algorithm: str, on: Mesh, sharing: str = "separate") -> tuple[Params, Params]:
+def roles(algorithm: str, on: Mesh, sharing: str = "separate", num_heads: int = 1) -> tuple[Params, Params]:
     """Returns (trained, frozen) of an algorithm; the reference differs from the policy, as after a while."""
     seeds = {"policy": 0, "reference": 1, "value": 2, "reward": 3, "base": 4}
     spec, of = ALGORITHMS[algorithm], stage(algorithm, sharing)
 
     def tree(role: str, parts: tuple[str, ...]) -> Params:
-        whole = weights(role, on, seeds[role])
+        whole = weights(role, on, seeds[role], num_heads)
         if "adapter" in parts:
             whole["adapter"] = adapter(of, on, seeds[role])
         return {part: whole[part] for part in parts if part in whole}
@@ -133,10 +139,16 @@ def roles(algorithm: str, on: Mesh, sharing: str = "separate") -> tuple[Params, 
     return trained, every
 
 
-def programs(of: config.StageConfig, on: Mesh, num_completion: int = 8, prompt_length: int = 8) -> Programs:
+def programs(
+    of: config.StageConfig,
+    on: Mesh,
+    num_completion: int = 8,
+    prompt_length: int = 8,
+    algorithm: Algorithm | None = None,
+) -> Programs:
     """Returns the stage's programs."""
-    ids = TokenIds(EOS, PAD)
-    return build_programs(of, ALGORITHMS[of.algorithm], model(of), on, num_completion, ids, prompt_length)
+    ids, algorithm = TokenIds(EOS, PAD), algorithm or ALGORITHMS[of.algorithm]
+    return build_programs(of, algorithm, model(of), on, num_completion, ids, prompt_length)
 
 
 def rows(num_rows: int = 8, length: int = 16, seed: int = 0) -> Rows:
@@ -160,7 +172,8 @@ def packed(batch: Any, groups: Sequence[Sequence[int]], length: int) -> Any:
     What no sequence covers is poison: large tokens, large numbers, true masks.
 
     Args:
-        batch: Rows, or what has `rows` and further per-token arrays, or completions that are unpaired.
+        batch: Rows, or what has `rows` and further arrays: of JudgedRows and UnpairedRows per sequence, of
+            others per token.
         groups: for each new row the rows that it holds; none makes an empty row.
         length: of the new rows.
     """
@@ -168,7 +181,7 @@ def packed(batch: Any, groups: Sequence[Sequence[int]], length: int) -> Any:
     old_lengths = np.asarray(rows.lengths)
 
     def of_sequence(x: Array) -> Array:
-        made = np.zeros((len(groups), max(map(len, groups))), np.int32)
+        made = np.zeros((len(groups), max(map(len, groups)), *x.shape[1:]), x.dtype)
         for new, group in enumerate(groups):
             made[new, : len(group)] = np.asarray(x)[list(group)]
         return jnp.asarray(made)
@@ -194,7 +207,8 @@ def packed(batch: Any, groups: Sequence[Sequence[int]], length: int) -> Any:
     if isinstance(batch, Rows):
         return made
     others = {name: getattr(batch, name) for name in batch._fields if name != "rows"}
-    others = {name: of_token(x) for name, x in others.items() if x is not None}
+    of_one = of_sequence if isinstance(batch, JudgedRows) else of_token
+    others = {name: of_one(x) for name, x in others.items() if x is not None}
     if "completion_mask" in others:
         others["completion_mask"] &= made.completion_mask  # a batch is made with a mask that fits its rows
     return batch._replace(rows=made, **others)

@@ -5,7 +5,7 @@ Its section in `algo_config.py` names its data.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -45,7 +45,7 @@ class Algorithm(NamedTuple):
     reports: tuple[Measure, ...]
     """What the summary says of a stage; measures that an evaluation does not have are left out."""
     figures: tuple[str, ...]
-    """The three or four metrics that the progress display shows."""
+    """The three or four metrics that the progress display shows, of those that there are."""
     loss: LossFunction
     """loss(forward, params, frozen, batch, settings, **minibatch_stats) -> terms, metrics."""
     reads: Callable[[Any], tuple[str, ...]] = lambda settings: ()
@@ -56,11 +56,12 @@ class Algorithm(NamedTuple):
     evaluate: Callable[[Forward, Params, Params, Any, Any], Metrics] | None = None
     """Offline: sums over one held-out batch, of the same arguments as the loss."""
     rows_per_record: int = 1
-    """Sequences of a batch that belong together: one behind the other, never parted, not by a microbatch."""
+    """Sequences of a batch that belong together: one behind the other, never parted, not by a microbatch. Of
+    rankings and ratings the data decide it, and the plan has it."""
     adam_eps: float = 1e-8
     """Adam's epsilon where the configuration leaves it open."""
-    init_aux: Callable[[Any], dict[str, float]] = lambda settings: {}
-    """Named float32 scalars of the train state, and their first values."""
+    init_aux: Callable[[Any], Mapping[str, float | tuple[float, ...]]] = lambda settings: {}
+    """Named float32 scalars, or vectors, of the train state, and their first values."""
     prepare: Callable[[Scored, Aux, Any], tuple[PolicyBatch, Metrics]] | None = None
     """Online: a scored rollout -> what the loss reads, and metrics of the rollout."""
     informative_groups: Callable[[Scored, Aux, Any], Array] | None = None

@@ -24,7 +24,7 @@ def main() -> None:
     programs, args = bench.programs, bench.args
     trained, frozen = bench.roles()
     state = programs.init_state(trained)
-    judge = Judge(bench.stage.rewards, None, has_model=True)
+    judge = Judge(bench.stage.rewards, {}, has_model=True)
     collector = Collector(programs, judge, bench.tokenizer(), bench.mesh, leaves_out=False)
     records = [PromptOnly(f"prompt {i}") for i in range(args.batch)]
 

@@ -5,12 +5,11 @@ Arrays are numpy's until a program places them on its devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 from jax import Array
-from numpy.typing import DTypeLike
 
 from rlhf_jax.batch import Prompts, Rows
 
@@ -90,24 +89,22 @@ def collate_packed(
     return rows._replace(excluded=_host(excluded)) if with_excluded else rows
 
 
-def of_sequences(
-    groups: Sequence[Sequence[Iterable[Any]]], shape: tuple[int, ...], dtype: DTypeLike
-) -> Array:
-    """Returns a number for each sequence of collated rows, 0 for those that only fill up.
+def of_sequences(known: np.ndarray, units: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Array:
+    """Returns what is known of each sequence of collated rows, 0 (false) of those that only fill up.
 
     Args:
-        groups: for each unit of the batch its records, and of each of these its sequences' numbers.
+        known: [N, K, ...], of each record's K sequences.
+        units: for each unit of the batch the numbers of its records.
         shape: of the rows' lengths, [B] or [B, S].
-        dtype: of the numbers.
     """
-    made = np.zeros(shape, dtype)
-    of_units = [[number for record in group for number in record] for group in groups]
+    made = np.zeros((*shape, *known.shape[2:]), known.dtype)
     if len(shape) == 1:
-        every = [number for numbers in of_units for number in numbers]
-        made[: len(every)] = every
+        filled = [(made, [number for unit in units for number in unit])]
     else:
-        for place, numbers in enumerate(of_units):
-            made[place, : len(numbers)] = numbers
+        filled = zip(made, units, strict=False)
+    for places, numbers in filled:
+        of_each = known[list(numbers)].reshape(-1, *known.shape[2:])
+        places[: len(of_each)] = of_each
     return _host(made)
 
 

@@ -13,7 +13,15 @@ from rlhf_jax.options import did_you_mean
 from rlhf_jax.progress import watched
 
 Format = Literal[
-    "text", "messages", "prompt_completion", "preference", "ranking", "unpaired", "prompt_only", "labelled"
+    "text",
+    "messages",
+    "prompt_completion",
+    "preference",
+    "ranking",
+    "rating",
+    "unpaired",
+    "prompt_only",
+    "labelled",
 ]
 Message = Mapping[str, object]
 Content = str | list[Message]
@@ -22,6 +30,7 @@ Content = str | list[Message]
 COLUMNS: dict[Format, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
     "ranking": ("prompt", "completions"),
+    "rating": ("prompt", "completion", "rating"),
     "unpaired": ("prompt", "completion", "label"),
     "prompt_completion": ("prompt", "completion"),
     "labelled": ("text", "label"),
@@ -34,24 +43,27 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
 ORDERS = ("pairs", "ranks", "scores")
 """The columns that say how good the completions of a ranking are; one is needed, the first found is taken."""
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")
-MAY_HAVE: dict[Format, tuple[str, ...]] = {"preference": ("prompt",), "ranking": ORDERS}
+MAY_HAVE: dict[Format, tuple[str, ...]] = {"preference": ("prompt", "margin"), "ranking": ORDERS}
 
 SERVES: dict[Kind, tuple[Format, ...]] = {
     "prompt_completion": ("text", "messages", "prompt_completion", "unpaired"),
     "preference": ("preference", "ranking", "labelled"),
+    "preference_with_margin": ("preference", "ranking"),
     "prompt_only": (
         "prompt_only",
         "prompt_completion",
         "preference",
         "ranking",
+        "rating",
         "unpaired",
         "messages",
         "text",
     ),
     "unpaired": ("unpaired", "preference"),
     "ranking": ("ranking",),
+    "rating": ("rating", "ranking"),
 }
-USUAL_COLUMNS = tuple(dict.fromkeys([*itertools.chain(*COLUMNS.values()), *ORDERS, *FOR_TEMPLATES]))
+USUAL_COLUMNS = tuple(dict.fromkeys([*itertools.chain(*COLUMNS.values()), *ORDERS, "margin", *FOR_TEMPLATES]))
 
 
 class Cells(NamedTuple):

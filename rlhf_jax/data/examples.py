@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
-from rlhf_jax.batch import Prompts, Rows, UnpairedRows
+from rlhf_jax.batch import JudgedRows, Prompts, RecordRows, Rows, UnpairedRows
 from rlhf_jax.config import PROMPTLESS_FORMATS, DataConfig
 from rlhf_jax.config_types import Kind
 from rlhf_jax.data.arrow import Record
@@ -33,6 +34,7 @@ from rlhf_jax.data.records import (
     completions,
     in_template,
     is_conversational,
+    judgements,
     texts,
     with_mismatched,
 )
@@ -44,7 +46,7 @@ from rlhf_jax.data.tokenize import Losses, encode_records
 from rlhf_jax.data.tokenizer import Tokenizer
 
 Split = Literal["train", "eval"]
-Batch = Rows | Prompts | UnpairedRows
+Batch = RecordRows | Prompts
 SYNTHETIC = "synthetic"
 NOT_OF_TOKENS = ("train", "eval", "max_eval_records", "packing", "length_buckets", "cache_dir")
 """Options of the data section that decide no token of given records."""
@@ -57,7 +59,8 @@ class Examples:
     kind: Kind
     formats: tuple[Format, ...]  # of each source's columns; the embedded task has none
     records: Sequence[AnyRecord]  # as text; a prompt that was cut to its first tokens reads as cut
-    rows: TokenRows  # one per record, of a prompt its prompt alone; two of preferences, unpaired completions
+    rows: TokenRows  # one per record, of a prompt its prompt alone; two of preferences and of unpaired
+    # completions; of rankings as many as the longest one has
     length: int  # static length of a collated row: T, of prompts P
     pad_id: int
     num_dropped: int  # records whose prompt is too long, or whose text is too short to have one
@@ -82,33 +85,56 @@ class Examples:
 
     @property
     def rows_per_record(self) -> int:
-        """Returns 2 for preferences (chosen, rejected) and unpaired completions (own, mismatched), else 1."""
-        return 2 if self.kind in ("preference", "unpaired") else 1
+        """Returns 2 for preferences (chosen, rejected) and unpaired completions (own, mismatched), else 1.
+
+        Of rankings it is the number of completions that the longest one has.
+        """
+        if self.kind == "ranking":
+            return len(self.rows) // len(self.records)
+        return 2 if self.kind in ("preference", "preference_with_margin", "unpaired") else 1
+
+    @property
+    def rows_together(self) -> int:
+        """Returns how many rows of a record lie behind each other; those of unpaired ones lie apart."""
+        return 1 if self.kind == "unpaired" else self.rows_per_record
 
     @property
     def rows_per_unit(self) -> int:
         """Returns the rows of a batch that one of the units has by which its size is given."""
-        return 2 if self.kind == "preference" and not self.packings else 1
+        return 1 if self.packings else self.rows_together
 
     @functools.cached_property
     def fingerprint(self) -> int:
         """Returns a checksum of the data: a run is resumed on that which it began with.
 
-        It covers all rows in their order and, of prompts, the columns that reward functions are given, of
-        unpaired completions which are desirable.
+        It covers all rows in their order, judgements that they do not tell and, of prompts, the columns that
+        reward functions are given.
         """
         columns = (
             repr(record.columns).encode("utf-8", "backslashreplace")
             for record in self.records
             if isinstance(record, PromptOnly)
         )
-        crc = functools.reduce(lambda crc, of: zlib.crc32(of, crc), columns, self.rows.checksum())
-        return zlib.crc32(self.is_desirable, crc) if self.kind == "unpaired" else crc
+        told = (self.is_desirable,) if self.kind == "unpaired" else self.judgements or ()
+        return functools.reduce(
+            lambda crc, of: zlib.crc32(of, crc), itertools.chain(columns, told), self.rows.checksum()
+        )
 
     @functools.cached_property
     def is_desirable(self) -> np.ndarray:
         """Returns bool[N], of unpaired completions."""
         return np.array([cast(Unpaired, record).is_desirable for record in self.records])
+
+    @functools.cached_property
+    def judgements(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns f32[N, K] ratings and bool[N, K, K], which is better than which; None: rows tell all."""
+        if self.kind not in ("preference_with_margin", "ranking", "rating"):
+            return None
+        return judgements(self.records, self.rows_per_record)
+
+    def with_rows_per_record(self, number: int) -> Examples:
+        """Returns rankings with so many rows each, of which the last may be empty."""
+        return dataclasses.replace(self, rows=self.rows.spread(self.rows_per_record, number))
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -121,8 +147,8 @@ class Examples:
         return self._in_a_row(self.lengths)
 
     def _in_a_row(self, of_rows: np.ndarray) -> np.ndarray:
-        """Returns what a record adds to a packed row: both of a pair lie there, an unpaired's in one each."""
-        return of_rows.max(axis=1) if self.kind == "unpaired" else of_rows.sum(axis=1)
+        """Returns of i32[N, rows_per_record] what a record adds to a packed row, the fuller one of two."""
+        return of_rows.reshape(len(of_rows), -1, self.rows_together).sum(axis=2).max(axis=1)
 
     @functools.cached_property
     def most_loss_tokens(self) -> int:
@@ -166,7 +192,8 @@ class Examples:
         """Returns the records of each unit, by number, as a batch of num_units; what is missing has length 0.
 
         Preferences alternate: sequence 2i is chosen, sequence 2i + 1 rejected. `index` becomes Prompts.index.
-        The mismatched completions of unpaired ones lie in rows of their own, at the same places.
+        Rankings have the sequences of the longest one each, the last of them empty. The mismatched
+        completions of unpaired ones lie in rows of their own, at the same places.
 
         Args:
             units: numbers of records.
@@ -181,15 +208,15 @@ class Examples:
             prompts = [self.rows[number].ids for unit in units for number in unit]
             return collate_prompts(prompts, index, length, self.pad_id, num_units)
         collated = functools.partial(self._collated, units, length, num_units, is_held)
-        if self.kind != "unpaired":
-            return collated(range(self.rows_per_record))
-        rows, mismatched = collated([0]), collated([1])
-        is_desirable = of_sequences(
-            [[[bool(self.is_desirable[number])] for number in unit] for unit in units],
-            rows.lengths.shape,
-            bool,
-        )
-        return UnpairedRows(rows, mismatched, is_desirable)
+        if self.kind == "unpaired":
+            rows, mismatched = collated(range(1)), collated(range(1, 2))
+            of_rows = of_sequences(self.is_desirable[:, None], units, rows.lengths.shape)
+            return UnpairedRows(rows, mismatched, of_rows)
+        rows = collated(range(self.rows_per_record))
+        if self.judgements is None:
+            return rows
+        ratings, better = (of_sequences(of, units, rows.lengths.shape) for of in self.judgements)
+        return JudgedRows(rows, ratings, better)
 
     def _collated(
         self,
@@ -197,7 +224,7 @@ class Examples:
         length: int,
         num_units: int,
         is_held: np.ndarray | None,
-        which: Sequence[int],
+        which: range,
     ) -> Rows:
         """Returns those rows of each record, of its rows_per_record, for which it is asked."""
         per, per_unit = len(which), self.rows_per_unit
@@ -222,8 +249,8 @@ class Examples:
             )
         if self.ref_logprobs is None:
             return rows
-        known = [[self.ref_logprobs[number, list(which)] for number in unit] for unit in units]
-        return rows._replace(ref_logprobs=of_sequences(known, rows.lengths.shape, np.float32))
+        known = self.ref_logprobs[:, which.start : which.stop]
+        return rows._replace(ref_logprobs=of_sequences(known, units, rows.lengths.shape))
 
 
 def load_examples(
@@ -271,6 +298,9 @@ def _joined(first: Examples, second: Examples) -> Examples:
             "data.train: some sources hold conversations and others plain text; let all be alike, for a "
             "conversation ends with a token of its chat template"
         )
+    if first.kind == "ranking":
+        most = max(first.rows_per_record, second.rows_per_record)
+        first, second = (of.with_rows_per_record(most) for of in (first, second))
     longer = max(first, second, key=lambda examples: examples.length)
     return dataclasses.replace(
         longer,
@@ -378,5 +408,4 @@ def tokenize_records(
         longest_prompt=encoded.longest_prompt,
         losses=encoded.losses,
     )
-    rows_in_one = 2 if kind == "preference" else 1
-    return examples.packed(rows_in_one * cfg.max_length) if cfg.packing else examples
+    return examples.packed(examples.rows_together * cfg.max_length) if cfg.packing else examples

@@ -5,8 +5,9 @@
 | text              | text                                        | prompt_completion, prompt_only           |
 | messages          | messages                                    | prompt_completion, prompt_only           |
 | prompt_completion | prompt, completion                          | prompt_completion, prompt_only           |
-| preference        | [prompt,] chosen, rejected                  | preference, unpaired, prompt_only        |
-| ranking           | prompt, completions; ranks, scores or pairs | ranking, preference, prompt_only         |
+| preference        | [prompt,] chosen, rejected[, margin]        | preference, unpaired, prompt_only        |
+| ranking           | prompt, completions; ranks, scores or pairs | ranking, rating, preference, prompt_only |
+| rating            | prompt, completion, rating (a number)       | rating, prompt_only                      |
 | unpaired          | prompt, completion, label (true or false)   | unpaired, prompt_completion, prompt_only |
 | prompt_only       | prompt                                      | prompt_only                              |
 | labelled          | text, label (0 or 1)                        | preference                               |
@@ -19,7 +20,8 @@ empty prompt; text as prompt_only has its first data.prompt_tokens tokens as pro
 made. Messages as prompt_completion are all completion: each assistant turn is learned; as prompt_only they
 are a prompt up to the last assistant turn. Of unpaired records the desirable ones serve prompt_completion. A
 ranking serves preference as its pairs: those judged (`pairs`), or all that ranks or scores tell apart. Pairs
-serve unpaired as their completions, the chosen ones desirable.
+serve unpaired as their completions, the chosen ones desirable. The margin of a pair, where it is read, is its
+column, or the difference of the two scores (minus the ranks).
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from rlhf_jax.data.records import (
     PromptCompletion,
     PromptOnly,
     Ranking,
+    Rated,
     Unpaired,
     texts,
     unpaired_of,
@@ -127,13 +130,31 @@ def _read(
                 _ranking(reader, record, number)
                 for number, record in enumerate(watched(source, f"reading {where}"), start=1)
             ]
-            return list(rankings) if kind == "ranking" else _pairs_of(rankings, where, left_out)
-        case "preference" if kind == "preference":
+            if kind == "ranking":
+                return [_without_equals(ranking, left_out) for ranking in rankings]
+            if kind != "preference":
+                _check_scores(rankings, reader)
+            if kind == "rating":
+                return [
+                    Rated(of.prompt, completion, score, of.variables)
+                    for of in rankings
+                    for completion, score in zip(of.completions, of.scores, strict=True)
+                ]
+            return _pairs_of(rankings, where, left_out, with_margin=kind == "preference_with_margin")
+        case "preference" if kind in ("preference", "preference_with_margin"):
+            margins = _numbers(reader, source, "margin") if kind == "preference_with_margin" else None
             pairs = [
-                Preference(prompt, a, b, variables=variables)
-                for (prompt, a, b), _, variables in _read_pairs(reader, source)
+                Preference(prompt, a, b, variables=variables, margin=margins[place] if margins else 0.0)
+                for place, ((prompt, a, b), _, variables) in enumerate(_read_pairs(reader, source))
             ]
             return _unlike(pairs, where, left_out)
+        case "rating" if kind == "rating":
+            ratings = _numbers(reader, source, "rating")
+            cells = reader.read(source, ("prompt", "completion"))
+            return [
+                Rated(prompt, completion, rating, variables)
+                for ((prompt, completion), _, variables), rating in zip(cells, ratings, strict=True)
+            ]
         case "preference" if not _has_own_prompt(reader, source):
             return [
                 PromptOnly(prompt, {**columns, "chosen": a, "rejected": b}, variables=variables)
@@ -270,6 +291,33 @@ def _scores(
     return tuple(sign * value for value in cell)
 
 
+def _numbers(reader: Reader, source: Sequence[Mapping[str, object]], usual: str) -> list[float]:
+    """Returns a column of finite numbers."""
+    name, found = reader.name(usual), []
+    if not reader.has(usual):
+        reader.missing(name, "the stage reads it")
+    for number, record in enumerate(source, start=1):
+        value = reader.cell(record, usual, number)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            reader.wrong(number, f"column {name!r} is {value!r}, must be a finite number")
+        found.append(float(value))
+    return found
+
+
+def _check_scores(rankings: Sequence[Ranking], reader: Reader) -> None:
+    """Raises ValueError where rankings tell pairs alone, and not how good each completion is."""
+    if not rankings[0].scores:
+        reader.missing("scores", "the stage reads how good each completion is: a column scores or ranks")
+
+
+def _without_equals(ranking: Ranking, left_out: Counter[str]) -> Ranking:
+    """Returns the ranking without pairs of equal completions, which tell nothing."""
+    pairs = [pair for pair in ranking.pairs if ranking.completions[pair[0]] != ranking.completions[pair[1]]]
+    if num_equal := len(ranking.pairs) - len(pairs):
+        left_out["pairs of equal completions in a ranking"] += num_equal
+    return ranking._replace(pairs=tuple(pairs))
+
+
 def _judged(
     reader: Reader, record: Mapping[str, object], count: int, number: int
 ) -> tuple[tuple[int, int], ...]:
@@ -293,10 +341,18 @@ def _shown(cell: object) -> str:
     return f"a list of {len(cell)}" if isinstance(cell, list) else f"{cell!r} ({type(cell).__name__})"
 
 
-def _pairs_of(rankings: Sequence[Ranking], where: str, left_out: Counter[str]) -> list[AnyRecord]:
-    """Returns the pairs of rankings in their order."""
+def _pairs_of(
+    rankings: Sequence[Ranking], where: str, left_out: Counter[str], *, with_margin: bool
+) -> list[AnyRecord]:
+    """Returns the pairs of rankings in their order, and by how much one is better where that is wanted."""
     found = [
-        Preference(of.prompt, of.completions[better], of.completions[worse], variables=of.variables)
+        Preference(
+            of.prompt,
+            of.completions[better],
+            of.completions[worse],
+            variables=of.variables,
+            margin=of.scores[better] - of.scores[worse] if with_margin else 0.0,
+        )
         for of in rankings
         for better, worse in of.pairs
     ]

@@ -20,7 +20,7 @@ from typing import cast
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.batch import Prompts, Rows, UnpairedRows
+from rlhf_jax.batch import Prompts, RecordRows
 from rlhf_jax.data.examples import Examples
 from rlhf_jax.data.mixture import mixture_pick
 from rlhf_jax.data.records import AnyRecord
@@ -30,7 +30,7 @@ from rlhf_jax.sharding import row_holders
 WINDOW = 32  # batches within which records of like length are put together
 
 
-class Loader[Batch: Rows | Prompts | UnpairedRows, Taken: AnyRecord]:
+class Loader[Batch: RecordRows | Prompts, Taken: AnyRecord]:
     """Batches of examples in an order that is reshuffled for every epoch of a source.
 
     The type parameters say what the examples' kind only tells at run time: Loader[Prompts, PromptOnly] gives
@@ -129,7 +129,7 @@ class Loader[Batch: Rows | Prompts | UnpairedRows, Taken: AnyRecord]:
         return of.start + self.examples.packings[source].fill(lengths, order)
 
 
-class Prefetched[Batch: Rows | Prompts | UnpairedRows, Taken: AnyRecord]:
+class Prefetched[Batch: RecordRows | Prompts, Taken: AnyRecord]:
     """A loader's batches, made by threads before they are asked for; the same ones, in any order."""
 
     def __init__(self, loader: Loader[Batch, Taken], num_threads: int = 2, num_ahead: int = 4):

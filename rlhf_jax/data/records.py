@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from rlhf_jax.data.columns import Content
 
 PROMPT = "{prompt}"
@@ -28,6 +30,7 @@ class Preference(NamedTuple):
     rejected: Content
     prompt_tokens: int = 0  # the prompt is the first so many tokens of `prompt`, then a blank; 0: all of it
     variables: Mapping[str, object] = {}
+    margin: float = 0.0  # by how much it is preferred, where that is told and read
 
 
 class PromptOnly(NamedTuple):
@@ -49,6 +52,15 @@ class Unpaired(NamedTuple):
     mismatched: Content = ""  # the completion of another record, see with_mismatched
 
 
+class Rated(NamedTuple):
+    """A completion and how good it is."""
+
+    prompt: Content
+    completion: Content
+    rating: float
+    variables: Mapping[str, object] = {}
+
+
 class Ranking(NamedTuple):
     """Several completions of one prompt, and which of them are better than which."""
 
@@ -61,13 +73,13 @@ class Ranking(NamedTuple):
     variables: Mapping[str, object] = {}
 
 
-AnyRecord = PromptCompletion | Preference | PromptOnly | Unpaired | Ranking
+AnyRecord = PromptCompletion | Preference | PromptOnly | Unpaired | Rated | Ranking
 
 
 def completions(record: AnyRecord) -> tuple[Content, ...]:
     """Returns the record's completions, of a preference the chosen one first, of unpaired ones its own."""
     match record:
-        case PromptCompletion():
+        case PromptCompletion() | Rated():
             return (record.completion,)
         case Unpaired():
             return (record.completion, record.mismatched)
@@ -113,6 +125,32 @@ def with_mismatched(records: Sequence[Unpaired]) -> list[Unpaired]:
             record._replace(mismatched=others[k % len(others)].completion) for k, record in enumerate(run)
         ]
     return found
+
+
+def judgements(records: Sequence[AnyRecord], num_completions: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how good the completions of records are, and which are better than which.
+
+    Args:
+        records: preferences, rankings or rated completions.
+        num_completions: K, of the record that has most.
+    Returns:
+        ratings f32[N, K], of a preference its margin and 0; better bool[N, K, K], (i, j) where i is better.
+    """
+    ratings = np.zeros((len(records), num_completions), np.float32)
+    better = np.zeros((len(records), num_completions, num_completions), bool)
+    for number, record in enumerate(records):
+        match record:
+            case Preference(margin=margin):
+                ratings[number, 0], better[number, 0, 1] = margin, True
+            case Ranking(scores=scores, pairs=pairs):
+                ratings[number, : len(scores)] = scores
+                for i, j in pairs:
+                    better[number, i, j] = True
+            case Rated(rating=rating):
+                ratings[number, 0] = rating
+            case _:
+                raise AssertionError(f"nothing is known of a {type(record).__name__}")
+    return ratings, better
 
 
 def is_conversational(record: AnyRecord) -> bool:

@@ -11,6 +11,7 @@ that no training record has.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
@@ -18,7 +19,15 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from rlhf_jax.config_types import Kind
-from rlhf_jax.data.records import AnyRecord, Preference, PromptCompletion, PromptOnly, unpaired_of
+from rlhf_jax.data.records import (
+    AnyRecord,
+    Preference,
+    PromptCompletion,
+    PromptOnly,
+    Ranking,
+    Rated,
+    unpaired_of,
+)
 
 Split = Literal["train", "eval"]
 
@@ -66,6 +75,7 @@ MOST_SENTENCES = 6
 
 NUM_DEMONSTRATIONS = {"train": 4096, "eval": 256}
 NUM_PREFERENCES = {"train": 32768, "eval": 1024}
+NUM_RANKINGS = {"train": 2048, "eval": 256}
 LABEL_TEMPERATURE = 0.6  # pairs are labelled by sigmoid((gold_a - gold_b) / LABEL_TEMPERATURE)
 ENOUGH_WORDS = 26  # further words cost
 
@@ -161,8 +171,18 @@ def synthetic_records(kind: Kind, split: Split, seed: int) -> list[AnyRecord]:
             return list(demonstrations(seed, NUM_DEMONSTRATIONS[split], split))
         case "preference":
             return list(preferences(seed, NUM_PREFERENCES[split], split))
+        case "preference_with_margin":
+            pairs = preferences(seed, NUM_PREFERENCES[split], split)
+            return [pair._replace(margin=_grade(pair)) for pair in pairs]
         case "unpaired":
             return unpaired(seed, NUM_PREFERENCES[split], split)
+        case "ranking":
+            return list(rankings(seed, NUM_RANKINGS[split], split))
+        case "rating":
+            return [
+                Rated(of.prompt, of.completions[0], of.scores[0])
+                for of in rankings(seed, NUM_RANKINGS[split], split)
+            ]
         case "prompt_only":
             return list(prompts(seed, split))
         case _:
@@ -196,6 +216,29 @@ def unpaired(seed: int, count: int, split: Split) -> list[AnyRecord]:
     """Returns one completion of each pair, the chosen and the rejected one in turn."""
     both = unpaired_of(preferences(seed, count, split))
     return [both[2 * number + number % 2] for number in range(count)]
+
+
+def _grade(pair: Preference) -> float:
+    """Returns how much the replies of a pair differ by the gold reward: 0, 1/3, 2/3 or 1."""
+    prompt, chosen, rejected = str(pair.prompt), str(pair.chosen), str(pair.rejected)
+    return round(min(abs(_judge(prompt, chosen) - _judge(prompt, rejected)), 3.0)) / 3
+
+
+def rankings(seed: int, count: int, split: Split) -> list[Ranking]:
+    """Returns prompts with three or four replies and their marks: the gold reward, with noise, in halves."""
+    rng, cases = _rng(seed, "rankings", split), _cases(split)
+    records = []
+    for _ in range(count):
+        case = rng.choice(cases)
+        prompt = _request(rng, case)
+        replies = tuple(_reply(rng, case) for _ in range(rng.choice((3, 4))))
+        marks = tuple(
+            round(2 * (_judge(prompt, reply) + rng.gauss(0.0, LABEL_TEMPERATURE))) / 2 for reply in replies
+        )
+        orders = itertools.permutations(range(len(replies)), 2)
+        pairs = tuple((i, j) for i, j in orders if marks[i] > marks[j] and replies[i] != replies[j])
+        records.append(Ranking(prompt, replies, pairs, marks))
+    return records
 
 
 def prompts(seed: int, split: Split) -> list[PromptOnly]:

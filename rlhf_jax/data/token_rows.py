@@ -7,7 +7,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Sequence
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -65,6 +65,23 @@ class TokenRows(Sequence[Row]):
         """Returns one of the tokens of all rows in their order, and of which of them carry loss."""
         arrays = (self.tokens, self.ends, self.prompt_lengths, self.excluded)
         return functools.reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc), arrays, 0)
+
+    def spread(self, rows_per_record: int, new_rows_per_record: int) -> TokenRows:
+        """Returns the rows with further ones behind those of each record, which are empty."""
+        num_records, more = len(self) // rows_per_record, new_rows_per_record - rows_per_record
+
+        def per_record(of_rows: np.ndarray, mode: Literal["edge", "constant"]) -> np.ndarray:
+            return np.pad(of_rows.reshape(num_records, -1), ((0, 0), (0, more)), mode).ravel()
+
+        rows, starts, ends = self.excluded.T
+        rows = rows // rows_per_record * new_rows_per_record + rows % rows_per_record
+        return TokenRows(
+            tokens=self.tokens,
+            ends=per_record(self.ends, "edge"),
+            prompt_lengths=per_record(self.prompt_lengths, "constant"),
+            was_cut=per_record(self.was_cut, "constant"),
+            excluded=np.stack([rows, starts, ends], axis=1),
+        )
 
     def joined(self, other: TokenRows) -> TokenRows:
         """Returns these rows and then the other ones."""

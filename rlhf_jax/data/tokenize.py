@@ -56,7 +56,8 @@ class Encoded(NamedTuple):
     records: list[AnyRecord]
     """As text or messages; a prompt that was cut to its first tokens reads as cut."""
     rows: TokenRows
-    """One per completion: of a preference two: chosen, rejected; of a prompt its prompt alone."""
+    """One per completion: of a preference two: chosen, rejected; of a prompt its prompt alone. Rankings all
+    have as many, of which the last may be empty."""
     longest_prompt: int
     """Tokens, BOS included."""
     losses: Losses
@@ -100,6 +101,7 @@ def encode_records(
     else:
         candidates = _plain(records, kind, tokenizer, where)
     limit = prompt_limit(cfg, kind)
+    most = max((len(completions(record)) for record in records), default=0)  # of rankings they differ
     bos = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     kept: list[AnyRecord] = []
     rows: list[Row] = []
@@ -127,6 +129,7 @@ def encode_records(
             of_record = [Row(prompt, len(prompt))]
         else:
             of_record = [_row(of, cfg.max_length, cfg.truncation, bos) for of in turns]
+            of_record += [Row([], 0)] * (most - len(of_record))
         if cfg.truncation == "drop" and any(row.was_cut for row in of_record):
             counts["long_rows"] += 1
             continue

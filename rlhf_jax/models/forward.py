@@ -62,6 +62,8 @@ class Forward(NamedTuple):
     role_logprobs: Callable[[Sequence[str], Params, Params, Rows], tuple[Array, ...]] | None = None
     """Of each of these roles, policy or reference, f32[B, T], without entropies: in one pass of those on one
     trunk."""
+    head_scores: RoleFunction | None = None
+    """Of each head of the reward model, f32[H, B], packed f32[H, B * S]."""
 
 
 def make_forward(
@@ -119,8 +121,12 @@ def make_forward(
         before = gather_predictors(hidden, columns(rows))
         return put(heads.values(trees["value"]["score_head"], before), rows)
 
+    def heads_of(hidden: Array, trees: Params, rows: Rows) -> Array:
+        said = heads.scores(trees["reward"]["score_head"], hidden, rows.lengths)
+        return said if said.ndim == 2 else said[None]
+
     def scores_of(hidden: Array, trees: Params, rows: Rows) -> Array:
-        return heads.scores(trees["reward"]["score_head"], hidden, rows.lengths)
+        return heads.combined(heads_of(hidden, trees, rows), model.ensemble)
 
     def logprobs(params: Params, frozen: Params, rows: Rows) -> tuple[Array, Array]:
         hidden = states(["policy"], params, frozen, rows)["policy"]
@@ -135,6 +141,9 @@ def make_forward(
 
     def scores(params: Params, frozen: Params, rows: Rows) -> Array:
         return scores_of(states(["reward"], params, frozen, rows)["reward"], frozen | params, rows)
+
+    def head_scores(params: Params, frozen: Params, rows: Rows) -> Array:
+        return heads_of(states(["reward"], params, frozen, rows)["reward"], frozen | params, rows)
 
     def policy_and_value(params: Params, frozen: Params, rows: Rows) -> tuple[Array, Array, Array]:
         trees, hidden = frozen | params, states(["policy", "value"], params, frozen, rows)
@@ -172,6 +181,7 @@ def make_forward(
         with_columns,
         longest,
         role_logprobs,
+        head_scores,
     )
 
 
@@ -199,6 +209,9 @@ def blank_forward() -> Forward:
     def per_sequence(params: Params, frozen: Params, rows: Rows) -> Array:
         return jnp.zeros(rows.lengths.size, jnp.float32)
 
+    def per_head(params: Params, frozen: Params, rows: Rows) -> Array:
+        return per_sequence(params, frozen, rows)[None]
+
     def times(count: int) -> Callable[..., Any]:
         return lambda *args: (per_token(*args),) * count
 
@@ -209,4 +222,13 @@ def blank_forward() -> Forward:
     def of_roles(roles: Sequence[str], *args: Any) -> tuple[Array, ...]:
         return (per_token(*args),) * len(roles)
 
-    return Forward(times(2), per_token, per_token, per_sequence, times(3), said, role_logprobs=of_roles)
+    return Forward(
+        times(2),
+        per_token,
+        per_token,
+        per_sequence,
+        times(3),
+        said,
+        role_logprobs=of_roles,
+        head_scores=per_head,
+    )

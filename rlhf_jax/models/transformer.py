@@ -16,7 +16,7 @@ from rlhf_jax.batch import Params
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.attention import soft_capped
 from rlhf_jax.models.blocks import INIT_STD, Block, Embed, Norm, abstract_module, bind
-from rlhf_jax.models.heads import SCORE_HEAD_AXES, zero_score_head
+from rlhf_jax.models.heads import SINGLE, Ensemble, score_head_axes, zero_score_head
 from rlhf_jax.models.lora import Lora, adapter_of
 from rlhf_jax.models.rope import rotation
 from rlhf_jax.models.row_attention import Implementation, row_attention
@@ -71,6 +71,8 @@ class Model(NamedTuple):
     score_head, adapter where there is a `lora`. Tuples of strings in the parameters' tree."""
     shapes: Params
     """The same parameters as shape structs."""
+    ensemble: Ensemble
+    """What its reward heads are like."""
 
     def axes_of(self, parts: Iterable[str]) -> Params:
         """Returns the axes of those parts that the model has."""
@@ -103,6 +105,7 @@ def make_model(
     remat: Remat = "none",
     attention: Implementation = "auto",
     lora: Lora | None = None,
+    ensemble: Ensemble = SINGLE,
 ) -> Model:
     """Returns the pure functions of one architecture; for the same arguments the same functions.
 
@@ -113,8 +116,12 @@ def make_model(
             all with what goes into the block kept in the host's memory.
         attention: see `row_attention`.
         lora: the adapters that roles may have.
+        ensemble: the heads of a reward model; a model with several has no other role.
     """
-    axes = {"trunk": _axes(abstract_module(Trunk, architecture)[1]), "score_head": SCORE_HEAD_AXES}
+    axes = {
+        "trunk": _axes(abstract_module(Trunk, architecture)[1]),
+        "score_head": score_head_axes(ensemble.num_heads),
+    }
     if not architecture.tie_embeddings:
         axes["lm_head"] = {"kernel": ("embed", "vocab")}
     if lora is not None:
@@ -155,7 +162,7 @@ def make_model(
         return hidden_of_roles(trunk, (None,), tokens, *rows, **options)[0]
 
     def init_parts(key: Array) -> Params:
-        head = zero_score_head(architecture.hidden_size)
+        head = zero_score_head(architecture.hidden_size, ensemble.num_heads)
         adapter = {} if lora is None else {"adapter": init_adapter(key)}
         return init_policy(key) | {"score_head": head} | adapter
 
@@ -171,6 +178,7 @@ def make_model(
         init_adapter=init_adapter,
         axes=axes,
         shapes=jax.eval_shape(init_parts, jax.random.key(0)),
+        ensemble=ensemble,
     )
 
 

@@ -1,8 +1,8 @@
-"""The score that a policy is trained on: learned scores and a function's, weighted."""
+"""The score that a policy is trained on: learned scores and those of functions, weighted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -45,24 +45,26 @@ def _mean(part: np.ndarray) -> Mean:
 
 
 class Judge:
-    """Combines the reward model's scores with those of the user's function, as the configuration says."""
+    """Combines the reward model's scores with those of the user's functions, as the configuration says."""
 
-    def __init__(self, rewards: RewardsConfig, function: Scores | None, *, has_model: bool) -> None:
+    def __init__(self, rewards: RewardsConfig, functions: Mapping[str, Scores], *, has_model: bool) -> None:
         """Makes a judge.
 
         Args:
-            rewards: reads model_weight and function_weight.
-            function: of rewards.function; None where there is none.
+            rewards: reads model_weight and functions.
+            functions: of rewards.functions, by what that calls them.
             has_model: there is a reward model, so that the learned scores mean something.
 
         Raises:
             ValueError: there is neither.
         """
-        if function is None and not has_model:
+        if not functions and not has_model:
             raise ValueError("there is no reward: give the stage a reward_from, or set rewards.function")
-        self._function = function
+        names = function_names(functions)
+        self._functions = {names[spec]: function for spec, function in functions.items()}
         self._has_model = has_model
-        self._weights = {"model": rewards.model_weight, "function": rewards.function_weight}
+        weights = {names[spec]: rewards.functions[spec] for spec in functions}
+        self._weights = {"model": rewards.model_weight} | weights
 
     def __call__(
         self,
@@ -77,15 +79,29 @@ class Judge:
             records: B prompts with their columns.
             completions: B texts.
             learned_scores: f32[at least B], the reward model's, still on its way from the device while the
-                function reads the text; not read where there is no reward model.
+                functions read the text; not read where there is no reward model.
             rows_counted: bool[B], the rows that count in the means.
 
         Raises:
-            RewardError: the function failed.
+            RewardError: a function failed.
         """
-        parts: dict[str, np.ndarray] = {}
-        if self._function is not None:
-            parts["function"] = self._function(records, completions)
+        parts = {name: function(records, completions) for name, function in self._functions.items()}
         if self._has_model:
             parts["model"] = gathered(learned_scores)[: len(records)]
         return combine(parts, self._weights, rows_counted)
+
+
+def function_names(specs: Iterable[str]) -> dict[str, str]:
+    """Returns for each function `package.module:name` what its metric is called.
+
+    That is `function` of a single one, else its name, or all of it where a name is another's as well.
+    """
+    specs = list(specs)
+    if len(specs) == 1:
+        return {specs[0]: "function"}
+    names = [spec.rpartition(":")[2] for spec in specs]
+    taken = ("model", "score", "score_std", "length_correlation", "cut_rate")  # of the family reward
+    return {
+        spec: spec if name in taken or names.count(name) > 1 else name
+        for spec, name in zip(specs, names, strict=True)
+    }

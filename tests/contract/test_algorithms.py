@@ -12,15 +12,25 @@ import pytest
 
 from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import PolicyBatch, Rows, num_rows
+from rlhf_jax.batch import JudgedRows, PolicyBatch, Rows, num_rows
 from rlhf_jax.metrics import to_host
 from rlhf_jax.role_parts import role_parts
 from tests import tiny
 
 NAMES = sorted(ALGORITHMS)
+VARIANTS = {
+    "grpo:kl": {"surrogate": "kl"},
+    "reward_model:hinge": {"loss": "hinge", "margin": 1.0, "margin_from_data": True, "center_coef": 0.1},
+    "reward_model:all_pairs": {"all_pairs": True, "label_smoothing": 0.1, "center_coef": 0.1},
+    "reward_model:info_nce": {"loss": "info_nce", "center_coef": 0.1},
+    "reward_model:plackett_luce": {"loss": "plackett_luce"},
+    "reward_model:ensemble": {"num_heads": 3, "loss": "hinge", "margin": 1.0},
+    "reward_model:regression": {"loss": "regression", "normalizer": "none"},
+}
+"""Settings under which an algorithm has another loss; elsewhere a colon stands before model.sharing."""
 IN_FULL = ("ppo", "reward_model", "sft")
 """These stand for the others, which are tested with everything changed at once."""
-AT_ONCE = [name for name in NAMES if name not in IN_FULL]
+AT_ONCE = [*(name for name in NAMES if name not in IN_FULL), *VARIANTS]
 FAST = ("dpo", "grpo", "kto")
 """Of AT_ONCE."""
 
@@ -40,6 +50,8 @@ def is_online(name: str) -> bool:
 ONLINE = [name for name in NAMES if is_online(name)]
 SHARED = ["dpo:lora", "ppo:trunk", "ppo:hydra", "reward_model:lora", "sft:lora"]
 """Algorithms whose roles share parameters, or are adapters; the fast tests of them are in test_sharing.py."""
+ROWS_PER_RECORD = {"ranking": 4, "rating": 1}
+"""Where the data decide it; rankings here are of four completions or three."""
 GRADIENT = 1e-5  # of the leaf's norm
 VALUE = 1e-5
 
@@ -59,33 +71,69 @@ def policy_batch(rows: Rows, seed: int = 0) -> PolicyBatch:
 def online_batch(name: str, rows: Rows) -> PolicyBatch:
     """A batch of an online algorithm: without a value model it has no values, but a KL in the loss."""
     batch = policy_batch(rows)
+    if settings_of(name).surrogate == "kl":
+        batch = batch._replace(old_kl_weights=jnp.full(rows.tokens.shape, 0.5))
     if "value" in spec(name).trains:
         return batch
     batch = batch._replace(old_values=None, returns=None, kl_weights=jnp.full(rows.tokens.shape, 0.2))
-    has_reference = "reference" in spec(name).reads(section(name)())
+    has_reference = "reference" in spec(name).reads(settings_of(name))
     return batch if has_reference else batch._replace(ref_logprobs=None, kl_weights=None)
 
 
+def settings_of(name: str):
+    return section(name)(**VARIANTS.get(name, {}))
+
+
 def spec(name: str):
-    return ALGORITHMS[name.partition(":")[0]]
+    algorithm = ALGORITHMS[name.partition(":")[0]]
+    rows_per_record = ROWS_PER_RECORD.get(settings_of(name).records, algorithm.rows_per_record)
+    return algorithm._replace(rows_per_record=rows_per_record)
 
 
-def batch_of(name: str, rows: Rows):
+def sharing_of(name: str) -> str:
+    return "separate" if name in VARIANTS else name.partition(":")[2] or "separate"
+
+
+def batch_of(name: str, rows: Rows | None = None):
+    """A batch for an algorithm: eight rows, or four rankings, where none are given."""
+    records = settings_of(name).records
+    rows = rows or tiny.rows(16 if records == "ranking" else 8)
     if is_online(name):
         return online_batch(name, rows)
-    return tiny.unpaired(rows) if name.startswith("kto") else rows
+    if records == "unpaired":
+        return tiny.unpaired(rows)
+    if records in ("preference_with_margin", "ranking", "rating"):
+        return judged_rows(rows, spec(name).rows_per_record, is_pair=records == "preference_with_margin")
+    return rows
+
+
+def judged_rows(rows: Rows, per: int, *, is_pair: bool) -> JudgedRows:
+    """Rows in records, with ratings that have ties; rankings but the first lack their last completion."""
+    rng = np.random.default_rng(4)
+    if per == 4:
+        is_there = jnp.arange(len(rows.lengths)) % per < np.repeat([4, 3, 3, 3], 4)
+        rows = rows._replace(
+            lengths=jnp.where(is_there, rows.lengths, 0),
+            prompt_lengths=jnp.where(is_there, rows.prompt_lengths, 0),
+        )
+    there = np.asarray(rows.lengths).reshape(-1, per) > 0
+    ratings = np.where(there, rng.integers(1, 4, there.shape), 0).astype(np.float32)
+    if is_pair:
+        ratings[:, 1] = 0
+    better = (ratings[:, :, None] > ratings[:, None, :]) & there[:, :, None] & there[:, None, :]
+    return JudgedRows(rows, jnp.asarray(ratings.ravel()), jnp.asarray(better.reshape(-1, per)))
 
 
 @functools.cache
 def update_of(name, mesh, settings):
     """Returns the compiled update of an algorithm, with one optimiser step; shared by the tests."""
     settings = dict(settings)
-    algorithm, _, sharing = name.partition(":")
-    one_minibatch = {"num_epochs": 1, "num_minibatches": 1, "group_size": 1} if is_online(algorithm) else {}
+    one_minibatch = {"num_epochs": 1, "num_minibatches": 1, "group_size": 1} if is_online(name) else {}
     data = {"packing": settings.pop("packing")}
     num_completion = 32 if data["packing"] else 8
-    stage = tiny.stage(algorithm, sharing or "separate", settings=one_minibatch | settings, data=data)
-    return tiny.programs(stage, mesh, num_completion)
+    settings = one_minibatch | VARIANTS.get(name, {}) | settings
+    stage = tiny.stage(name.partition(":")[0], sharing_of(name), settings=settings, data=data)
+    return tiny.programs(stage, mesh, num_completion, algorithm=spec(name))
 
 
 def updated(name, batch, mesh=None, packing=False, **settings):
@@ -94,8 +142,8 @@ def updated(name, batch, mesh=None, packing=False, **settings):
     units = num_rows(batch) if packing else batch_records(name, batch)
     settings = {"batch_size": units, "packing": packing} | settings
     programs = update_of(name, mesh, tuple(settings.items()))
-    algorithm, _, sharing = name.partition(":")
-    trained, frozen = tiny.roles(algorithm, mesh, sharing or "separate")
+    num_heads = getattr(settings_of(name), "num_heads", 1)
+    trained, frozen = tiny.roles(name.partition(":")[0], mesh, sharing_of(name), num_heads)
     state, metrics = programs.update(programs.init_state(trained), frozen, batch, jax.random.key(0))
     moments = {role: state.opt_state[role][1][0].mu for role in trained}
     return jax.device_get(moments), to_host(metrics)
@@ -120,41 +168,55 @@ def assert_same(found, expected):
 )
 def reference(request):
     """The name of an algorithm, a batch, and its update on one device."""
-    batch = batch_of(request.param, tiny.rows())
+    batch = batch_of(request.param)
     return request.param, batch, updated(request.param, batch)
 
 
+def smallest_norm(name, moments):
+    """The least norm of a leaf of a role's gradient, but of a bias that comparisons of scores do not see."""
+    norms = jax.tree.map(np.linalg.norm, moments)
+    if name != "reward_model:regression":
+        norms.get("score_head", {}).pop("bias", None)
+    return min(jax.tree.leaves(norms))
+
+
 def test_the_gradient_is_not_zero(reference):
-    _, _, (gradient, metrics) = reference
+    name, _, (gradient, metrics) = reference
     for role, moments in gradient.items():
         assert metrics[f"{role}/grad_norm"] > 1e-3
-        norms = jax.tree.map(np.linalg.norm, moments)
-        norms.get("score_head", {}).pop("bias", None)  # a ranking does not see it
-        assert all(norm > 0 for norm in jax.tree.leaves(norms)), role
+        assert smallest_norm(name, moments) > 0, role
 
 
-def longer(x):
-    garbage = False if x.dtype == bool else 7
-    return jnp.pad(x, ((0, 0), (0, 5)), constant_values=garbage) if x.ndim == 2 else x
+def longer(batch):
+    """The batch in rows of five tokens more, with garbage in them."""
+    if isinstance(batch, JudgedRows):  # whose other arrays are of completions, not of tokens
+        return batch._replace(rows=longer(batch.rows))
+
+    def padded(x):
+        garbage = False if x.dtype == bool else 7
+        return jnp.pad(x, ((0, 0), (0, 5)), constant_values=garbage) if x.ndim == 2 else x
+
+    return jax.tree.map(padded, batch)
 
 
-def with_filling(x):
-    return jnp.concatenate([x, jnp.zeros_like(x[:4])])
+def with_filling(batch):
+    """The batch, and half as many rows that only fill up."""
+    return jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[: len(x) // 2])]), batch)
 
 
 def test_padding_changes_nothing(reference):
     name, batch, expected = reference
-    assert_same(updated(name, jax.tree.map(longer, batch)), expected)
+    assert_same(updated(name, longer(batch)), expected)
 
 
 def test_filling_rows_change_nothing(reference):
     name, batch, expected = reference
-    assert_same(updated(name, jax.tree.map(with_filling, batch)), expected)
+    assert_same(updated(name, with_filling(batch)), expected)
 
 
 def in_another_order(name, batch):
     per = spec(name).rows_per_record
-    order = np.random.default_rng(0).permutation(8 // per)
+    order = np.random.default_rng(0).permutation(batch_records(name, batch))
     rows = (per * order[:, None] + np.arange(per)).ravel()
     return jax.tree.map(lambda x: x[rows], batch)
 
@@ -176,31 +238,36 @@ def test_devices_change_nothing(reference, sizes):
     assert_same(updated(name, batch, tiny.mesh(**sizes)), expected)
 
 
-GROUPS = [[0, 1, 2, 3], [], [4, 5], [6, 7]]  # pairs stay together
+def packed(batch, num_empty=0):
+    """The batch in packed rows: half of it in one, none in the next; pairs and rankings stay together."""
+    half, quarter = num_rows(batch) // 2, num_rows(batch) // 4
+    ends = [half, half, half + quarter, 2 * half]
+    groups = [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+    return tiny.packed(batch, [*groups, *[[]] * num_empty], 15 * half)
 
 
 @pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.slow), {"microbatch_size": 1}])
 def test_packing_changes_nothing(reference, settings):
     """NUMERICS 3 and 4: several sequences in a row, poison behind them, also with microbatches."""
     name, batch, expected = reference
-    assert_same(updated(name, tiny.packed(batch, GROUPS, 60), packing=True, **settings), expected)
+    assert_same(updated(name, packed(batch), packing=True, **settings), expected)
 
 
 def test_packed_rows_on_eight_devices(reference):
     name, batch, expected = reference
-    rows = tiny.packed(batch, [*GROUPS, [], [], [], []], 60)
+    rows = packed(batch, num_empty=4)
     assert_same(updated(name, rows, tiny.mesh(data=4, fsdp=2), packing=True), expected)
 
 
 @pytest.mark.parametrize("name", slow_but(FAST, AT_ONCE))
 def test_nothing_changes_where_everything_is_changed_at_once(name):
-    batch = batch_of(name, tiny.rows())
+    batch = batch_of(name)
     gradient, metrics = expected = updated(name, batch)
-    assert min(map(np.linalg.norm, jax.tree.leaves(gradient))) > 0
+    assert all(smallest_norm(name, moments) > 0 for moments in gradient.values())
     assert metrics.get("policy/kl_estimate", 1) > 0.1  # else the statistics of the minibatch have no say
-    changed = jax.tree.map(lambda x: with_filling(longer(x)), in_another_order(name, batch))
+    changed = with_filling(longer(in_another_order(name, batch)))
     assert_same(updated(name, changed, microbatch_size=2), expected)
-    rows = tiny.packed(batch, [*GROUPS, [], [], [], []], 60)
+    rows = packed(batch, num_empty=4)
     assert_same(updated(name, rows, tiny.mesh(data=4, fsdp=2), packing=True), expected)
 
 
@@ -219,10 +286,10 @@ def test_a_reference_computed_beforehand_changes_nothing(name):
         of_sequences = ref_logprobs(frozen, batch).reshape(batch.lengths.shape)
         return batch._replace(ref_logprobs=of_sequences)
 
-    batch = batch_of(name, tiny.rows())
+    batch = batch_of(name)
     expected = updated(name, batch)
     for packing in (False, True):
-        rows = known(tiny.packed(batch, GROUPS, 60) if packing else batch)
+        rows = known(packed(batch) if packing else batch)
         assert_same(updated(name, rows, packing=packing, precompute_ref=True), expected)
 
 
@@ -230,7 +297,7 @@ def test_a_reference_computed_beforehand_changes_nothing(name):
     ("name", "poison"), [("ppo", 1e6), ("ppo", np.nan), pytest.param("gspo", np.nan, marks=pytest.mark.slow)]
 )
 def test_garbage_outside_the_completions_changes_nothing(name, poison):
-    batch = batch_of(name, tiny.rows())
+    batch = batch_of(name)
     kept = batch.completion_mask
     fields = (
         "old_logprobs",

@@ -47,7 +47,11 @@ class Setting:
         whole = make_mesh(MeshConfig(data=-1), devices=jax.devices()[: 2 + devices])
         self.mesh, self.sampling = stage_meshes(self.stage, whole)
         self.programs = tiny.programs(self.stage, self.mesh)
-        judge = Judge(RewardsConfig(function="unused:here", function_weight=0.5), length, has_model=True)
+        judge = Judge(
+            RewardsConfig(function="unused:here", function_weight=0.5),
+            {"unused:here": length},
+            has_model=True,
+        )
         self.collector = Collector(self.programs, judge, Numbers(), self.mesh, leaves_out=False)
         self.loader = Loader(examples("prompt_only"), 8, 0)
         self.elsewhere = tiny.programs(self.stage, self.sampling)

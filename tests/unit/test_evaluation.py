@@ -102,7 +102,9 @@ def evaluate_ppo(missing_eos, batch_size):
     mesh = tiny.mesh()
     programs = tiny.programs(tiny.stage("ppo", settings={"missing_eos": missing_eos}), mesh)
     trained, frozen = tiny.roles("ppo", mesh)
-    judge = Judge(RewardsConfig(function="unused:here", function_weight=0.5), length, has_model=True)
+    judge = Judge(
+        RewardsConfig(function="unused:here", function_weight=0.5), {"unused:here": length}, has_model=True
+    )
     collector = Collector(programs, judge, Numbers(), mesh, leaves_out=missing_eos == "mask")
     loader = Loader(examples("prompt_only"), batch_size, 0)
     key = jax.random.key(3)

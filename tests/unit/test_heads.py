@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.models.heads import (
+    Ensemble,
+    average,
+    combined,
     fold_normalizer,
     init_score_head,
     last_hidden,
@@ -45,6 +48,25 @@ def test_folding_a_normalizer_normalizes_the_scores():
     np.testing.assert_allclose(
         scores(folded, HIDDEN, jnp.asarray([2, 3])), [(5.5 - 1.5) / 2, (2.5 - 1.5) / 2]
     )
+
+
+def test_an_ensemble_of_heads():
+    heads = {"kernel": jnp.asarray([[2.0, -1.0], [0.0, 4.0]]), "bias": jnp.asarray([0.5, -1.0])}
+    lengths = jnp.asarray([2, 3])
+    said = scores(heads, HIDDEN, lengths)
+    np.testing.assert_allclose(said, [[5.5, 2.5], [3.0, 7.0]])
+    np.testing.assert_allclose(combined(said, Ensemble(2)), [4.25, 4.75])
+    np.testing.assert_allclose(combined(said, Ensemble(2, "minimum")), [3.0, 2.5])
+    np.testing.assert_allclose(combined(said, Ensemble(2, "mean_minus_std", 2.0)), [4.25 - 2.5, 4.75 - 4.5])
+    np.testing.assert_allclose(scores(average(heads), HIDDEN, lengths), [4.25, 4.75])
+    folded = fold_normalizer(heads, mean=jnp.asarray([1.5, 1.0]), std=jnp.asarray([2.0, 4.0]))
+    np.testing.assert_allclose(scores(folded, HIDDEN, lengths), [[2.0, 0.5], [0.5, 1.5]])
+
+
+def test_heads_of_an_ensemble_differ():
+    kernel = init_score_head(jax.random.key(0), 7, num_heads=3)["kernel"]
+    assert kernel.shape == (3, 7)
+    assert len(np.unique(kernel)) == 21
 
 
 def test_scores_are_float32_whatever_the_activations():

@@ -146,7 +146,8 @@ def test_implicit_prompt_is_what_both_texts_begin_with(chosen, rejected, prompt)
             "prompt_completion",
             {"columns": {"promt": "text"}},
             "data.columns: no usual column 'promt'; known: chosen, rejected, prompt, completions, "
-            "completion, label, text, messages, pairs, ranks, scores, tools, chat_template_kwargs; "
+            "completion, rating, label, text, messages, pairs, ranks, scores, margin, tools, "
+            "chat_template_kwargs; "
             "did you mean 'prompt'?",
         ),
         ({"text": "t", "label": "1"}, "preference", {}, "record 1: label is '1', must be 0 or 1"),

@@ -1,30 +1,95 @@
-"""Bradley-Terry on hand-worked numbers."""
+"""What the reward model's loss makes of a batch, by hand: pairs, lists, margins, centring, several heads."""
+
+from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algos.reward_model import accuracy, bradley_terry
+from rlhf_jax.algo_config import RewardModelConfig
+from rlhf_jax.algos.reward_model import evaluate, loss
+from rlhf_jax.batch import JudgedRows, Rows
+from rlhf_jax.models.forward import blank_forward
 
 
-def test_loss_is_minus_log_sigmoid_of_the_margin():
-    chosen, rejected = jnp.array([2.0, 0.0]), jnp.array([1.0, 3.0])
-    loss = bradley_terry(chosen, rejected, jnp.array([True, True]))
-    expected = np.mean([np.log1p(np.exp(-1.0)), np.log1p(np.exp(3.0))])
-    assert loss.value == pytest.approx(expected, rel=1e-6)
+def rows(num_rows: int, empty: tuple[int, ...] = ()) -> Rows:
+    lengths = jnp.asarray([0 if row in empty else 2 for row in range(num_rows)])
+    return Rows(jnp.zeros((num_rows, 2), jnp.int32), jnp.minimum(lengths, 1), lengths)
 
 
-def test_filling_pairs_have_no_weight_and_no_gradient():
-    mask = jnp.array([True, False])
-    loss = bradley_terry(jnp.array([2.0, 9e9]), jnp.array([1.0, jnp.nan]), mask)
-    assert loss.weight == 1
-    assert loss.value == pytest.approx(np.log1p(np.exp(-1.0)), rel=1e-6)
-    gradient = jax.grad(lambda c: bradley_terry(c, jnp.array([1.0, 0.0]), mask).value)(jnp.array([2.0, 5.0]))
-    assert gradient[1] == 0 and gradient[0] < 0
+def said(*of_heads: list[float]):
+    """Returns a forward whose heads say given scores."""
+    scores = jnp.asarray(of_heads)
+    return blank_forward()._replace(head_scores=lambda params, frozen, rows: scores)
+
+
+def losses(forward, batch, **settings):
+    terms, metrics = loss(forward, {}, {}, batch, RewardModelConfig(**settings))
+    return {name: term.mean for name, term in terms.items()}, metrics
+
+
+def test_rows_alternate_in_pairs():
+    batch = rows(6, empty=(4, 5))
+    terms, metrics = losses(said([2.0, 1.0, 0.0, 3.0, 9e9, math.nan]), batch)
+    assert terms.keys() == {"bradley_terry"}
+    assert terms["bradley_terry"].weight == 2
+    expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(3))) / 2
+    assert terms["bradley_terry"].value == pytest.approx(expected, rel=1e-6)
+    assert metrics["reward/accuracy"].value == 0.5
+    assert metrics["reward/margin"].value == -1.0
 
 
 def test_equal_scores_count_one_half():
-    chosen, rejected = jnp.array([1.0, 1.0, 0.0, 7.0]), jnp.array([1.0, 0.0, 1.0, 0.0])
-    found = accuracy(chosen, rejected, jnp.array([True, True, True, False]))
-    assert found.value == pytest.approx((0.5 + 1 + 0) / 3)
+    _, metrics = losses(said([1.0, 1.0, 1.0, 0.0, 0.0, 1.0]), rows(6))
+    assert metrics["reward/accuracy"].value == pytest.approx((0.5 + 1 + 0) / 3)
+
+
+def test_margins_of_the_data_come_on_top():
+    better = jnp.asarray([[False, True], [False, False]] * 2)
+    batch = JudgedRows(rows(4), jnp.asarray([0.5, 0.0, 2.0, 0.0]), better)
+    terms, _ = losses(said([1.0, 0.0, 1.0, 0.0]), batch, loss="hinge", margin=1.0, margin_from_data=True)
+    assert terms["hinge"].value == pytest.approx((0.5 + 2.0) / 2)
+    terms, _ = losses(said([1.0, 0.0, 1.0, 0.0]), batch, loss="hinge", margin=1.5)
+    assert terms["hinge"].value == 0.5
+
+
+def test_lists_weigh_the_same_and_centring_is_a_term_of_its_own():
+    """Three completions in the first record, two in the second; all pairs of a record share its weight."""
+    order = np.array([[2.0, 1.0, 0.0], [1.0, 0.0, -1.0]])
+    there = np.array([[True, True, True], [True, True, False]])
+    better = (order[:, :, None] > order[:, None, :]) & there[:, :, None] & there[:, None, :]
+    batch = JudgedRows(rows(6, empty=(5,)), jnp.asarray(order.ravel()), jnp.asarray(better.reshape(6, 3)))
+    forward = said([1.0, 0.0, 0.0, 0.0, 2.0, math.nan])
+    terms, metrics = losses(forward, batch, all_pairs=True, loss="hinge", margin=1.0, center_coef=0.1)
+    assert terms["hinge"] == (pytest.approx((0 + 0 + 1) / 3 + 3), 2)
+    assert terms["centering"] == (pytest.approx((1 + 1 + 0) / 3 + 4), 2)
+    assert metrics["reward/accuracy"] == (2.5, 4)  # over all pairs alike
+    terms, _ = losses(forward, batch, loss="info_nce")
+    expected = math.log(1 + 2 * math.exp(-1)) + math.log(1 + math.exp(2))
+    assert terms["info_nce"].total == pytest.approx(expected, rel=1e-6)
+
+
+def test_ratings_train_the_bias():
+    batch = JudgedRows(rows(2), jnp.asarray([3.0, 5.0]), jnp.zeros((2, 1), bool))
+    settings = RewardModelConfig(loss="regression", normalizer="none")
+
+    def value(bias):
+        params = {"reward": {"score_head": {"bias": bias}}}
+        return loss(said([1.0, 2.0]), params, {}, batch, settings)[0]["regression"].mean.value
+
+    assert value(jnp.float32(0.7)) == pytest.approx((4 + 9) / 2)  # the forward's scores have it already
+    assert jax.grad(value)(jnp.float32(0.7)) == pytest.approx(-2 - 3)
+    params = {"reward": {"score_head": {"bias": jnp.float32(0)}}}
+    found = evaluate(said([1.0, 2.0]), params, {}, batch, settings)
+    assert found["eval/squared_error"].value == 6.5 and "eval/accuracy" not in found
+
+
+def test_heads_learn_alone_and_are_judged_together():
+    one, two = [1.0, 0.0], [0.0, 3.0]
+    settings = {"loss": "hinge", "margin": 1.0, "num_heads": 2}
+    terms, metrics = losses(said(one, two), rows(2), **settings)
+    assert terms["hinge"] == ((0.0 + 4.0) / 2, 1)
+    assert metrics["reward/margin"].value == -1.0  # of the means, 0.5 and 1.5

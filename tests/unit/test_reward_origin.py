@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data.tokenizer import train_tokenizer
+from rlhf_jax.models.heads import Ensemble
 from rlhf_jax.models.scorers import save_scorer
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.reward_origin import external_reward
@@ -85,3 +86,11 @@ def test_a_padding_token_that_ends_texts_moves_the_score(judge):
     found = external(judge(POLICY, pad=POLICY.eos_token_id))
     assert found is not None and found.reader.tokenizer is None
     assert found.reader.pad_id == POLICY.eos_token_id
+
+
+def test_an_ensemble_s_least_score_has_a_program_of_its_own(judge):
+    """The mean of linear heads is one head; what is not has no place among the roles."""
+    path = judge(POLICY)
+    stage = dataclasses.replace(tiny.stage("ppo", rewards={"ensemble": "minimum"}), reward_from=str(path))
+    found = external_reward(stage, path, ARCHITECTURE, POLICY, {}, has_conversations=True, num_heads=3)
+    assert found is not None and found.ensemble == Ensemble(3, "minimum") and found.reader.tokenizer is None

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax.config import RewardsConfig
 from rlhf_jax.data.records import PromptOnly
-from rlhf_jax.rewards.combine import Judge, combine
+from rlhf_jax.rewards.combine import Judge, combine, function_names
 from rlhf_jax.rewards.functions import RewardError, RewardFunction, call, load_function
 
 PROMPTS, COMPLETIONS = ["a", "b", "c"], ["x", "yy", "a long completion " * 20]
@@ -195,18 +195,40 @@ def test_combination_is_weighted_and_each_part_is_logged_alone():
 
 def test_judge():
     records, learned = [PromptOnly("p")] * 2, np.array([1.0, 2.0], np.float32)
-    settings = RewardsConfig(model_weight=3.0, function_weight=-1.0)
-    function = RewardFunction("f", lengths)
+    settings = RewardsConfig(model_weight=3.0, function="f:lengths", function_weight=-1.0)
+    functions = {"f:lengths": RewardFunction("f", lengths)}
     counted = np.ones(2, bool)
-    both = Judge(settings, function, has_model=True)(records, ["a", "bb"], learned, counted)
+    both = Judge(settings, functions, has_model=True)(records, ["a", "bb"], learned, counted)
     np.testing.assert_array_equal(both.scores, [2.0, 4.0])
     assert set(both.metrics) == {"reward/model", "reward/function"}
-    alone = Judge(settings, function, has_model=False)(records, ["a", "bb"], np.full(2, np.nan), counted)
+    alone = Judge(settings, functions, has_model=False)(records, ["a", "bb"], np.full(2, np.nan), counted)
     np.testing.assert_array_equal(alone.scores, [-1.0, -2.0])
-    learned_only = Judge(settings, None, has_model=True)(records, ["a", "bb"], learned, counted)
+    learned_only = Judge(settings, {}, has_model=True)(records, ["a", "bb"], learned, counted)
     np.testing.assert_array_equal(learned_only.scores, [3.0, 6.0])
     with pytest.raises(ValueError, match=r"no reward.*reward_from.*rewards\.function"):
-        Judge(settings, None, has_model=False)
+        Judge(settings, {}, has_model=False)
+
+
+def test_several_functions_are_weighted_and_told_one_by_one():
+    def twos(records, completions):
+        return np.full(len(completions), 2.0, np.float32)
+
+    weights = {"a:lengths": 0.5, "b:twos": -1.0}
+    functions = {"a:lengths": RewardFunction("lengths", lengths), "b:twos": twos}
+    judge = Judge(RewardsConfig(function=weights, model_weight=3.0), functions, has_model=True)
+    verdict = judge([PromptOnly("p")] * 2, ["aaa", "b"], np.array([1.0, 0.0], np.float32), np.ones(2, bool))
+    np.testing.assert_array_equal(verdict.scores, [0.5 * 3 - 2 + 3, 0.5 * 1 - 2])
+    assert {name: mean.value for name, mean in verdict.metrics.items()} == {
+        "reward/lengths": 2.0,
+        "reward/twos": 2.0,
+        "reward/model": 0.5,
+    }
+    assert function_names(["a:f", "b:f", "c:score", "d:g"]) == {
+        "a:f": "a:f",
+        "b:f": "b:f",
+        "c:score": "c:score",
+        "d:g": "g",
+    }
 
 
 def test_needed_columns_are_known_before_anything_is_called():

@@ -17,11 +17,13 @@ from rlhf_jax.data.records import Preference, PromptCompletion
 from rlhf_jax.data.token_rows import token_rows
 from rlhf_jax.lowering import abstract_roles
 from rlhf_jax.models.forward import make_forward
+from rlhf_jax.models.heads import Ensemble
 from rlhf_jax.models.scorers import Normalizer, save_scorer
+from rlhf_jax.models.transformer import make_model
 from rlhf_jax.origins import Origins, adapter_info, check_base
 from rlhf_jax.plan import Plan
 from rlhf_jax.role_parts import role_parts
-from rlhf_jax.roles import load_policy, load_reward, load_roles
+from rlhf_jax.roles import load_policy, load_reward, load_roles, load_trained_scorer
 from rlhf_jax.stage import _normalized
 from tests import tiny
 
@@ -268,6 +270,62 @@ def examples(kind, rows):
     return Examples(**dict.fromkeys(COUNTS, 0) | told)
 
 
+def test_heads_are_normalised_one_by_one_and_read_as_one_or_all(tmp_path, mesh, demonstrations):
+    stage = tiny.stage("reward_model", settings={"batch_size": 4, "num_heads": 3, "normalizer": "mean_std"})
+    programs = tiny.programs(stage, mesh)
+    ensemble = tiny.weights("reward", mesh, seed=3, num_heads=3)
+    state = programs.init_state({"reward": jax.tree.map(jnp.copy, ensemble)})
+    plan = Plan(
+        stage=stage,
+        number=0,
+        algorithm=ALGORITHMS["reward_model"],
+        architecture=tiny.ARCHITECTURE,
+        origins=Origins(None, None),
+        tokenizer=None,
+        text={},
+        train=(read := examples("prompt_completion", demonstrations)),
+        held_out=read,
+        demonstrations=read,
+        functions={},
+        gold=None,
+    )
+    raw = np.asarray(programs.head_scores(state.params, {}, demonstrations))
+    state = _normalized(plan, programs, state, {}, mesh)
+    np.testing.assert_allclose(state.aux["normalizer_mean"], raw.mean(axis=1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.aux["normalizer_std"], raw.std(axis=1), rtol=1e-5)
+    with Checkpointer(tmp_path / "checkpoints", keep=1) as checkpointer:
+        info = {"architecture": tiny.ARCHITECTURE.to_dict(), "num_heads": 3}
+        checkpointer.save(1, state, info)
+    normal = (raw - raw.mean(axis=1, keepdims=True)) / raw.std(axis=1, keepdims=True)
+
+    trained, frozen = roles_of("ppo", mesh, reward=tmp_path)  # their mean, as one head
+    assert frozen["reward"]["score_head"]["kernel"].ndim == 1
+    assert_equal(trained["value"], frozen["reward"])
+    said = jax.jit(make_forward(MODEL, 8).scores)({}, frozen, demonstrations)
+    np.testing.assert_allclose(said, normal.mean(axis=0), rtol=1e-5, atol=1e-5)
+
+    least = make_model(tiny.ARCHITECTURE, ensemble=Ensemble(3, "minimum"))
+    whole = load_reward(tmp_path, least, mesh)
+    said = jax.jit(make_forward(least, 8).scores)({"reward": whole}, {}, demonstrations)
+    np.testing.assert_allclose(said, normal.min(axis=0), rtol=1e-5, atol=1e-5)
+
+    exported, normalizer = load_trained_scorer(tmp_path, "reward", MODEL, mesh)
+    save_scorer(tmp_path / "hf", tiny.ARCHITECTURE, exported, "reward", normalizer)
+    again = load_reward(tmp_path / "hf", MODEL, mesh)
+    said = jax.jit(make_forward(MODEL, 8).scores)({"reward": again}, {}, demonstrations)
+    np.testing.assert_allclose(said, normal.mean(axis=0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_fresh_trunk_is_not_that_of_the_policy(tmp_path, mesh):
+    save_stage(tmp_path, "sft", "separate", mesh, {"policy": tiny.weights("policy", mesh, seed=8)}, {})
+    given, _ = roles_of("reward_model", mesh, policy=tmp_path)
+    fresh, _ = roles_of("reward_model", mesh, policy=tmp_path, settings={"fresh_trunk": True})
+    assert_equal(given["reward"]["trunk"], tiny.weights("policy", mesh, seed=8)["trunk"])
+    assert (
+        tiny.relative_difference(fresh["reward"]["trunk"]["layers"], given["reward"]["trunk"]["layers"]) > 0.1
+    )
+
+
 @pytest.mark.parametrize("normalizer", ["mean", "mean_std"])
 @pytest.mark.parametrize("kind", ["prompt_completion", "preference"])
 def test_the_normaliser_is_mean_and_deviation_of_the_scores(programs, mesh, demonstrations, normalizer, kind):
@@ -286,7 +344,7 @@ def test_the_normaliser_is_mean_and_deviation_of_the_scores(programs, mesh, demo
         train=read,
         held_out=read,
         demonstrations=read,
-        function=None,
+        functions={},
         gold=None,
     )
     state = programs.init_state({"reward": tiny.weights("reward", mesh, seed=3)})
