@@ -18,9 +18,6 @@ from rlhf_jax.config import PATH_OPTIONS, RUN_SECTIONS, STAGE_SECTIONS, Config, 
 from rlhf_jax.options import OPTIONS, REQUIRED, SECTIONS, STAGE_FIELDS, did_you_mean, show
 from rlhf_jax.unread import ARCHITECTURE, unread
 
-PathOf = Callable[[str, str], str]
-"""(section, option) -> the path at which the stage's option is set."""
-
 STAGE_KEYS = ("name", "algorithm", "from", "reward_from")
 EXAMPLE = "[{name: sft, algorithm: sft}, {name: ppo, algorithm: ppo, from: sft}]"
 Where = tuple[str, str, str]

@@ -12,6 +12,7 @@ from rlhf_jax.algos.preference import PAIR_MEASURES, completions, held_out, pair
 from rlhf_jax.batch import Metrics, Params, Rows
 from rlhf_jax.models.forward import Forward
 from rlhf_jax.ops.masking import masked
+from rlhf_jax.ops.ranking import bradley_terry, hinge
 from rlhf_jax.ops.sequences import as_pairs
 
 
@@ -36,15 +37,14 @@ def pair_losses(margins: Array, settings: DPOConfig) -> Array:
     beta, smoothing = settings.beta, settings.label_smoothing
     match settings.loss:
         case "sigmoid":
-            right, wrong = -jax.nn.log_sigmoid(beta * margins), -jax.nn.log_sigmoid(-beta * margins)
-            return (1 - smoothing) * right + smoothing * wrong
+            return bradley_terry(beta * margins, label_smoothing=smoothing)
         case "robust":
             right, wrong = -jax.nn.log_sigmoid(beta * margins), -jax.nn.log_sigmoid(-beta * margins)
             return ((1 - smoothing) * right - smoothing * wrong) / (1 - 2 * smoothing)
         case "ipo":
             return jnp.square(margins - 1 / (2 * beta))
         case "hinge":
-            return jax.nn.relu(1 - beta * margins)
+            return hinge(beta * margins, 1.0)
 
 
 def loss(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rlhf_jax.algos.algorithm import Measure, Terms
-from rlhf_jax.batch import Mean, Metrics, Params, Rows
+from rlhf_jax.batch import Metrics, Params, Rows
 from rlhf_jax.models.forward import Forward
-from rlhf_jax.ops.masking import masked
+from rlhf_jax.ops.masking import masked, share_above
 from rlhf_jax.ops.sequences import as_pairs, completion_lengths, completion_sums
 
 PAIR_MEASURES = (
@@ -52,11 +52,6 @@ def completions(
     if not with_reference or rows.ref_logprobs is None:
         return Completions(logprobs, logprobs, lengths)
     return Completions(logprobs, logprobs - rows.ref_logprobs.reshape(-1), lengths)
-
-
-def share_above(x: Array, mask: Array) -> Mean:
-    """Returns the share of x, of those that the mask names, that is above 0; 0 itself counts one half."""
-    return masked(jnp.where(x == 0, 0.5, jnp.float32(x > 0)), mask)
 
 
 def pair_metrics(of: Completions, rewards: Array, mask: Array) -> Metrics:

@@ -12,6 +12,7 @@ from rlhf_jax.algos.preference import PAIR_MEASURES, Completions, completions, h
 from rlhf_jax.batch import Mean, Metrics, Params, Rows
 from rlhf_jax.models.forward import Forward
 from rlhf_jax.ops.masking import keep, masked
+from rlhf_jax.ops.ranking import bradley_terry
 from rlhf_jax.ops.sequences import as_pairs
 
 LARGEST_MEAN_LOGPROB = -1e-6
@@ -29,9 +30,8 @@ def pair_losses(margins: Array, settings: SimPOConfig) -> Array:
         settings: reads beta, gamma and label_smoothing (e).
     Source: SimPO arXiv:2405.14734 eq. 6, per token; CPO arXiv:2401.08417 eq. 3, summed, with gamma 0.
     """
-    smoothing, shifted = settings.label_smoothing, settings.beta * margins - settings.gamma
-    right, wrong = -jax.nn.log_sigmoid(shifted), -jax.nn.log_sigmoid(-shifted)
-    return (1 - smoothing) * right + smoothing * wrong
+    shifted = settings.beta * margins - settings.gamma
+    return bradley_terry(shifted, label_smoothing=settings.label_smoothing)
 
 
 def log_odds_ratios(chosen: Array, rejected: Array) -> Array:

@@ -9,6 +9,7 @@ from jax import Array
 
 from rlhf_jax.batch import Mean, Rows
 from rlhf_jax.ops.masking import keep, masked
+from rlhf_jax.ops.sequences import sums_of_sequences
 
 
 def sequence_sums(x: Array, rows: Rows) -> Array:
@@ -18,12 +19,10 @@ def sequence_sums(x: Array, rows: Rows) -> Array:
         x: f32[B, T], 0 where a token does not count.
         rows: of one sequence each, or packed; at padding the result means nothing.
     """
+    sums = sums_of_sequences(x, rows)
     if not rows.is_packed:
-        return jnp.broadcast_to(jnp.sum(x, axis=1, keepdims=True), x.shape)
-    num_sequences = rows.lengths.shape[1]
-    is_of = rows.segments[:, None] == jnp.arange(num_sequences)[:, None]  # [B, S, T]
-    sums = jnp.sum(jnp.where(is_of, x[:, None], 0.0), axis=2)
-    return jnp.take_along_axis(sums, jnp.minimum(rows.segments, num_sequences - 1), axis=1)
+        return jnp.broadcast_to(sums, x.shape)
+    return jnp.take_along_axis(sums, jnp.minimum(rows.segments, sums.shape[1] - 1), axis=1)
 
 
 def sequence_means(x: Array, mask: Array, rows: Rows) -> Array:

@@ -29,6 +29,11 @@ def masked(x: Array, mask: Array) -> Mean:
     return Mean(jnp.sum(keep(x, mask)), jnp.sum(mask, dtype=jnp.float32))
 
 
+def share_above(x: Array, mask: Array) -> Mean:
+    """Returns the share of x, of those that the mask names, that is above 0; 0 itself counts one half."""
+    return masked(jnp.where(x == 0, 0.5, jnp.float32(x > 0)), mask)
+
+
 def masked_mean(x: Array, mask: Array) -> Array:
     """Returns f32[], the mean of x over the true entries of a mask; 0 where there are none."""
     return masked(x, mask).value

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from rlhf_jax.batch import Mean
-from rlhf_jax.ops.masking import keep, masked
+from rlhf_jax.ops.masking import keep, masked, share_above
 
 
 def gaps(scores: Array, better: Array) -> Array:
@@ -139,5 +139,4 @@ def squared_error(scores: Array, ratings: Array, mask: Array) -> Mean:
 
 def pair_accuracy(scores: Array, better: Array) -> Mean:
     """Returns the share of all pairs whose better completion scores higher; equal scores count one half."""
-    gap = gaps(scores, better)
-    return masked(jnp.where(gap == 0, 0.5, jnp.float32(gap > 0)), better)
+    return share_above(gaps(scores, better), better)
