@@ -380,7 +380,7 @@ def test_a_reward_model_unlike_the_policy_has_a_program_of_its_own(plans, scorer
     judge = scorer(**changes)
     (plan,) = plans(**JUDGE)
     assert plan.origins.reward is None and plan.external is not None
-    path, architecture, reader = plan.external
+    path, architecture, reader, _ = plan.external
     assert (path, architecture) == (judge, changes.get("architecture", ARCHITECTURE))
     assert (reader.tokenizer is not None, reader.joins) == (reads_text, True)
     assert (reader.pad_id, reader.context_length) == (changes.get("pad", 0), 256)
