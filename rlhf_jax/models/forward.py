@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -15,8 +16,12 @@ from rlhf_jax.models.transformer import Model
 from rlhf_jax.ops.logprobs import (
     Columns,
     contiguous_columns,
+    fisher_of_logits,
     gather_predictors,
     gather_targets,
+    in_chunks,
+    kl_of_logits,
+    logprobs_of_logits,
     masked_columns,
     put_columns,
     token_logprobs,
@@ -64,6 +69,14 @@ class Forward(NamedTuple):
     trunk."""
     head_scores: RoleFunction | None = None
     """Of each head of the reward model, f32[H, B], packed f32[H, B * S]."""
+    policy_change: Callable[[Params, Params, Params, Rows], tuple[Array, Array, Array]] | None = None
+    """policy_change(params, old_params, frozen, rows): log-probabilities by the policy and by the old one,
+    and the exact KL(old || new) of each token's distribution over the vocabulary; all f32[B, T], in nats."""
+    fisher: Callable[[Params, Params, Params, Rows], Array] | None = None
+    """fisher(params, tangents, frozen, rows): f32[B, T], how far a change of the policy's parameters, a tree
+    like these, moves the distribution of each token: the squared norm of the change of its logits, by forward
+    mode, in the metric of `fisher_of_logits`. Half its gradient with respect to the tangents is their product
+    with the Fisher matrix, by Gauss and Newton."""
 
 
 def make_forward(
@@ -169,19 +182,52 @@ def make_forward(
             scores=scores_of(hidden["reward"], trees, rows) if "reward" in hidden else None,
         )
 
+    def logits_of(trees: Params, hidden: Array) -> Array:
+        return model.logits(trees[_trunk_of("policy", trees)], hidden) / temperature
+
+    def predictors(params: Params, frozen: Params, rows: Rows) -> Array:
+        return gather_predictors(states(["policy"], params, frozen, rows)["policy"], columns(rows))
+
+    def policy_change(
+        params: Params, old_params: Params, frozen: Params, rows: Rows
+    ) -> tuple[Array, Array, Array]:
+        def of_chunk(hidden: Array, old_hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
+            new, old = logits_of(frozen | params, hidden), logits_of(frozen | old_params, old_hidden)
+            logprobs = (logprobs_of_logits(x, targets, with_entropy=False)[0] for x in (new, old))
+            return *logprobs, kl_of_logits(old, new)
+
+        hidden = (predictors(trained, frozen, rows) for trained in (params, old_params))
+        targets = gather_targets(rows.tokens, columns(rows))
+        new, old, kl = (put(x_BC, rows) for x_BC in in_chunks(of_chunk, (*hidden, targets), logprob_chunk))
+        return new, old, kl
+
+    def fisher(params: Params, tangents: Params, frozen: Params, rows: Rows) -> Array:
+        def of_policy(policy: Params) -> Array:
+            return predictors(params | {"policy": policy}, frozen, rows)
+
+        def of_chunk(hidden: Array, moves: Array) -> Array:
+            def logits(policy: Params, hidden: Array) -> Array:
+                return logits_of(frozen | params | {"policy": policy}, hidden)
+
+            return fisher_of_logits(*jax.jvp(logits, (params["policy"], hidden), (tangents, moves)))
+
+        of_states = jax.jvp(of_policy, (params["policy"],), (tangents,))
+        return put(in_chunks(of_chunk, of_states, logprob_chunk), rows)
+
     alike = {"temperature": temperature, "logprob_chunk": logprob_chunk, "longest": longest}
-    with_columns = partial(make_forward, model, **alike)
     return Forward(
-        logprobs,
-        ref_logprobs,
-        values,
-        scores,
-        policy_and_value,
-        score_all,
-        with_columns,
-        longest,
-        role_logprobs,
-        head_scores,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        scores=scores,
+        policy_and_value=policy_and_value,
+        score_all=score_all,
+        with_columns=partial(make_forward, model, **alike),
+        longest=longest,
+        role_logprobs=role_logprobs,
+        head_scores=head_scores,
+        policy_change=policy_change,
+        fisher=fisher,
     )
 
 

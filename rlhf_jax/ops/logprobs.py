@@ -8,7 +8,7 @@ tokens stand, so that column t of a [B, T] array speaks about token t.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,14 +114,28 @@ def token_logprobs(
     """
 
     def statistics(hidden: Array, targets: Array) -> tuple[Array, Array | None]:
-        hidden = constrain(hidden, ("batch", "length", "width"))
-        return _logprobs_of_logits(logits_fn(hidden) / temperature, targets, with_entropy)
+        return logprobs_of_logits(logits_fn(hidden) / temperature, targets, with_entropy)
 
-    num_rows, num_columns = targets.shape
+    return in_chunks(statistics, (hidden, targets), chunk)
+
+
+def in_chunks(function: Callable[..., Any], columns: tuple[Array, ...], chunk: int) -> Any:
+    """Returns function(*columns), which makes logits of them, computed for some columns at a time.
+
+    Args:
+        function: of arrays [B, w, ...] a tree of [B, w], each column for itself.
+        columns: arrays [B, C] or [B, C, D].
+        chunk: tokens whose logits exist at once, see `token_logprobs`.
+    """
+
+    def constrained(*columns: Array) -> Any:
+        return function(*(x if x.ndim == 2 else constrain(x, ("batch", "length", "width")) for x in columns))
+
+    num_rows, num_columns = columns[0].shape[:2]
     devices = num_parts("length")
     width = max(chunk // (num_rows * devices), 1) * devices
     if chunk == 0 or width >= num_columns:
-        return statistics(hidden, targets)
+        return constrained(*columns)
 
     num_chunks = -(-num_columns // width)
     padding = num_chunks * width - num_columns
@@ -134,12 +148,18 @@ def token_logprobs(
     def join(x: Array) -> Array:
         return jnp.moveaxis(x, 0, 2).reshape(num_rows, -1)[:, :num_columns]
 
-    recomputed = jax.checkpoint(statistics, prevent_cse=False)
-    return jax.tree.map(join, jax.lax.map(lambda xs: recomputed(*xs), (split(hidden), split(targets))))
+    recomputed = jax.checkpoint(constrained, prevent_cse=False)
+    return jax.tree.map(join, jax.lax.map(lambda xs: recomputed(*xs), tuple(map(split, columns))))
 
 
-def _logprobs_of_logits(logits: Array, targets: Array, with_entropy: bool) -> tuple[Array, Array | None]:
-    """Returns logprobs of the targets, and entropies; relative to the largest logit, which keeps digits."""
+def logprobs_of_logits(logits: Array, targets: Array, with_entropy: bool) -> tuple[Array, Array | None]:
+    """Returns logprobs of the targets, and entropies; relative to the largest logit, which keeps digits.
+
+    Args:
+        logits: f32[..., V].
+        targets: i32[...].
+        with_entropy: else there is None.
+    """
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     shifted = logits - largest[..., None]
     log_total = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
@@ -148,3 +168,34 @@ def _logprobs_of_logits(logits: Array, targets: Array, with_entropy: bool) -> tu
     if with_entropy:
         entropy = log_total - jnp.sum(jnp.exp(shifted - log_total[..., None]) * shifted, axis=-1)
     return target_logits - largest - log_total, entropy
+
+
+def kl_of_logits(old_logits: Array, logits: Array) -> Array:
+    """Returns KL(old || new) of whole distributions, f32[...] in nats.
+
+    KL_t = sum_v p_v (log p_v - log q_v),   p = softmax(old_logits), q = softmax(logits)
+
+    Args:
+        old_logits: f32[..., V].
+        logits: f32[..., V].
+    """
+    old_logprobs = jax.nn.log_softmax(old_logits)
+    return jnp.sum(jnp.exp(old_logprobs) * (old_logprobs - jax.nn.log_softmax(logits)), axis=-1)
+
+
+def fisher_of_logits(logits: Array, tangents: Array) -> Array:
+    """Returns the square of a change of logits as the softmax's Fisher matrix measures it, f32[...].
+
+    u' (diag(p) - p p') u = sum_v p_v (u_v - sum_w p_w u_w)^2,   p = softmax(logits)
+
+    Half of it is KL(p || softmax(logits + u)) up to third order. Its gradient with respect to u is twice the
+    product of the matrix with u.
+
+    Args:
+        logits: f32[..., V].
+        tangents: u, f32[..., V].
+    Source: arXiv:1502.05477 appendix C.1.
+    """
+    probabilities = jax.nn.softmax(logits)
+    mean = jnp.sum(probabilities * tangents, axis=-1, keepdims=True)
+    return jnp.sum(probabilities * jnp.square(tangents - mean), axis=-1)
