@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf_jax.algo_config import CDPOConfig, GRPOConfig, KTOConfig, PolicyGradientConfig
+from rlhf_jax.algo_config import (
+    CDPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    PolicyGradientConfig,
+    ShapedRewardConfig,
+    TRPOConfig,
+)
 from rlhf_jax.config import StageConfig
 from rlhf_jax.config_file import PathOf
 
@@ -17,6 +24,7 @@ def check_algorithm(stage: StageConfig, path: PathOf) -> Iterator[str]:
     yield from check_groups(stage, path)
     yield from check_rollout_devices(stage, path)
     yield from check_preferences(stage, path)
+    yield from check_trust_region(stage, path)
 
 
 def check_scores(stage: StageConfig, path: PathOf) -> Iterator[str]:
@@ -40,9 +48,9 @@ def check_scores(stage: StageConfig, path: PathOf) -> Iterator[str]:
 
 
 def check_controller(stage: StageConfig, path: PathOf) -> Iterator[str]:
-    """Yields what is wrong with the controller of the weight of the KL."""
+    """Yields what is wrong with the weight of the KL, and a length that no completion exceeds."""
     settings, section = stage.settings, stage.algorithm
-    if not isinstance(settings, PolicyGradientConfig):
+    if not isinstance(settings, ShapedRewardConfig):
         return
     if settings.kl_controller == "adaptive" and settings.kl_coef == 0:
         yield (
@@ -55,6 +63,11 @@ def check_controller(stage: StageConfig, path: PathOf) -> Iterator[str]:
         yield (
             f"{path(section, 'kl_horizon')}: must be more than 0.2 * {of} = "
             f"{0.2 * rows:g}, got {settings.kl_horizon}"
+        )
+    if settings.overlong_from >= stage.rollout.max_new_tokens:
+        yield (
+            f"{path(section, 'overlong_from')}: must be less than rollout.max_new_tokens = "
+            f"{stage.rollout.max_new_tokens}, got {settings.overlong_from}"
         )
 
 
@@ -91,11 +104,6 @@ def check_policy_loss(stage: StageConfig, path: PathOf) -> Iterator[str]:
         )
     if 0 < settings.dual_clip <= 1:
         yield f"{path(section, 'dual_clip')}: must be more than 1, or 0 for none, got {settings.dual_clip:g}"
-    if settings.overlong_from >= stage.rollout.max_new_tokens:
-        yield (
-            f"{path(section, 'overlong_from')}: must be less than rollout.max_new_tokens = "
-            f"{stage.rollout.max_new_tokens}, got {settings.overlong_from}"
-        )
 
 
 def check_groups(stage: StageConfig, path: PathOf) -> Iterator[str]:
@@ -128,7 +136,7 @@ def check_rollout_devices(stage: StageConfig, path: PathOf) -> Iterator[str]:
     if not stage.is_online or not number:
         return
     settings = stage.settings
-    if isinstance(settings, PolicyGradientConfig) and settings.kl_controller == "adaptive":
+    if isinstance(settings, ShapedRewardConfig) and settings.kl_controller == "adaptive":
         yield (
             f"{path(stage.algorithm, 'kl_controller')}: must be fixed where rollout.devices is not 0, as the "
             f"KL of the rollout is then not that of the policy which is held to {stage.algorithm}.kl_target, "
@@ -156,3 +164,25 @@ def check_preferences(stage: StageConfig, path: PathOf) -> Iterator[str]:
         )
     if isinstance(settings, CDPOConfig) and settings.label_smoothing == 0:
         yield f"{path(section, 'label_smoothing')}: must be > 0, as {section} is dpo without it, got 0"
+
+
+def check_trust_region(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields what does not go with steps that are checked before they are made."""
+    if not isinstance(stage.settings, TRPOConfig):
+        return
+    model, name = stage.model, stage.algorithm
+    if model.attention == "flash":
+        yield (
+            f"{path('model', 'attention')}: must be auto or xla in a stage that runs {name}, whose products "
+            "with the Fisher matrix need forward-mode derivatives, which no kernel has, got 'flash'"
+        )
+    if model.param_dtype != "float32":
+        yield (
+            f"{path('model', 'param_dtype')}: must be float32 in a stage that runs {name}: rounding would "
+            f"change the step whose KL was checked, got {model.param_dtype!r}"
+        )
+    if model.sharing == "trunk":
+        yield (
+            f"{path('model', 'sharing')}: must be separate or hydra in a stage that runs {name}: the value "
+            "loss would move a policy on whose trunk the values are, got 'trunk'"
+        )

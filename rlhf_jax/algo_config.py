@@ -15,6 +15,7 @@ from rlhf_jax.config_types import (
     Fraction,
     Kind,
     NonNegativeFloat,
+    OpenFraction,
     PositiveFloat,
     PositiveInt,
     Smoothing,
@@ -34,6 +35,8 @@ class OfflineConfig:
     """Learning from given records: a step is an update on a batch of them."""
 
     records: ClassVar[Kind]
+    forward_mode: ClassVar[bool] = False
+    """Whether models are differentiated in forward mode, which no attention kernel can be."""
     num_epochs: ClassVar[int] = 1
     num_minibatches: ClassVar[int] = 1
     num_steps: PositiveInt = 300
@@ -237,6 +240,7 @@ class OnlineConfig:
     """Learning from completions that the policy samples: an iteration is a rollout and the update on it."""
 
     records: ClassVar[Kind] = "prompt_only"
+    forward_mode: ClassVar[bool] = False
     num_iterations: PositiveInt = 100
     """Iterations of rollout and update."""
     batch_size: PositiveInt = 64
@@ -282,8 +286,8 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradientConfig(OnlineConfig):
-    """Clipped ratios and a KL to the reference, with or without a value model."""
+class ShapedRewardConfig(OnlineConfig):
+    """What scores go through on their way to rewards, and the weight of the KL to the reference."""
 
     normalize_scores: bool = False
     """Scores have the mean of all so far taken off, this iteration's among them, and are divided by their
@@ -299,15 +303,21 @@ class PolicyGradientConfig(OnlineConfig):
     """See overlong_from."""
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL to the reference, to start with."""
-    kl_term: KlTerm = "reward"
-    """Where that KL counts: in the reward of every token (its estimator is k1), or as a term of the loss,
-    whose on-policy gradient is that of the reverse KL (k2) or of the forward KL (k3)."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Whether the weight follows the measured KL."""
     kl_target: PositiveFloat = 6.0
     """Adaptive controller: KL to the reference to hold, nats per sequence."""
     kl_horizon: PositiveInt = 10000
     """Adaptive controller: episodes over which the weight adapts; more than 0.2 of those of an iteration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientConfig(ShapedRewardConfig):
+    """Clipped ratios and a KL to the reference, with or without a value model."""
+
+    kl_term: KlTerm = "reward"
+    """Where that KL counts: in the reward of every token (its estimator is k1), or as a term of the loss,
+    whose on-policy gradient is that of the reverse KL (k2) or of the forward KL (k3)."""
     surrogate: Literal["clip", "kl"] = "clip"
     """What keeps the policy near the one that sampled: the clip of the ratio; or a KL between the two as a
     term of the loss (arXiv:1707.06347 section 4), where there are several optimiser steps on a rollout."""
@@ -469,10 +479,57 @@ class ReinforcePPConfig(GRPOConfig):
     credit: Credit = "token"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TRPOConfig(ShapedRewardConfig):
+    """Trust region policy optimisation with a value model: the optimizer section is the value model's alone.
+
+    Source: arXiv:1502.05477; damping is what its author used with generalised advantages
+    (github.com/joschu/modular_rl). The paper's delta, 0.01, is of actions of other tasks.
+    """
+
+    forward_mode: ClassVar[bool] = True
+    # What PPO's preparation of a batch may ask for has one form here.
+    kl_term: ClassVar[KlTerm] = "reward"
+    ratio: ClassVar[Ratio] = "token"
+    surrogate: ClassVar[str] = "none"
+    num_epochs: PositiveInt = 4
+    """Passes of the value model over a rollout; the policy makes one step."""
+    num_minibatches: PositiveInt = 4
+    """Optimiser steps of the value model in one pass; divides the completions, batch_size * group_size."""
+    microbatch_size: Count = 0
+    """Rows of one pass of either model; 0: a whole minibatch. Divides its rows, batch_size * group_size
+    / num_minibatches / sequences_per_row."""
+    delta: PositiveFloat = 0.003
+    """Largest KL(old || new) of a step of the policy, exact, in nats, the mean over completion tokens."""
+    damping: NonNegativeFloat = 0.1
+    """What is added to the Fisher matrix's diagonal: the step turns from the natural gradient to the plain
+    one."""
+    cg_iterations: PositiveInt = 10
+    """The most products with the Fisher matrix of a step: each is a forward pass with its derivative along a
+    direction, and a backward pass, over the whole batch."""
+    cg_tolerance: NonNegativeFloat = 1e-5
+    """Residual, relative to the gradient, at which conjugate gradients stop."""
+    line_search_steps: PositiveInt = 10
+    """Steps that are tried, the longest first."""
+    line_search_factor: OpenFraction = 0.8
+    """Length of a step that is tried, relative to the one before."""
+    gamma: Fraction = 1.0
+    """Discount of a token."""
+    gae_lambda: Fraction = 0.95
+    """Lambda of generalised advantage estimation."""
+    value_clip_eps: PositiveFloat = 0.2
+    """Clip of the value around its old estimate."""
+    whiten_rewards: bool = False
+    """Divide rewards by their deviation over the batch, keeping their mean."""
+    whiten_advantages: bool = True
+    """Whiten advantages over the valid tokens of the whole batch."""
+
+
 AlgorithmName = Literal[
     "sft",
     "reward_model",
     "ppo",
+    "trpo",
     "grpo",
     "dr_grpo",
     "dapo",
@@ -494,6 +551,7 @@ ALGORITHM_SECTIONS: dict[str, type[OfflineConfig | OnlineConfig]] = {
     "sft": SFTConfig,
     "reward_model": RewardModelConfig,
     "ppo": PPOConfig,
+    "trpo": TRPOConfig,
     "grpo": GRPOConfig,
     "dr_grpo": DrGRPOConfig,
     "dapo": DAPOConfig,

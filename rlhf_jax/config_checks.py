@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rlhf_jax.algo_checks import check_algorithm
-from rlhf_jax.algo_config import OnlineConfig, PPOConfig
+from rlhf_jax.algo_config import OnlineConfig, PPOConfig, TRPOConfig
 from rlhf_jax.axes import axis_problems, axis_table
 from rlhf_jax.config import PATH_OPTIONS, RESERVED_NAMES, DataConfig, LoraConfig, StageConfig
 from rlhf_jax.config_file import PathOf, Resolved, Where, ignored
@@ -272,7 +272,7 @@ def check_architecture(stage: StageConfig, earlier: dict[str, StageConfig], path
 def check_lora(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf) -> Iterator[str]:
     """Yields adapters without the sharing that trains them, or without a model that they would adapt."""
     rank, sharing = stage.lora.rank, stage.model.sharing
-    if stage.is_online and sharing == "trunk" and stage.algorithm != "ppo":
+    if stage.is_online and sharing == "trunk" and not isinstance(stage.settings, PPOConfig | TRPOConfig):
         yield (
             f"{path('model', 'sharing')}: must be separate or hydra where a stage runs {stage.algorithm}, "
             "which has no value model that could share the policy's trunk, got 'trunk'"

@@ -29,6 +29,7 @@ _METHODS = {
     "simpo": "SimPO",
     "cpo": "CPO",
     "orpo": "ORPO",
+    "trpo": "TRPO against a reward",
 }
 _USE = {
     "policy": """\

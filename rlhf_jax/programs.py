@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
@@ -88,12 +89,16 @@ def rows_per_unit(stage: StageConfig, algorithm: Algorithm) -> int:
 
 
 def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
-    """Returns an optimiser per trained role; the schedule counts optimiser steps."""
+    """Returns an optimiser per trained role, which keeps nothing where it has no say; the schedule counts
+    optimiser steps.
+    """
     settings = stage.settings
     num_steps = settings.num_optimizer_steps
     rates, waits = algorithm.rates(settings), algorithm.waits(settings)
     return {
-        role: make_optimizer(
+        role: optax.identity()
+        if role in algorithm.without_optimizer
+        else make_optimizer(
             stage.optimizer, num_steps, rates.get(role), eps=algorithm.adam_eps, wait=waits.get(role, 0)
         )
         for role in algorithm.trains
@@ -189,7 +194,7 @@ def build_programs(
     minibatch_rows = settings.rows_per_update // settings.num_minibatches
     if layout is not None:
         minibatch_rows //= layout.sequences_per_row
-    update = make_update(
+    update = (algorithm.make_update or make_update)(
         algorithm,
         forward,
         optimizers,

@@ -61,7 +61,7 @@ def stage_model(stage: StageConfig, architecture: Architecture) -> Model:
         architecture,
         options.dtype,
         options.remat,
-        options.attention,
+        "xla" if stage.settings.forward_mode else options.attention,
         adapters_of(stage, architecture),
         Ensemble(getattr(stage.settings, "num_heads", 1)),
     )

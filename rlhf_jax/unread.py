@@ -13,6 +13,7 @@ from rlhf_jax.algo_config import (
     PPOConfig,
     ReferenceConfig,
     RewardModelConfig,
+    ShapedRewardConfig,
 )
 from rlhf_jax.config import PROMPTLESS_FORMATS, StageConfig
 from rlhf_jax.config_types import COMPARISONS
@@ -181,7 +182,7 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         if settings.missing_eos in ("none", "mask"):
             section = stage.algorithm
             reasons[f"{section}.missing_eos_value"] = f"{section}.missing_eos is {settings.missing_eos!r}"
-    if isinstance(settings, PolicyGradientConfig):
+    if isinstance(settings, ShapedRewardConfig):
         section = stage.algorithm
         if settings.kl_controller == "fixed":
             for key in ("kl_target", "kl_horizon"):
@@ -189,6 +190,8 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         if not settings.overlong_from:
             for key in ("overlong_buffer", "overlong_penalty"):
                 reasons[f"{section}.{key}"] = f"{section}.overlong_from is 0"
+    if isinstance(settings, PolicyGradientConfig):
+        section = stage.algorithm
         if settings.surrogate == "clip":
             for key in ("old_kl_coef", "old_kl_target"):
                 reasons[f"{section}.{key}"] = f"{section}.surrogate is 'clip'"

@@ -53,11 +53,11 @@ EOS, PAD = 1, 1  # the same: no mask may come from ids
 def stage(algorithm: str, sharing: str = "separate", **sections: dict[str, Any]) -> config.StageConfig:
     """Returns a stage with small defaults; `settings` and other sections take overrides.
 
-    `sharing` is model.sharing of ppo; or `lora`: adapters of an sft or reward_model stage.
+    `sharing` is model.sharing of an online stage; or `lora`: adapters of an sft or reward_model stage.
     """
     if sharing in ("hydra", "lora"):
         sections["lora"] = {"rank": 3, "alpha": 6.0} | sections.pop("lora", {})
-    if algorithm == "ppo":
+    if issubclass(algo_config.ALGORITHM_SECTIONS[algorithm], algo_config.OnlineConfig):
         sections["model"] = {"sharing": sharing} | sections.pop("model", {})
     settings = {"batch_size": 8} | sections.pop("settings", {})
     fixed = {"rollout": {"max_new_tokens": 8}, "optimizer": {"learning_rate": 1e-3}, "mesh": {"data": 1}}

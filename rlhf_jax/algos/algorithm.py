@@ -77,5 +77,9 @@ class Algorithm(NamedTuple):
     """Learning rates of roles that have their own."""
     waits: Callable[[Any], dict[str, int]] = lambda settings: {}
     """Optimiser steps, at the beginning, in which a role does not learn."""
+    make_update: Callable[..., Any] | None = None
+    """Its own update rule, with the arguments of step.make_update, in whose place it is called."""
+    without_optimizer: tuple[str, ...] = ()
+    """Trained roles that no optimiser steps, but make_update by itself; their opt_state is empty."""
     normalizes_scores: bool = False
     """After the last step, the mean and deviation of scores on demonstrations go into aux."""

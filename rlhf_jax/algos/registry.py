@@ -10,11 +10,13 @@ from rlhf_jax.algos.ppo import PPO
 from rlhf_jax.algos.reference_free import ORPO, SIMPO
 from rlhf_jax.algos.reward_model import REWARD_MODEL
 from rlhf_jax.algos.sft import SFT
+from rlhf_jax.algos.trpo import TRPO
 
 ALGORITHMS: dict[str, Algorithm] = {
     "sft": SFT,
     "reward_model": REWARD_MODEL,
     "ppo": PPO,
+    "trpo": TRPO,
     # The same mathematics; their sections in algo_config.py have other defaults.
     "grpo": GRPO,
     "dr_grpo": GRPO,

@@ -1,6 +1,7 @@
 """What every algorithm keeps, whatever its mathematics: NUMERICS 3, 4, 7, 11, 27.
 
-Gradients are read from Adam's first moment after one update: it is the compiled program that is tested.
+Gradients are read from Adam's first moment after one update: it is the compiled program that is tested. Of a
+role that no optimiser steps, it is the step itself.
 """
 
 import functools
@@ -48,7 +49,7 @@ def is_online(name: str) -> bool:
 
 
 ONLINE = [name for name in NAMES if is_online(name)]
-SHARED = ["dpo:lora", "ppo:trunk", "ppo:hydra", "reward_model:lora", "sft:lora"]
+SHARED = ["dpo:lora", "ppo:trunk", "ppo:hydra", "trpo:hydra", "reward_model:lora", "sft:lora"]
 """Algorithms whose roles share parameters, or are adapters; the fast tests of them are in test_sharing.py."""
 ROWS_PER_RECORD = {"ranking": 4, "rating": 1}
 """Where the data decide it; rankings here are of four completions or three."""
@@ -129,6 +130,11 @@ def update_of(name, mesh, settings):
     """Returns the compiled update of an algorithm, with one optimiser step; shared by the tests."""
     settings = dict(settings)
     one_minibatch = {"num_epochs": 1, "num_minibatches": 1, "group_size": 1} if is_online(name) else {}
+    if name.startswith("trpo"):
+        # Conjugate gradients amplify rounding by the matrix's condition. Between two meshes, the steps of
+        # adapters differ by 4e-5 after ten products with the default damping and by 2e-6 after five; with
+        # this damping by 4e-6 after ten, no more than those of whole models.
+        one_minibatch["damping"] = 1.0
     data = {"packing": settings.pop("packing")}
     num_completion = 32 if data["packing"] else 8
     settings = one_minibatch | VARIANTS.get(name, {}) | settings
@@ -144,8 +150,11 @@ def updated(name, batch, mesh=None, packing=False, **settings):
     programs = update_of(name, mesh, tuple(settings.items()))
     num_heads = getattr(settings_of(name), "num_heads", 1)
     trained, frozen = tiny.roles(name.partition(":")[0], mesh, sharing_of(name), num_heads)
-    state, metrics = programs.update(programs.init_state(trained), frozen, batch, jax.random.key(0))
-    moments = {role: state.opt_state[role][1][0].mu for role in trained}
+    before = programs.init_state(trained)
+    stepped = jax.device_get({role: before.params[role] for role in spec(name).without_optimizer})
+    state, metrics = programs.update(before, frozen, batch, jax.random.key(0))
+    moments = {role: state.opt_state[role][1][0].mu for role in trained if role not in stepped}
+    moments |= {role: jax.tree.map(np.subtract, state.params[role], stepped[role]) for role in stepped}
     return jax.device_get(moments), to_host(metrics)
 
 
@@ -153,10 +162,20 @@ def batch_records(name, batch):
     return jax.tree.leaves(batch)[0].shape[0] // spec(name).rows_per_record
 
 
+def as_one_leaf(step):
+    """Returns a step as one array: as a difference of parameters it has their rounding, of which one digit is
+    3e-4 of what norms move."""
+    return np.concatenate([x.ravel() for x in jax.tree.leaves(step)])
+
+
 def assert_same(found, expected):
     gradient, metrics = found
     expected_gradient, expected_metrics = expected
-    assert tiny.relative_difference(gradient, expected_gradient) < GRADIENT
+    for role, of_role in expected_gradient.items():
+        pair = gradient[role], of_role
+        if f"{role}/step_norm" in metrics:
+            pair = map(as_one_leaf, pair)
+        assert tiny.relative_difference(*pair) < GRADIENT, role
     assert metrics.keys() == expected_metrics.keys()
     for name, value in expected_metrics.items():
         assert metrics[name] == pytest.approx(value, abs=VALUE * max(1, abs(value))), name

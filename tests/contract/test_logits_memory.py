@@ -31,6 +31,7 @@ PROGRAMS = [
     pytest.param("reward_model", "update", marks=pytest.mark.slow),
     pytest.param("ppo", "score", marks=pytest.mark.slow),
     ("ppo", "update"),
+    pytest.param("trpo", "update", marks=pytest.mark.slow),
 ]
 
 
@@ -86,7 +87,8 @@ def compiled(name: str, program: str, chunk: int, layout: dict[str, int] | None 
         rollout = Rollout(rows, jnp.zeros((num_rows,), bool), numbers)
         return programs.score.lower(trained, frozen, rows_of(rollout)).compile()
     state = cast(Any, programs.init_state).eval_shape(trained)
-    batch = PolicyBatch(rows, rows.completion_mask, *[numbers] * 5) if name == "ppo" else rows
+    is_online = issubclass(ALGORITHM_SECTIONS[name], OnlineConfig)
+    batch = PolicyBatch(rows, rows.completion_mask, *[numbers] * 5) if is_online else rows
     return programs.update.lower(state, frozen, rows_of(batch), key).compile()
 
 

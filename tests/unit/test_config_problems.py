@@ -90,7 +90,11 @@ from tests.conftest import ROOT
         ),
         ("", ["--ppo.clip_eps", "0.1", "--ppo.clip_eps=0.2"], "--ppo.clip_eps: is given twice"),
         ("", ["ppo.clip_eps=0.1"], "ppo.clip_eps: expected a flag, such as --ppo.clip_eps 0.1"),
-        ("", ["--gae_lambda", "0.1"], "--gae_lambda: no such flag; did you mean --ppo.gae_lambda?"),
+        (
+            "",
+            ["--gae_lambda", "0.1"],
+            "--gae_lambda: no such flag; did you mean --ppo.gae_lambda or --trpo.gae_lambda?",
+        ),
         ("", ["--print_confg"], "--print_confg: no such flag; did you mean '--print_config'?"),
         ("", ["--config", "b.yaml"], "--config: is given twice"),
         ("", ["--json=1"], "--json: takes no value, got '1'"),
@@ -409,6 +413,50 @@ from tests.conftest import ROOT
 def test_one_problem_is_one_line(problems, monkeypatch, addition, flags, line):
     monkeypatch.chdir(ROOT)
     assert problems(f"{CHAIN}{addition}\n", *flags) == [line]
+
+
+@pytest.mark.parametrize(
+    "addition, flags, line",
+    [
+        (
+            "",
+            ["--stages.trpo.model.attention=flash"],
+            "--stages.trpo.model.attention: must be auto or xla in a stage that runs trpo, whose products "
+            "with the Fisher matrix need forward-mode derivatives, which no kernel has, got 'flash'",
+        ),
+        (
+            "",
+            ["--stages.trpo.model.param_dtype=bfloat16"],
+            "--stages.trpo.model.param_dtype: must be float32 in a stage that runs trpo: rounding would "
+            "change the step whose KL was checked, got 'bfloat16'",
+        ),
+        (
+            "",
+            ["--stages.trpo.model.sharing=trunk"],
+            "--stages.trpo.model.sharing: must be separate or hydra in a stage that runs trpo: the value "
+            "loss would move a policy on whose trunk the values are, got 'trunk'",
+        ),
+        ("trpo: {delta: 0}", [], "trpo.delta: must be > 0, got 0"),
+        ("trpo: {damping: -1}", [], "trpo.damping: must be >= 0, got -1"),
+        ("trpo: {cg_iterations: 0}", [], "trpo.cg_iterations: must be >= 1, got 0"),
+        (
+            "trpo: {line_search_factor: 1}",
+            [],
+            "trpo.line_search_factor: must be > 0 and < 1, got 1",
+        ),
+        (
+            "trpo: {kl_controller: adaptive, kl_coef: 0}",
+            [],
+            "trpo.kl_coef: must be > 0 where trpo.kl_controller is 'adaptive', which multiplies it and so "
+            "would leave it at 0, got 0",
+        ),
+        ("trpo: {kl_target: 6}", [], "trpo.kl_target: would be ignored: trpo.kl_controller is 'fixed'"),
+        ("ppo: {clip_eps: 0.1}", [], "ppo.clip_eps: would be ignored: no stage runs ppo"),
+        ("trpo: {clip_eps: 0.1}", [], "trpo.clip_eps: no such option; did you mean 'value_clip_eps'?"),
+    ],
+)
+def test_what_trpo_cannot_do(problems, addition, flags, line):
+    assert problems(f"{CHAIN.replace('ppo', 'trpo')}{addition}\n", *flags) == [line]
 
 
 @pytest.mark.parametrize(
