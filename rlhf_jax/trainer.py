@@ -177,7 +177,7 @@ class Trainer:
         metrics, samples = self._evaluate(state.params, frozen)
         if samples:
             write_samples(self._stage.run.dir, self._stage.name, step, samples)
-        if "eval/score" in metrics:  # the reference is what the policy was at step 0
+        if self._stage.is_online and "eval/score" in metrics:  # the reference is the policy at step 0
             of_reference = self.info["before"].get("eval/score", metrics["eval/score"])
             metrics["eval/ref_score"] = math.nan if of_reference is None else of_reference
         self.info |= {"after": metrics, "evaluated": step}

@@ -348,6 +348,20 @@ def test_a_first_ratio_that_is_not_one_is_told(tmp_path, caplog):
     assert "step 3: policy/ratio_gap_first is 0.06, above 0.05" in told
 
 
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda directory: Run(directory, num_steps=2), [None, None, None]),  # a reward model's own score
+        (lambda directory: PPORun(directory, gaps=[0.0, 0.0]), [0, None, 0]),
+    ],
+)
+def test_the_score_of_the_reference_is_told_where_a_policy_is_scored(tmp_path, make, told):
+    run = make(tmp_path)
+    run.evaluate = lambda params, frozen: Evaluation({"eval/score": float(params["policy"]["w"])}, [])
+    run.train()
+    assert [line.get("eval/ref_score") for line in run.lines()] == told
+
+
 class Compiling(Run):
     """Compiles a program in some updates; batches are wider from some step on."""
 
