@@ -82,7 +82,7 @@ class RewardModelConfig(OfflineConfig):
     """What is minimised: of pairs -log sigmoid of the gap between their scores (bradley_terry), or what it
     lacks to the margin (hinge); of rankings -log of the best completion's share among itself and what is
     worse (info_nce), or of each one's among itself, its equals and what is worse (plackett_luce); of ratings
-    the squared error (regression)."""
+    the squared error (regression). Completions that the column pairs does not compare are no equals."""
     all_pairs: bool = False
     """Of bradley_terry and hinge: the pairs of a ranking stay in one batch, each with the weight 1 / their
     number, and every completion goes through the model once. Otherwise they are records of their own."""
@@ -109,21 +109,16 @@ class RewardModelConfig(OfflineConfig):
     @property
     def records(self) -> Kind:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Returns what the loss is of: pairs, with their margins or without, rankings or ratings."""
-        if self.loss == "regression":
-            return "rating"
-        if self.reads_rankings:
-            return "ranking"
+        match self.loss:
+            case "regression":
+                return "rating"
+            case "info_nce":
+                return "ranking_with_best"
+            case "plackett_luce":
+                return "ranking_with_ties"
+        if self.all_pairs:
+            return "ranking_with_margin" if self.margin_from_data else "ranking"
         return "preference_with_margin" if self.margin_from_data else "preference"
-
-    @property
-    def reads_rankings(self) -> bool:
-        """Returns whether all completions of a prompt are in one record."""
-        return self.all_pairs or self.loss in ("info_nce", "plackett_luce")
-
-    @property
-    def needs_scores(self) -> bool:
-        """Returns whether rankings have to tell more than pairs: scores or ranks of all completions."""
-        return self.loss in ("plackett_luce", "regression") or self.margin_from_data
 
 
 @dataclass(frozen=True, kw_only=True)

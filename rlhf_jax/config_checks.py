@@ -19,7 +19,7 @@ from rlhf_jax.algo_config import OnlineConfig, PPOConfig, TRPOConfig
 from rlhf_jax.axes import axis_problems, axis_table
 from rlhf_jax.config import PATH_OPTIONS, RESERVED_NAMES, DataConfig, LoraConfig, StageConfig
 from rlhf_jax.config_file import PathOf, Resolved, Where, ignored
-from rlhf_jax.config_types import LARGEST_INT
+from rlhf_jax.config_types import LARGEST_INT, RANKINGS, Kind
 from rlhf_jax.data.columns import SERVES
 from rlhf_jax.data.records import PROMPT
 from rlhf_jax.data.sources import local_path
@@ -186,7 +186,8 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
     over = {axis: sizes[axis] for axis in axes if sizes.get(axis, 1) > 1}
     # A pair is two rows. What divides the smallest of batch, minibatch and microbatch divides the others.
     devices = math.prod(over.values())
-    per_record = {"preference": 2, "preference_with_margin": 2, "ranking": devices}.get(settings.records, 1)
+    pairs: dict[Kind, int] = {"preference": 2, "preference_with_margin": 2}
+    per_record = devices if settings.records in RANKINGS else pairs.get(settings.records, 1)
     unit = devices // math.gcd(devices, per_record)  # how many rows a ranking is the data tell
     if size % unit == 0:  # of groups the prompts are dealt as well
         option, size, text = "batch_size", settings.batch_size, f"{settings.batch_size}"

@@ -29,8 +29,14 @@ Kind = Literal[
     "prompt_only",
     "unpaired",
     "ranking",
+    "ranking_with_margin",
+    "ranking_with_best",
+    "ranking_with_ties",
     "rating",
 ]
 """What an algorithm learns from."""
-COMPARISONS: tuple[Kind, ...] = ("preference", "preference_with_margin", "ranking")
+RANKINGS: tuple[Kind, ...] = ("ranking", "ranking_with_margin", "ranking_with_best", "ranking_with_ties")
+"""Several completions of a prompt each: their pairs, by how much one of them is better, the best one among
+those that it is better than, or their order with ties."""
+COMPARISONS: tuple[Kind, ...] = ("preference", "preference_with_margin", *RANKINGS)
 """The kinds that tell which of two completions is better."""

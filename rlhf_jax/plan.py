@@ -20,11 +20,11 @@ from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import load_info
 from rlhf_jax.config import PROMPTLESS_FORMATS, Config, StageConfig
+from rlhf_jax.config_types import RANKINGS
 from rlhf_jax.data.collate import LENGTH_MULTIPLE
 from rlhf_jax.data.columns import Format, is_read
 from rlhf_jax.data.examples import Examples, Split, load_examples
 from rlhf_jax.data.packing import length_ladder
-from rlhf_jax.data.records import Ranking
 from rlhf_jax.data.tokenize import text_difference, text_settings
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models.architecture import Architecture
@@ -148,8 +148,10 @@ def _idle_data(plans: Sequence[Plan]) -> list[str]:
                 why = [of_format.get(f"data.{option}", "") for of_format in reasons]
                 idle.setdefault((option, str(value)), {})[plan.stage.name] = why[0] if all(why) else ""
         for usual, name in data.columns.items():
-            reads = any(is_read(usual, format) for format in formats)
-            why = "" if reads else f"records of data.format {' and '.join(sorted(formats))} have no {usual!r}"
+            kind = plan.stage.settings.records
+            reads = any(is_read(usual, format, kind) for format in formats)
+            of = f"records of data.format {' and '.join(sorted(formats))}"
+            why = "" if reads else f"a stage that reads {kind} takes no {usual!r} from {of}"
             idle.setdefault((f"columns.{usual}", name), {})[plan.stage.name] = why
     return [
         f"stage {name}: data.{option}: {value} would be ignored: {why}; leave it out"
@@ -188,9 +190,6 @@ def _plan(
         if lora is not None:
             attempt(check_start, stage, where, lora, architecture)
     train, held_out = examples("train"), examples("eval")
-    for split, of in (("train", train), ("eval", held_out)):
-        if of is not None:
-            attempt(_check_scores, stage, split, of)
     external = None
     if architecture is not None and train is not None:
         external = attempt(
@@ -254,7 +253,7 @@ def _plan(
 
 def with_rows_of(algorithm: Algorithm, examples: Examples) -> Algorithm:
     """Returns the algorithm for records of as many rows as these have, where it takes any number."""
-    if examples.kind not in ("ranking", "rating"):
+    if examples.kind not in ("rating", *RANKINGS):
         return algorithm
     return algorithm._replace(rows_per_record=examples.rows_per_record)
 
@@ -312,19 +311,6 @@ TEXT_OF_MODEL = ("tokenizer", "bos", "stop", "pad", "conversations", "chat_templ
 """What text_settings have to agree on between a model and the stage that goes on from it."""
 TEXT_OF_DATA = ("prompt_template", "prompt_truncation", "truncation")
 """The same, of stages that both read the option; None where one does not."""
-
-
-def _check_scores(stage: StageConfig, split: Split, examples: Examples) -> None:
-    """Raises ValueError where a loss needs more of rankings than which of two is better."""
-    settings = stage.settings
-    if not isinstance(settings, RewardModelConfig) or not settings.needs_scores:
-        return
-    if any(isinstance(record, Ranking) and not record.scores for record in examples.records):
-        option = "margin_from_data" if settings.margin_from_data else f"loss {settings.loss}"
-        raise ValueError(
-            f"data.{split}: its rankings tell pairs alone, but reward_model.{option} needs to know of every "
-            "completion how good it is: a column scores or ranks"
-        )
 
 
 def _check_text(plan: Plan, earlier: dict[str, Plan]) -> None:

@@ -192,7 +192,7 @@ def _titled_rows(plan: Plan, num_records: int) -> list[tuple[str, Row]]:
                 return ("desirable" if examples.is_desirable[number] else "undesirable", "mismatched")
             case "preference" | "preference_with_margin":
                 return ("chosen", "rejected")
-            case "ranking":
+            case "ranking" | "ranking_with_margin" | "ranking_with_best" | "ranking_with_ties":
                 count = len(completions(examples.records[number]))
                 return tuple(f"completion {place}" for place in range(1, count + 1))
             case _:

@@ -54,7 +54,7 @@ def main_loss(scores: Array, lists: Lists, settings: RewardModelConfig) -> Mean:
         case "info_nce":
             return ranking.info_nce(scores, lists.better, lists.mask)
         case "plackett_luce":
-            return ranking.plackett_luce(scores, lists.ratings, lists.mask)
+            return ranking.plackett_luce(scores, lists.ratings, lists.better, lists.mask)
     gap = ranking.gaps(scores, lists.better)
     own = ranking.gaps(lists.ratings, lists.better) if settings.margin_from_data else 0.0
     margin = settings.margin + own

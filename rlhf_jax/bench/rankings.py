@@ -1,9 +1,10 @@
 """Trains reward models on the same rankings by pairs and by lists: `python -m rlhf_jax.bench.rankings`.
 
 Pairs one by one, all pairs of a ranking in one batch, Plackett-Luce and InfoNCE, several seeds each, on the
-translations of wmt19_darr, from scratch. A step has about as many completions whatever the loss is. Prints a
-JSON line for each run: accuracy on the held-out pairs and its seconds; then for each loss the mean over the
-seeds and its standard error, beside what knows no language: the longer one, more words of the prompt.
+translations of wmt19_darr, from scratch. All learn from the same judged pairs, a partial order of each list;
+what was not compared is no tie. A step has about as many completions whatever the loss is. Prints a JSON line
+for each run: accuracy on the held-out pairs and its seconds; then for each loss the mean over the seeds and
+its standard error, beside what knows no language: the longer one, more words of the prompt.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def configuration(
         "data": {
             "train": str(lists),
             "eval": f"{lists}[:8]",  # what counts is measured afterwards
-            "columns": {"completions": "candidates.text", "scores": "candidates.score"},
+            "columns": {"completions": "candidates.text"},
             "max_prompt_length": 48,
             "max_length": 96,
             "max_eval_records": 8,

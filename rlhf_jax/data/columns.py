@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 from rlhf_jax.config import DataConfig
-from rlhf_jax.config_types import Kind
+from rlhf_jax.config_types import RANKINGS, Kind
 from rlhf_jax.options import did_you_mean
 from rlhf_jax.progress import watched
 
@@ -60,8 +60,8 @@ SERVES: dict[Kind, tuple[Format, ...]] = {
         "text",
     ),
     "unpaired": ("unpaired", "preference"),
-    "ranking": ("ranking",),
     "rating": ("rating", "ranking"),
+    **dict.fromkeys(RANKINGS, ("ranking",)),
 }
 USUAL_COLUMNS = tuple(dict.fromkeys([*itertools.chain(*COLUMNS.values()), *ORDERS, "margin", *FOR_TEMPLATES]))
 
@@ -241,8 +241,10 @@ def record_format(source: Sequence[Mapping[str, object]], kind: Kind, cfg: DataC
     return resolve_format(Reader(source[0], cfg.columns, where), kind, cfg)
 
 
-def is_read(usual: str, format: Format) -> bool:
-    """Returns whether records of a format may have a column of this usual name."""
+def is_read(usual: str, format: Format, kind: Kind) -> bool:
+    """Returns whether a stage reads a column of this usual name where records of a format have it."""
+    if usual == "margin" and kind != "preference_with_margin":
+        return False
     is_template = usual in FOR_TEMPLATES and format not in ("text", "labelled")
     return is_template or usual in (*COLUMNS[format], *MAY_HAVE.get(format, ()))
 

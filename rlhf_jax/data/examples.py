@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf_jax.batch import JudgedRows, Prompts, RecordRows, Rows, UnpairedRows
 from rlhf_jax.config import PROMPTLESS_FORMATS, DataConfig
-from rlhf_jax.config_types import Kind
+from rlhf_jax.config_types import RANKINGS, Kind
 from rlhf_jax.data.arrow import Record
 from rlhf_jax.data.collate import (
     Row,
@@ -89,7 +89,7 @@ class Examples:
 
         Of rankings it is the number of completions that the longest one has.
         """
-        if self.kind == "ranking":
+        if self.kind in RANKINGS:
             return len(self.rows) // len(self.records)
         return 2 if self.kind in ("preference", "preference_with_margin", "unpaired") else 1
 
@@ -128,7 +128,7 @@ class Examples:
     @functools.cached_property
     def judgements(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns f32[N, K] ratings and bool[N, K, K], which is better than which; None: rows tell all."""
-        if self.kind not in ("preference_with_margin", "ranking", "rating"):
+        if self.kind not in ("preference_with_margin", "rating", *RANKINGS):
             return None
         return judgements(self.records, self.rows_per_record)
 
@@ -298,7 +298,7 @@ def _joined(first: Examples, second: Examples) -> Examples:
             "data.train: some sources hold conversations and others plain text; let all be alike, for a "
             "conversation ends with a token of its chat template"
         )
-    if first.kind == "ranking":
+    if first.kind in RANKINGS:
         most = max(first.rows_per_record, second.rows_per_record)
         first, second = (of.with_rows_per_record(most) for of in (first, second))
     longer = max(first, second, key=lambda examples: examples.length)

@@ -21,7 +21,9 @@ made. Messages as prompt_completion are all completion: each assistant turn is l
 are a prompt up to the last assistant turn. Of unpaired records the desirable ones serve prompt_completion. A
 ranking serves preference as its pairs: those judged (`pairs`), or all that ranks or scores tell apart. Pairs
 serve unpaired as their completions, the chosen ones desirable. The margin of a pair, where it is read, is its
-column, or the difference of the two scores (minus the ranks).
+column, or the difference of the two scores (minus the ranks); it is not negative. A judgement that a ranking
+has twice is two records as pairs, and one judgement where the ranking is read as a whole; of two that
+contradict each other both count.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 from rlhf_jax.config import DataConfig
-from rlhf_jax.config_types import Kind
+from rlhf_jax.config_types import RANKINGS, Kind
 from rlhf_jax.data.columns import ORDERS, Cells, Content, Message, Reader, resolve_format
 from rlhf_jax.data.prose import detokenize
 from rlhf_jax.data.records import (
@@ -45,6 +47,7 @@ from rlhf_jax.data.records import (
     Ranking,
     Rated,
     Unpaired,
+    informative,
     texts,
     unpaired_of,
 )
@@ -130,19 +133,26 @@ def _read(
                 _ranking(reader, record, number)
                 for number, record in enumerate(watched(source, f"reading {where}"), start=1)
             ]
-            if kind == "ranking":
-                return [_without_equals(ranking, left_out) for ranking in rankings]
-            if kind != "preference":
-                _check_scores(rankings, reader)
+            with_margin = kind in ("preference_with_margin", "ranking_with_margin")
+            if (with_margin or kind == "rating") and not rankings[0].scores:
+                reader.missing(
+                    "scores", "the stage reads how good each completion is: a column scores or ranks"
+                )
+            if with_margin:
+                _check_margins(rankings, reader)
+            if kind in RANKINGS:
+                return _rankings(rankings, kind, reader, left_out)
             if kind == "rating":
                 return [
                     Rated(of.prompt, completion, score, of.variables)
                     for of in rankings
                     for completion, score in zip(of.completions, of.scores, strict=True)
                 ]
-            return _pairs_of(rankings, where, left_out, with_margin=kind == "preference_with_margin")
+            return _pairs_of(rankings, where, left_out, with_margin=with_margin)
         case "preference" if kind in ("preference", "preference_with_margin"):
-            margins = _numbers(reader, source, "margin") if kind == "preference_with_margin" else None
+            margins = None
+            if kind == "preference_with_margin":
+                margins = _numbers(reader, source, "margin", least=0)
             pairs = [
                 Preference(prompt, a, b, variables=variables, margin=margins[place] if margins else 0.0)
                 for place, ((prompt, a, b), _, variables) in enumerate(_read_pairs(reader, source))
@@ -291,8 +301,10 @@ def _scores(
     return tuple(sign * value for value in cell)
 
 
-def _numbers(reader: Reader, source: Sequence[Mapping[str, object]], usual: str) -> list[float]:
-    """Returns a column of finite numbers."""
+def _numbers(
+    reader: Reader, source: Sequence[Mapping[str, object]], usual: str, least: float = -math.inf
+) -> list[float]:
+    """Returns a column of finite numbers, none of them below `least`."""
     name, found = reader.name(usual), []
     if not reader.has(usual):
         reader.missing(name, "the stage reads it")
@@ -300,22 +312,43 @@ def _numbers(reader: Reader, source: Sequence[Mapping[str, object]], usual: str)
         value = reader.cell(record, usual, number)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             reader.wrong(number, f"column {name!r} is {value!r}, must be a finite number")
+        if value < least:
+            reader.wrong(number, f"column {name!r} is {value!r}, must be >= {least}")
         found.append(float(value))
     return found
 
 
-def _check_scores(rankings: Sequence[Ranking], reader: Reader) -> None:
-    """Raises ValueError where rankings tell pairs alone, and not how good each completion is."""
-    if not rankings[0].scores:
-        reader.missing("scores", "the stage reads how good each completion is: a column scores or ranks")
+def _check_margins(rankings: Sequence[Ranking], reader: Reader) -> None:
+    """Raises ValueError where a pair was judged against the scores, so that its margin would be negative."""
+    pairs = reader.name("pairs")
+    name = reader.name(next(usual for usual in ORDERS if usual != "pairs" and reader.has(usual)))
+    for number, of in enumerate(rankings, start=1):
+        for better, worse in of.pairs:
+            if of.scores[better] < of.scores[worse]:
+                of_both = (abs(of.scores[place]) for place in (better, worse))
+                reader.wrong(
+                    number,
+                    f"column {pairs!r} has [{better}, {worse}], but by column {name!r} the first of these is "
+                    f"the worse one, {' against '.join(f'{score:g}' for score in of_both)}: the margin of a "
+                    "pair is the difference and must be >= 0; mend the record, or leave out "
+                    "reward_model.margin_from_data",
+                )
 
 
-def _without_equals(ranking: Ranking, left_out: Counter[str]) -> Ranking:
-    """Returns the ranking without pairs of equal completions, which tell nothing."""
-    pairs = [pair for pair in ranking.pairs if ranking.completions[pair[0]] != ranking.completions[pair[1]]]
-    if num_equal := len(ranking.pairs) - len(pairs):
-        left_out["pairs of equal completions in a ranking"] += num_equal
-    return ranking._replace(pairs=tuple(pairs))
+def _rankings(
+    rankings: Sequence[Ranking], kind: Kind, reader: Reader, left_out: Counter[str]
+) -> list[AnyRecord]:
+    """Returns the rankings that tell something; ValueError where none does."""
+    if kind == "ranking_with_ties" and reader.has("pairs"):  # what these do not compare is no tie
+        rankings = [of._replace(scores=()) for of in rankings]
+    found = informative(rankings, kind, left_out)
+    if not found:
+        what = "best" if kind == "ranking_with_best" else "better than another"
+        raise ValueError(
+            f"{reader.where}: no completion is {what} in any of {len(rankings)} rankings "
+            f"({', '.join(f'{count} {why}' for why, count in left_out.items())})"
+        )
+    return list(found)
 
 
 def _judged(

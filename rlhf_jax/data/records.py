@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from rlhf_jax.config_types import Kind
 from rlhf_jax.data.columns import Content
 
 PROMPT = "{prompt}"
@@ -127,6 +129,33 @@ def with_mismatched(records: Sequence[Unpaired]) -> list[Unpaired]:
     return found
 
 
+def informative(rankings: Iterable[Ranking], kind: Kind, left_out: Counter[str]) -> list[Ranking]:
+    """Returns the rankings that tell a loss of this kind something, each of its judgements once.
+
+    Pairs of equal completions tell nothing. Where a pair was judged both ways, both judgements count.
+
+    Args:
+        rankings: those of ranking_with_ties have scores only where equal ones are ties.
+        kind: one of RANKINGS.
+        left_out: counts rankings and judgements that are, by why.
+    """
+    found, lost = [], Counter[str]()
+    for of in rankings:
+        unlike = [(i, j) for i, j in of.pairs if of.completions[i] != of.completions[j]]
+        pairs = tuple(dict.fromkeys(unlike))
+        lost["pairs of equal completions in a ranking"] += len(of.pairs) - len(unlike)
+        lost["judgements that a ranking repeats"] += len(unlike) - len(pairs)
+        has_ties = kind == "ranking_with_ties" and len(set(of.scores)) < len(of.scores)
+        if not pairs and not has_ties:
+            lost["rankings in which none is better"] += 1
+        elif kind == "ranking_with_best" and {i for i, _ in pairs} <= {j for _, j in pairs}:
+            lost["rankings in which none is best: judged in a circle"] += 1
+        else:
+            found.append(of._replace(pairs=pairs))
+    left_out += lost  # without what is 0
+    return found
+
+
 def judgements(records: Sequence[AnyRecord], num_completions: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns how good the completions of records are, and which are better than which.
 
@@ -134,7 +163,8 @@ def judgements(records: Sequence[AnyRecord], num_completions: int) -> tuple[np.n
         records: preferences, rankings or rated completions.
         num_completions: K, of the record that has most.
     Returns:
-        ratings f32[N, K], of a preference its margin and 0; better bool[N, K, K], (i, j) where i is better.
+        ratings f32[N, K], of a preference its margin and 0, NaN of rankings that have no scores, so that none
+        equals another; better bool[N, K, K], (i, j) where i is better.
     """
     ratings = np.zeros((len(records), num_completions), np.float32)
     better = np.zeros((len(records), num_completions, num_completions), bool)
@@ -143,7 +173,7 @@ def judgements(records: Sequence[AnyRecord], num_completions: int) -> tuple[np.n
             case Preference(margin=margin):
                 ratings[number, 0], better[number, 0, 1] = margin, True
             case Ranking(scores=scores, pairs=pairs):
-                ratings[number, : len(scores)] = scores
+                ratings[number, : len(completions(record))] = scores or np.nan
                 for i, j in pairs:
                     better[number, i, j] = True
             case Rated(rating=rating):

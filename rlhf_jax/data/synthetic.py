@@ -15,6 +15,7 @@ import itertools
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from rlhf_jax.data.records import (
     PromptOnly,
     Ranking,
     Rated,
+    informative,
     unpaired_of,
 )
 
@@ -176,8 +178,8 @@ def synthetic_records(kind: Kind, split: Split, seed: int) -> list[AnyRecord]:
             return [pair._replace(margin=_grade(pair)) for pair in pairs]
         case "unpaired":
             return unpaired(seed, NUM_PREFERENCES[split], split)
-        case "ranking":
-            return list(rankings(seed, NUM_RANKINGS[split], split))
+        case "ranking" | "ranking_with_margin" | "ranking_with_best" | "ranking_with_ties":
+            return list(informative(rankings(seed, NUM_RANKINGS[split], split), kind, Counter()))
         case "rating":
             return [
                 Rated(of.prompt, of.completions[0], of.scores[0])

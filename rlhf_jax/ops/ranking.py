@@ -4,6 +4,7 @@ Lists are rows: N prompts of at most K completions each. `scores` f32[N, K] are 
 says which completions there are; `better` bool[N, K, K] has (i, j) where completion i was judged better than
 completion j of the same list. A pair is a list of two. What masks leave out has no weight and no gradient.
 Losses are in nats; a list counts once, whatever its length, and not at all where nothing in it was judged.
+That of Plackett-Luce is a sum over its completions, and so grows with the length of a list.
 """
 
 from __future__ import annotations
@@ -84,23 +85,30 @@ def info_nce(scores: Array, better: Array, mask: Array) -> Mean:
     return masked(-jnp.sum(losses, axis=1) / jnp.maximum(counts, 1), counts > 0)
 
 
-def plackett_luce(scores: Array, ratings: Array, mask: Array) -> Mean:
-    """Returns the mean over lists of -sum_i log(exp(r_i) / sum_{j: ratings_j <= ratings_i} exp(r_j)).
+def plackett_luce(scores: Array, ratings: Array, better: Array, mask: Array) -> Mean:
+    """Returns the mean over lists of -sum_i log(exp(r_i) / sum_{j left of i} exp(r_j)).
 
-    Completions are chosen one after the other, the best first, each among those that are left. Of those that
-    are tied each is chosen among all of them and what is worse (Breslow); the last of a ranking too, so that
-    a tie at the end pulls scores together, and a last one alone says nothing.
+    Left of i are i itself, what it is better than, and what is tied with it: has the same rating. In a whole
+    order completions are chosen one after the other, the best first, each among those that are left; of those
+    that are tied each among all of them and what is worse (Breslow), the last of a ranking too, so that a tie
+    at the end pulls scores together, and a last one alone says nothing. Where judges compared some pairs
+    alone, ratings are NaN: nothing is tied, and each completion is chosen among itself and those that it was
+    judged better than. Two that were never compared meet at most in the choice of a third.
 
     Args:
         scores: f32[N, K]; the only input with a gradient.
-        ratings: f32[N, K], how good each is, higher is better; only their order counts.
+        ratings: f32[N, K]; only whether they are equal is read.
+        better: bool[N, K, K].
         mask: bool[N, K].
-    Source: Plackett 1975; Luce 1959; the mean over lists as in ListMLE, Xia et al. 2008. Ties: Breslow 1974,
-    for the same likelihood of survival times.
+    Source: Plackett 1975; the mean over lists as in ListMLE, Xia et al. 2008. Ties: Breslow 1974, for the
+    same likelihood of survival times. A choice among any set: Luce 1959; rankings of parts, such as of the
+    first k, as choices: Maystre and Grossglauser 2015. The choices of a partial order that is not a ranking
+    of its first k are taken as independent, which they are not.
     """
-    left = (ratings[:, None, :] <= ratings[:, :, None]) & mask[:, None, :] & mask[:, :, None]
+    tied = (ratings[:, None, :] == ratings[:, :, None]) & mask[:, None, :] & mask[:, :, None]
+    left = (better | tied) & ~jnp.eye(mask.shape[1], dtype=bool)
     losses = -jnp.sum(_log_shares(scores, left, mask), axis=1)
-    return masked(losses, jnp.sum(mask, axis=1) > 1)
+    return masked(losses, jnp.any(left, axis=(1, 2)))
 
 
 def _log_shares(scores: Array, among: Array, mask: Array) -> Array:

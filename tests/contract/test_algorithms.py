@@ -14,6 +14,7 @@ import pytest
 from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import JudgedRows, PolicyBatch, Rows, num_rows
+from rlhf_jax.config_types import RANKINGS, Kind
 from rlhf_jax.metrics import to_host
 from rlhf_jax.role_parts import role_parts
 from tests import tiny
@@ -51,7 +52,7 @@ def is_online(name: str) -> bool:
 ONLINE = [name for name in NAMES if is_online(name)]
 SHARED = ["dpo:lora", "ppo:trunk", "ppo:hydra", "trpo:hydra", "reward_model:lora", "sft:lora"]
 """Algorithms whose roles share parameters, or are adapters; the fast tests of them are in test_sharing.py."""
-ROWS_PER_RECORD = {"ranking": 4, "rating": 1}
+ROWS_PER_RECORD: dict[Kind, int] = {"rating": 1, **dict.fromkeys(RANKINGS, 4)}
 """Where the data decide it; rankings here are of four completions or three."""
 GRADIENT = 1e-5  # of the leaf's norm
 VALUE = 1e-5
@@ -98,12 +99,12 @@ def sharing_of(name: str) -> str:
 def batch_of(name: str, rows: Rows | None = None):
     """A batch for an algorithm: eight rows, or four rankings, where none are given."""
     records = settings_of(name).records
-    rows = rows or tiny.rows(16 if records == "ranking" else 8)
+    rows = rows or tiny.rows(16 if records in RANKINGS else 8)
     if is_online(name):
         return online_batch(name, rows)
     if records == "unpaired":
         return tiny.unpaired(rows)
-    if records in ("preference_with_margin", "ranking", "rating"):
+    if records in ("preference_with_margin", "rating", *RANKINGS):
         return judged_rows(rows, spec(name).rows_per_record, is_pair=records == "preference_with_margin")
     return rows
 

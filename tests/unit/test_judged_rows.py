@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 
+from rlhf_jax import config_types
 from rlhf_jax.batch import JudgedRows, Rows
+from rlhf_jax.command_line import read_config
 from rlhf_jax.config import DataConfig
 from rlhf_jax.data.examples import load_examples, tokenize_records
 from rlhf_jax.data.formats import read_records
@@ -15,6 +18,7 @@ from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import Preference, Ranking, Rated
 from rlhf_jax.data.synthetic import synthetic_records
 from rlhf_jax.data.tokenizer import train_tokenizer
+from rlhf_jax.plan import plan_stages
 from rlhf_jax.stage import _best
 from tests.configurations import CHAIN
 
@@ -24,6 +28,10 @@ RANKINGS = [
     {"prompt": "p", "completions": ["a", "bb", "c"], "scores": [1, 3, 1], "pairs": [[1, 0]]},
     {"prompt": "q", "completions": ["a", "a"], "scores": [0.5, 0], "pairs": [[0, 1]]},
 ]
+
+
+def ranked(**order):
+    return {"prompt": "p", "completions": ["a", "b", "c"], **order}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +53,17 @@ def test_margins_are_a_column_or_the_difference_of_scores():
     assert [of.margin for of in read([by_rank], "preference_with_margin")] == [2.0, 2.0]
 
 
+@pytest.mark.parametrize("kind", ["preference_with_margin", "ranking_with_margin"])
+def test_a_margin_is_not_negative(kind):
+    fine = ranked(scores=[3, 1, 1], pairs=[[0, 1], [1, 2]])
+    assert read([fine], kind)  # compared and found alike: 0
+    against = r"record 2: column 'pairs' has \[1, 0\], but by column 'scores' .* worse one, 1 against 3: the"
+    with pytest.raises(ValueError, match=against):
+        read([fine, ranked(scores=[3, 1, 1], pairs=[[0, 2], [1, 0]])], kind)
+    with pytest.raises(ValueError, match=r"record 1: .* \[0, 2\], but by column 'ranks' .* one, 3 against 1"):
+        read([ranked(ranks=[3, 1, 1], pairs=[[0, 2]])], kind)
+
+
 def test_ratings_are_a_column_or_the_scores_of_a_ranking():
     one = {"prompt": "p", "completion": "a", "rating": 4.5}
     assert read([one], "rating") == [Rated("p", "a", 4.5)]
@@ -59,6 +78,16 @@ def test_ratings_are_a_column_or_the_scores_of_a_ranking():
             {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "large"},
             "preference_with_margin",
             "record 1: column 'margin' is 'large', must be a finite number",
+        ),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -0.5},
+            "preference_with_margin",
+            "record 1: column 'margin' is -0.5, must be >= 0",
+        ),
+        (
+            ranked(pairs=[[0, 1]]),
+            "ranking_with_margin",
+            "no column 'scores'.*how good each completion is",
         ),
         (
             {"prompt": "p", "completion": "a", "rating": None},
@@ -77,11 +106,57 @@ def test_what_is_not_told_is_one_clear_line(record, kind, message):
         read([record], kind)
 
 
-def test_rankings_keep_ties_and_lose_pairs_of_equal_completions():
-    found = read_records(RANKINGS, "ranking", DataConfig(), "w")
-    assert [of.pairs for of in found.records] == [((1, 0),), ()]
-    assert found.records[0].scores == (1.0, 3.0, 1.0)
-    assert found.left_out == {"pairs of equal completions in a ranking": 1}
+EQUALS = "pairs of equal completions in a ranking"
+REPEATED = "judgements that a ranking repeats"
+NONE_BETTER = "rankings in which none is better"
+NONE_BEST = "rankings in which none is best: judged in a circle"
+
+
+def test_rankings_lose_pairs_of_equal_completions_and_what_then_tells_nothing():
+    for kind, scores in {"ranking_with_margin": (1.0, 3.0, 1.0), "ranking_with_ties": ()}.items():
+        found = read_records(RANKINGS, kind, DataConfig(), "w")
+        assert [of.pairs for of in found.records] == [((1, 0),)]
+        assert found.records[0].scores == scores  # what is not compared is no tie
+        assert found.left_out == {EQUALS: 1, NONE_BETTER: 1}
+
+
+@pytest.mark.parametrize(
+    "kind, num_read, left_out",
+    [
+        ("ranking", 1, {NONE_BETTER: 1}),
+        ("ranking_with_margin", 1, {NONE_BETTER: 1}),
+        ("ranking_with_best", 1, {NONE_BETTER: 1}),
+        ("ranking_with_ties", 2, {}),  # which draw scores together
+    ],
+)
+def test_a_ranking_of_ties_is_read_where_ties_tell_something(kind, num_read, left_out):
+    source = [ranked(scores=[2, 1, 1]), ranked(ranks=[1, 1, 1]) | {"scores": [3, 3, 3]}]
+    found = read_records(source, kind, DataConfig(), "w")
+    assert len(found.records) == num_read and found.left_out == left_out
+
+
+def test_rankings_of_which_none_tells_anything_are_told(tokenizer):
+    with pytest.raises(ValueError, match=f"w: no completion is better .* 1 rankings .1 {NONE_BETTER}"):
+        read([ranked(scores=[1, 1, 1])], "ranking")
+    with pytest.raises(ValueError, match=f"w: no completion is best .*1 {NONE_BEST}"):
+        read([ranked(pairs=[[0, 1], [1, 2], [2, 0]])], "ranking_with_best")
+
+
+def test_repeated_judgements_count_once_in_a_ranking_and_contradictory_ones_both(tokenizer):
+    source = [ranked(pairs=[[0, 1], [0, 1], [1, 0], [0, 2]])]
+    found = read_records(source, "ranking", DataConfig(), "w")
+    assert found.records[0].pairs == ((0, 1), (1, 0), (0, 2)) and found.left_out == {REPEATED: 1}
+    better = tokenize_records(found.records, "ranking", tokenizer, DataConfig()).judgements[1]
+    assert np.argwhere(better[0]).tolist() == [[0, 1], [0, 2], [1, 0]]
+    assert len(read(source, "preference")) == 4  # one by one each of them is a record
+
+
+def test_a_ranking_without_a_best_one_is_counted_where_one_is_needed():
+    source = [ranked(pairs=[[0, 1], [1, 2], [2, 0]]), ranked(pairs=[[0, 1], [1, 0], [2, 1]])]
+    found = read_records(source, "ranking_with_best", DataConfig(), "w")
+    assert [of.pairs for of in found.records] == [((0, 1), (1, 0), (2, 1))]
+    assert found.left_out == {NONE_BEST: 1}
+    assert len(read(source, "ranking")) == 2
 
 
 def test_rankings_are_records_of_as_many_rows_as_the_longest(tokenizer):
@@ -124,22 +199,57 @@ def test_other_judgements_are_other_data(tokenizer):
 
 
 def test_sources_of_rankings_of_other_lengths_are_one(tokenizer, tmp_path):
-    for number, record in enumerate(RANKINGS):
+    for number, record in enumerate([RANKINGS[0], RANKINGS[1] | {"completions": ["a", "b"]}]):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(record))
     train = {str(tmp_path / f"{number}.jsonl"): 1.0 for number in range(2)}
     cfg = DataConfig(train=train, eval=str(tmp_path / "0.jsonl"))
-    examples = load_examples(cfg, "ranking", "train", tokenizer, 0)
+    examples = load_examples(cfg, "ranking_with_ties", "train", tokenizer, 0)
     assert examples.rows.lengths.reshape(-1, 3).tolist() == [[4, 5, 4], [4, 4, 0]]
 
 
-@pytest.mark.parametrize("kind", ["preference_with_margin", "ranking", "rating"])
+REWARD_FILES = """
+run: {dir: HERE/run}
+stages: [{name: reward, algorithm: reward_model}]
+model: {hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, mlp_size: 48, context_length: 64}
+data: {train: HERE/train.jsonl, eval: HERE/eval.jsonl, max_prompt_length: 8, max_length: 32}
+reward_model: {all_pairs: true, batch_size: 2, normalizer: none}
+"""
+
+
+@pytest.fixture
+def planned(tmp_path, tokenizer):
+    """Returns a function that plans a reward model on rankings; records of both splits are given."""
+
+    def planned(train, held_out, changes=MappingProxyType({})):
+        for name, records in {"train": train, "eval": held_out}.items():
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        text = REWARD_FILES
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        (tmp_path / "file.yaml").write_text(text.replace("HERE", str(tmp_path)))
+        (plan,) = plan_stages(read_config(["--config", str(tmp_path / "file.yaml")]), tokenizer)
+        return plan
+
+    return planned
+
+
+def test_a_column_of_margins_that_no_loss_reads_is_told(planned):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "gap": 1}
+    changes = {"max_length: 32": "max_length: 32, columns: {margin: gap}"}
+    plan = planned([pair], [pair], changes | {"all_pairs": "margin_from_data"})
+    assert plan.train.records == [Preference("p", "a", "b", margin=1.0)]
+    with pytest.raises(ValueError, match="data.columns.margin: gap would be ignored: .* reads preference"):
+        planned([pair], [pair], changes | {"all_pairs: true, ": ""})
+
+
+@pytest.mark.parametrize("kind", ["preference_with_margin", "rating", *config_types.RANKINGS])
 def test_the_embedded_task_has_judgements(kind, tokenizer):
     records = synthetic_records(kind, "eval", 0)
     assert records == synthetic_records(kind, "eval", 0)
     examples = tokenize_records(records[:40], kind, tokenizer, DataConfig())
     ratings, better = examples.judgements
     assert np.isfinite(ratings).all() and len(np.unique(ratings)) > 3
-    if kind == "ranking":
+    if kind in config_types.RANKINGS:
         assert (better == (ratings[:, :, None] > ratings[:, None, :]) & better).all()
         marks = [record.scores for record in records]
         assert any(len(set(of)) < len(of) for of in marks)  # ties

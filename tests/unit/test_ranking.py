@@ -26,9 +26,14 @@ def ragged(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return scores, ratings, mask
 
 
+def order_of(ratings, mask):
+    """Returns bool[N, K, K]: all pairs that ratings tell apart."""
+    return (ratings[:, :, None] > ratings[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+
+
 def judged(ratings: np.ndarray, mask: np.ndarray, seed: int) -> np.ndarray:
     """Returns bool[N, K, K]: some of the pairs that ratings tell apart."""
-    better = (ratings[:, :, None] > ratings[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    better = np.asarray(order_of(ratings, mask))
     return better & (np.random.default_rng(seed).random(better.shape) < 0.8)
 
 
@@ -48,7 +53,15 @@ def mean(values: list[float]) -> float:
 def loops(scores: np.ndarray, ratings: np.ndarray, better: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     """Returns every loss by plain loops over completions."""
     of_lists: dict[str, list[float]] = {
-        name: [] for name in ("bradley_terry", "hinge", "info_nce", "plackett_luce", "centering")
+        name: []
+        for name in (
+            "bradley_terry",
+            "hinge",
+            "info_nce",
+            "plackett_luce",
+            "partial_plackett_luce",
+            "centering",
+        )
     }
     errors = []
     for n in range(N):
@@ -69,6 +82,9 @@ def loops(scores: np.ndarray, ratings: np.ndarray, better: np.ndarray, mask: np.
                 )
             )
             of_lists["hinge"].append(mean([max(0.0, margins[i, j] - s[i] + s[j]) for i, j in pairs]))
+            of_lists["partial_plackett_luce"].append(
+                sum(log_sum_exp([s[i], *(s[j] for i_, j in pairs if i_ == i)]) - s[i] for i in here)
+            )
             best = {i for i, _ in pairs} - {j for _, j in pairs}
             of_lists["info_nce"].append(
                 mean([log_sum_exp([s[i], *(s[j] for i_, j in pairs if i_ == i)]) - s[i] for i in best])
@@ -90,7 +106,8 @@ def losses(scores, ratings, better, mask):
         "bradley_terry": ranking.over_pairs(ranking.bradley_terry(gap, margin, 0.1), better),
         "hinge": ranking.over_pairs(ranking.hinge(gap, margin), better),
         "info_nce": ranking.info_nce(scores, better, mask),
-        "plackett_luce": ranking.plackett_luce(scores, ratings, mask),
+        "plackett_luce": ranking.plackett_luce(scores, ratings, order_of(ratings, mask), mask),
+        "partial_plackett_luce": ranking.plackett_luce(scores, jnp.full_like(ratings, jnp.nan), better, mask),
         "centering": ranking.centering(scores, mask),
         "squared_error": ranking.squared_error(scores, ratings, mask),
     }
@@ -178,7 +195,8 @@ def test_info_nce_of_two_is_bradley_terry():
     better = order([1.0, 0.0])
     pair = ranking.over_pairs(ranking.bradley_terry(ranking.gaps(scores, better)), better)
     assert ranking.info_nce(scores, better, mask).value == pytest.approx(pair.value)
-    assert ranking.plackett_luce(scores, jnp.asarray([[1.0, 0.0]]), mask).value == pytest.approx(pair.value)
+    found = ranking.plackett_luce(scores, jnp.asarray([[1.0, 0.0]]), better, mask)
+    assert found.value == pytest.approx(pair.value)
 
 
 @pytest.mark.parametrize(
@@ -191,12 +209,37 @@ def test_info_nce_of_two_is_bradley_terry():
 )
 def test_plackett_luce_by_hand(ratings, loss):
     scores, mask = of_lists([math.log(3.0), math.log(2.0), 0.0])
-    assert ranking.plackett_luce(scores, jnp.asarray([ratings]), mask).value == pytest.approx(loss)
+    found = ranking.plackett_luce(scores, jnp.asarray([ratings]), order(ratings), mask)
+    assert found.value == pytest.approx(loss)
+
+
+@pytest.mark.parametrize(
+    "pairs, loss",
+    [
+        ([(0, 1), (0, 2), (1, 2)], math.log(6 / 3) + math.log(3 / 2)),  # a whole order
+        ([(0, 1), (0, 2)], math.log(6 / 3)),  # of its first one alone
+        ([(0, 2), (1, 2)], math.log(4 / 3) + math.log(3 / 2)),  # the first two were not compared: no tie
+        ([(0, 1), (1, 0)], math.log(5 / 3) + math.log(5 / 2)),  # judged both ways: both count
+    ],
+)
+def test_plackett_luce_of_pairs_by_hand(pairs, loss):
+    scores, mask = of_lists([math.log(3.0), math.log(2.0), 0.0])
+    better = jnp.zeros((1, 3, 3), bool).at[(0, *zip(*pairs, strict=True))].set(True)
+    found = ranking.plackett_luce(scores, jnp.full((1, 3), jnp.nan), better, mask)
+    assert found.value == pytest.approx(loss)
+
+
+def test_a_list_of_which_nothing_is_said_has_no_weight_in_plackett_luce():
+    scores, mask = of_lists([1.0, 2.0], [1.0, 2.0], [1.0, 2.0])
+    mask = mask.at[2, 1].set(False)
+    ratings = jnp.asarray([[jnp.nan, jnp.nan], [1.0, 1.0], [1.0, 1.0]])
+    assert ranking.plackett_luce(scores, ratings, jnp.zeros((3, 2, 2), bool), mask).weight == 1
 
 
 def test_a_ranking_of_ties_draws_scores_together():
     mask = jnp.ones((1, 2), bool)
-    gradient = jax.grad(lambda scores: ranking.plackett_luce(scores, jnp.zeros((1, 2)), mask).value)
+    better = jnp.zeros((1, 2, 2), bool)
+    gradient = jax.grad(lambda scores: ranking.plackett_luce(scores, jnp.zeros((1, 2)), better, mask).value)
     np.testing.assert_allclose(gradient(jnp.asarray([[1.0, 1.0]])), [[0.0, 0.0]], atol=1e-7)
     found = gradient(jnp.asarray([[2.0, 1.0]]))
     assert found[0, 0] > 0 > found[0, 1]

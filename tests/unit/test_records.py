@@ -248,7 +248,7 @@ TOOLS = [{"type": "function", "function": {"name": "clock"}}]
         ),
         (
             {"prompt": "p", "candidates": [{"text": "a", "score": 1.0}, {"text": "b", "score": 1.0}]},
-            "ranking",
+            "ranking_with_ties",
             {"columns": {"completions": "candidates.text", "scores": "candidates.score"}},
             Ranking("p", ("a", "b"), (), (1.0, 1.0)),
         ),
