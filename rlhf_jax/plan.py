@@ -28,6 +28,7 @@ from rlhf_jax.data.packing import length_ladder
 from rlhf_jax.data.tokenize import text_difference, text_settings
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.heads import Ensemble
 from rlhf_jax.models.lora import Lora
 from rlhf_jax.models.row_attention import flash_lack
 from rlhf_jax.models.transformer import make_model
@@ -200,7 +201,7 @@ def _plan(
             tokenizer,
             {name: plan.architecture for name, plan in earlier.items()},
             has_conversations=train.has_conversations,
-            num_heads=_num_reward_heads(stage, where, earlier),
+            num_heads=attempt(_num_reward_heads, stage, where, earlier) or 1,
         )
         attempt(_check_ensemble, stage, where, earlier)
         if lora is not None and external is None:
@@ -377,7 +378,11 @@ def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
     """Raises ValueError with all rows of batches and all parameters that do not divide over the mesh."""
     problems: list[str] = []
     for plan in plans:
-        model = make_model(plan.architecture, lora=adapters_of(plan.stage, plan.architecture))
+        model = make_model(
+            plan.architecture,
+            lora=adapters_of(plan.stage, plan.architecture),
+            ensemble=Ensemble(getattr(plan.stage.settings, "num_heads", 1)),
+        )
         rows: list[str] = []
         meshes = _attempt(problems, stage_meshes, plan.stage, every_device)
         if meshes is None:

@@ -105,6 +105,15 @@ def test_an_unfinished_stage_is_told(plans, tmp_path, caplog):
         plans()
 
 
+def test_a_reward_model_without_a_checkpoint_is_a_problem_among_others(plans, tmp_path):
+    (tmp_path / "run" / "reward" / "checkpoints" / "1" / "manifest.json").unlink()
+    with pytest.raises(ValueError) as raised:
+        plans(rewards="rollout: {stop_tokens: [nowhere]}\nrewards:")
+    first, *others = str(raised.value).splitlines()
+    assert first.startswith("stage ppo: ") and "run/reward" in first
+    assert any("nowhere" in line for line in others)
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """Returns a Hugging Face directory with a tokenizer."""
