@@ -222,9 +222,6 @@ def _plan(
         ladder = length_ladder(train.lengths.max(axis=1), stage.data.length_buckets, LENGTH_MULTIPLE)
         shorter = tuple(step for step in ladder if step < length)
     train, held_out = (dataclasses.replace(of, length=length, shorter=shorter) for of in (train, held_out))
-    if train.kind == "ranking":
-        most = max(train.rows_per_record, held_out.rows_per_record)
-        train, held_out = (of.with_rows_per_record(most) for of in (train, held_out))
     algorithm = with_rows_of(algorithm, train)
     demonstrations = None
     if algorithm.normalizes_scores:
@@ -415,6 +412,9 @@ def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
                 problems, check_batch, mesh, slots, "rollout.slots"
             )  # evaluations are where it is trained
         problems += rows[:1]  # what does not divide the first does not divide its parts
+        if (per := plan.held_out.rows_per_unit) != plan.train.rows_per_unit:
+            held_out = f"{plan.stage.algorithm}.batch_size of data.eval, whose longest ranking has {per},"
+            _attempt(problems, check_batch, mesh, per * plan.stage.settings.batch_size, held_out)
         for parts in plan.parts().values():
             _attempt(problems, part_shardings, model, mesh, parts)
         if plan.external is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from rlhf_jax.config_types import RANKINGS
 from rlhf_jax.data.mixture import mixture_counts
 from rlhf_jax.data.tokenize import prompt_limit
 from rlhf_jax.data.tokenizer import template_date
@@ -57,15 +60,19 @@ def losses(plan: Plan) -> list[str]:
         if lost.cut_prompts:
             limit, side = prompt_limit(data, of.kind), data.prompt_truncation
             parts.append(f"{lost.cut_prompts} of {total} prompts cut on the {side} at {limit} tokens")
+        num_rows = np.count_nonzero(of.rows.lengths)  # without those that fill up rankings
         if lost.apart:
-            parts.append(f"{lost.apart} of {len(of.rows)} completions encoded apart")
+            parts.append(f"{lost.apart} of {num_rows} completions encoded apart")
         if of.num_cut:
-            parts.append(f"{of.num_cut} of {len(of.rows)} rows cut at {data.max_length} tokens")
+            parts.append(f"{of.num_cut} of {num_rows} rows cut at {data.max_length} tokens")
+        if of.kind in RANKINGS:
+            share = num_rows / len(of.rows)
+            parts.append(f"{of.rows_per_record} rows a record, as the longest has, {share:.1%} filled")
         if of.packings:
-            num_rows = sum(of.num_units) * of.rows_per_record // of.rows_together
+            num_packed = sum(of.num_units) * of.rows_per_record // of.rows_together
             parts.append(
-                f"{len(of)} records packed into {num_rows} rows of {of.length} tokens, "
-                f"{of.lengths.sum() / (num_rows * of.length):.1%} filled (one record each: "
+                f"{len(of)} records packed into {num_packed} rows of {of.length} tokens, "
+                f"{of.lengths.sum() / (num_packed * of.length):.1%} filled (one record each: "
                 f"{of.lengths.mean() / of.longest_row:.1%})"
             )
         if of.shorter:

@@ -101,10 +101,9 @@ def encode_records(
     else:
         candidates = _plain(records, kind, tokenizer, where)
     limit = prompt_limit(cfg, kind)
-    most = max((len(completions(record)) for record in records), default=0)  # of rankings they differ
     bos = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     kept: list[AnyRecord] = []
-    rows: list[Row] = []
+    of_records: list[list[Row]] = []
     lengths: list[int] = []
     counts = collections.Counter[str]()
     for record, prompt, turns in candidates:
@@ -129,15 +128,16 @@ def encode_records(
             of_record = [Row(prompt, len(prompt))]
         else:
             of_record = [_row(of, cfg.max_length, cfg.truncation, bos) for of in turns]
-            of_record += [Row([], 0)] * (most - len(of_record))
         if cfg.truncation == "drop" and any(row.was_cut for row in of_record):
             counts["long_rows"] += 1
             continue
         kept.append(record)
-        rows += of_record
+        of_records.append(of_record)
     if not kept:
         raise ValueError(_nothing_left(where, lengths, limit, cfg, counts))
     counts["long_prompts"] = len(records) - len(kept) - sum(counts[why] for why in OTHER_DROPS)
+    most = max(map(len, of_records))  # of rankings they differ
+    rows = [row for of in of_records for row in (*of, *[Row([], 0)] * (most - len(of)))]
     longest_prompt = max(row.prompt_length for row in rows)
     if loss_on == "all":
         rows = [row._replace(prompt_length=1, excluded=()) for row in rows]

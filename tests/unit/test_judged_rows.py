@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax import config_types
-from rlhf_jax.batch import JudgedRows, Rows
+from rlhf_jax.algos.registry import ALGORITHMS
+from rlhf_jax.batch import JudgedRows, Rows, TrainState
 from rlhf_jax.command_line import read_config
 from rlhf_jax.config import DataConfig
 from rlhf_jax.data.examples import load_examples, tokenize_records
@@ -18,8 +20,11 @@ from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import Preference, Ranking, Rated
 from rlhf_jax.data.synthetic import synthetic_records
 from rlhf_jax.data.tokenizer import train_tokenizer
-from rlhf_jax.plan import plan_stages
-from rlhf_jax.stage import _best
+from rlhf_jax.plan import check_mesh, plan_stages, with_rows_of
+from rlhf_jax.plan_notes import losses
+from rlhf_jax.sharding import axis_rules
+from rlhf_jax.stage import _best, _normalized
+from tests import tiny
 from tests.configurations import CHAIN
 
 REWARD_ONLY = "run: {dir: RUN}\nstages: [{name: reward, algorithm: reward_model}]\n"
@@ -191,6 +196,31 @@ def test_packed_rankings_stay_whole(tokenizer):
     assert ((np.reshape(batch.rows.lengths, (-1, 3)) > 0) == (of_records > 0)).all()
 
 
+def test_scores_are_normalised_on_the_best_completions(tokenizer):
+    """Each head by itself; filling rows, here of the last batch and of the shorter ranking, have no say."""
+    records = [
+        Ranking("p", ("a" * 4, "b"), ((0, 1),)),
+        Ranking("p", ("c", "d" * 7, "e"), ((1, 0), (1, 2))),
+        Ranking("p", ("f", "g", "h"), ((0, 1),)),  # the third was not compared: none is better
+    ]
+    examples = tokenize_records(records, "ranking", tokenizer, DataConfig())
+    settings = {"all_pairs": True, "normalizer": "mean_std", "num_heads": 2, "batch_size": 2}
+    algorithm = with_rows_of(ALGORITHMS["reward_model"], examples)
+    plan = SimpleNamespace(
+        stage=tiny.stage("reward_model", settings=settings), algorithm=algorithm, demonstrations=examples
+    )
+
+    def head_scores(params, frozen, rows):
+        return jnp.stack([rows.lengths, 10 * rows.lengths]).astype(jnp.float32)
+
+    aux = {name: jnp.zeros(2) for name in ("normalizer_mean", "normalizer_std")}
+    state = TrainState(jnp.int32(1), jnp.int32(0), {}, {}, aux)
+    found = _normalized(plan, SimpleNamespace(head_scores=head_scores), state, {}, tiny.mesh())
+    lengths = np.array([7, 10, 4, 4])  # EOS, and a prompt of two tokens
+    np.testing.assert_allclose(found.aux["normalizer_mean"], [lengths.mean(), 10 * lengths.mean()])
+    np.testing.assert_allclose(found.aux["normalizer_std"], [lengths.std(), 10 * lengths.std()], rtol=1e-6)
+
+
 def test_other_judgements_are_other_data(tokenizer):
     def fingerprint(rating):
         return tokenize_records([Rated("p", "a", rating)], "rating", tokenizer, DataConfig()).fingerprint
@@ -205,6 +235,17 @@ def test_sources_of_rankings_of_other_lengths_are_one(tokenizer, tmp_path):
     cfg = DataConfig(train=train, eval=str(tmp_path / "0.jsonl"))
     examples = load_examples(cfg, "ranking_with_ties", "train", tokenizer, 0)
     assert examples.rows.lengths.reshape(-1, 3).tolist() == [[4, 5, 4], [4, 4, 0]]
+
+
+def test_a_ranking_that_is_dropped_makes_the_others_no_longer(tokenizer):
+    records = [
+        Ranking("p", ("a", "b"), ((0, 1),)),
+        Ranking("p", ("a", "b", "c" * 50), ((0, 1),)),
+    ]
+    cfg = DataConfig(max_length=16, truncation="drop")
+    examples = tokenize_records(records, "ranking", tokenizer, cfg)
+    assert (len(examples), examples.rows_per_record, examples.num_dropped) == (1, 2, 1)
+    assert np.isnan(examples.judgements[0]).all()  # no scores: none equals another
 
 
 REWARD_FILES = """
@@ -231,6 +272,40 @@ def planned(tmp_path, tokenizer):
         return plan
 
     return planned
+
+
+TWO = {"prompt": "p", "completions": ["a", "b"], "scores": [2, 1]}
+FIVE = {"prompt": "p", "completions": list("abcde"), "scores": [5, 4, 3, 2, 1]}
+
+
+def test_each_split_has_as_many_rows_as_its_own_rankings(planned):
+    plan = planned([TWO, TWO], [TWO, FIVE])
+    assert (plan.train.rows_per_record, plan.held_out.rows_per_record) == (2, 5)
+    assert plan.train.fingerprint == planned([TWO, TWO], [TWO]).train.fingerprint
+    assert losses(plan) == [
+        "[reward] data.train: 2 rows a record, as the longest has, 100.0% filled",
+        "[reward] data.eval: 5 rows a record, as the longest has, 70.0% filled",
+    ]
+    check_mesh([plan], tiny.mesh(data=2))
+    with pytest.raises(ValueError, match="reward_model.batch_size of data.eval, .* has 5, is 10; .* of 4"):
+        check_mesh([plan], tiny.mesh(data=4))
+
+
+def test_rows_that_only_fill_up_are_not_counted_among_those_that_are_cut(planned):
+    long = TWO | {"completions": ["a" * 60, "b"]}
+    assert "1 of 7 rows cut at 32 tokens" in losses(planned([long, FIVE], [TWO]))[0]
+
+
+def test_heads_that_the_mesh_does_not_divide_are_told_beforehand(planned):
+    plan = planned([TWO], [TWO], {"batch_size: 2": "batch_size: 2, num_heads: 3"})
+    whole = {"kv_heads": "none", "vocab": "none"}
+    with axis_rules(whole):
+        check_mesh([plan], tiny.mesh(tensor=2))
+    with (
+        axis_rules(whole | {"score_heads": "tensor"}),
+        pytest.raises(ValueError, match="'score_heads' of size 3 is not a multiple of 2"),
+    ):
+        check_mesh([plan], tiny.mesh(tensor=2))
 
 
 def test_a_column_of_margins_that_no_loss_reads_is_told(planned):
