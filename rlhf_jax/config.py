@@ -359,7 +359,8 @@ class RewardsConfig:
     """See ensemble."""
     function: str | dict[str, FiniteFloat] = ""
     """Python function `package.module:name`, called as fn(prompts, completions, **columns) -> list[float]; or
-    several and their weights: `{my_rewards:short: 0.5, my_rewards:polite: -1}`. Each is logged alone."""
+    several and their weights: `{my_rewards:short: 0.5, my_rewards:polite: -1}`. Each is logged alone, as
+    reward/function/short."""
     function_weight: FiniteFloat = 1.0
     """Weight of the score of one function."""
     gold: str = ""

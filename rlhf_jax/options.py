@@ -141,6 +141,8 @@ def _weights(value: dict[str, Any], hint: Any) -> dict[str, float]:
     """Returns the weights of sources or functions, of that type; ValueError with all that are none."""
     weight, read, problems = Option("weight", hint, REQUIRED, ""), {}, []
     for source, given in value.items():
+        if not source:
+            problems.append("a name must not be empty, got ''")
         try:
             read[source] = weight.read(given)
         except ValueError as error:

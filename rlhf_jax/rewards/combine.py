@@ -92,16 +92,16 @@ class Judge:
 
 
 def function_names(specs: Iterable[str]) -> dict[str, str]:
-    """Returns for each function `package.module:name` what its metric is called.
+    """Returns for each function `package.module:name` what its metric is called, behind `reward/`.
 
-    That is `function` of a single one, else its name, or all of it where a name is another's as well.
+    That is `function` of a single one, else `function/name`, so that it is no other metric's, or
+    `function/package.module:name` where several have that name.
     """
     specs = list(specs)
     if len(specs) == 1:
         return {specs[0]: "function"}
     names = [spec.rpartition(":")[2] for spec in specs]
-    taken = ("model", "score", "score_std", "length_correlation", "cut_rate")  # of the family reward
     return {
-        spec: spec if name in taken or names.count(name) > 1 else name
+        spec: f"function/{spec if names.count(name) > 1 else name}"
         for spec, name in zip(specs, names, strict=True)
     }

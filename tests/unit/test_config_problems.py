@@ -275,6 +275,7 @@ from tests.conftest import ROOT
             "got -1; the weight of 'LICENSE' expected a number, got 'much'",
         ),
         ("data: {train: {}, eval: hub:a/b:test}", [], "data.train: must not be empty"),
+        ("rewards: {function: {'': 1}}", [], "rewards.function: a name must not be empty, got ''"),
         (
             "data: {train: {./README.md: 1, README.md: 2}, eval: hub:a/b:test}",
             [],

@@ -219,15 +219,14 @@ def test_several_functions_are_weighted_and_told_one_by_one():
     verdict = judge([PromptOnly("p")] * 2, ["aaa", "b"], np.array([1.0, 0.0], np.float32), np.ones(2, bool))
     np.testing.assert_array_equal(verdict.scores, [0.5 * 3 - 2 + 3, 0.5 * 1 - 2])
     assert {name: mean.value for name, mean in verdict.metrics.items()} == {
-        "reward/lengths": 2.0,
-        "reward/twos": 2.0,
+        "reward/function/lengths": 2.0,
+        "reward/function/twos": 2.0,
         "reward/model": 0.5,
     }
-    assert function_names(["a:f", "b:f", "c:score", "d:g"]) == {
-        "a:f": "a:f",
-        "b:f": "b:f",
-        "c:score": "c:score",
-        "d:g": "g",
+    assert function_names(["a:f", "b:f", "c:total"]) == {
+        "a:f": "function/a:f",
+        "b:f": "function/b:f",
+        "c:total": "function/total",  # no metric of an algorithm is called so
     }
 
 
