@@ -294,6 +294,8 @@ def check_lora(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf
     is_adapter = judge is not None and judge.algorithm == "reward_model" and judge.lora.rank
     if judge is None or not is_adapter or sharing != "hydra" or not rank:
         return
+    if stage.rewards.ensemble != "mean":
+        return  # the heads then have a program of their own, and the adapters a base of their own
     if _root(judge, earlier) != _root(stage, earlier):
         return  # perhaps a model of another kind, which is none of the stage's roles: the plan knows
     base, of_judge = (s.start_from or s.model.path for s in (stage, judge))

@@ -60,7 +60,7 @@ def fresh_adapter(stage: StageConfig, stages: Container[str]) -> str:
 def _has_whole_judge(stage: StageConfig, stages: Mapping[str, StageConfig]) -> bool:
     """Returns whether a stage's reward model may be a model of its own, and not an adapter of its base."""
     judge = stages.get(stage.reward_from)
-    if judge is None or judge.lora.rank == 0:
+    if judge is None or judge.lora.rank == 0 or stage.rewards.ensemble != "mean":
         return bool(stage.reward_from)
     ours, theirs = (of.start_from or of.model.path for of in (stage, judge))
     return ours != theirs

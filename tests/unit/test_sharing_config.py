@@ -66,6 +66,14 @@ def test_targets_that_one_stage_leaves_open_are_compared_when_the_model_is_known
         check(("v", "q"))
 
 
+@pytest.mark.parametrize("ensemble, num_problems", [("minimum", 0), ("mean", 3)])
+def test_heads_that_are_not_averaged_have_a_base_of_their_own(problems, ensemble, num_problems):
+    """The reward model is then merged and no role of the stage: other adapters do, and it may wait."""
+    ours = "model: {sharing: hydra, frozen_dtype: float32, frozen_memory: host}, lora: {alpha: 8}"
+    text = HYDRA.replace("model: {sharing: hydra}", f"{ours}, rewards: {{ensemble: {ensemble}}}")
+    assert len(problems(text + "reward_model: {num_heads: 3}\n")) == num_problems
+
+
 @pytest.mark.parametrize(
     "old, new, line",
     [
