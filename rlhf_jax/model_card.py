@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_jax.algo_config import RewardModelConfig
 from rlhf_jax.config import Config, StageConfig
 from rlhf_jax.summary import table_rows
 
 _METHODS = {
     "sft": "supervised fine-tuning",
-    "reward_model": "Bradley-Terry reward modelling",
     "ppo": "PPO against a reward",
     "grpo": "GRPO against a reward",
     "dr_grpo": "Dr. GRPO against a reward",
@@ -30,6 +30,13 @@ _METHODS = {
     "cpo": "CPO",
     "orpo": "ORPO",
     "trpo": "TRPO against a reward",
+}
+_REWARD_LOSSES = {
+    "bradley_terry": "Bradley-Terry",
+    "hinge": "hinge",
+    "info_nce": "InfoNCE",
+    "plackett_luce": "Plackett-Luce",
+    "regression": "regression",
 }
 _USE = {
     "policy": """\
@@ -82,6 +89,12 @@ def lineage(config: Config, name: str) -> list[StageConfig]:
     return [stage for stage in config.stages if stage.name in found]
 
 
+def _method(stage: StageConfig) -> str:
+    if isinstance(stage.settings, RewardModelConfig):
+        return f"{_REWARD_LOSSES[stage.settings.loss]} reward modelling"
+    return _METHODS[stage.algorithm]
+
+
 def model_card(
     stages: Sequence[StageConfig],
     role: str,
@@ -116,7 +129,11 @@ def model_card(
     ]
     origin = f"from `{start}`" if start else "from scratch"
     what = "a LoRA adapter, " if base else ""
-    methods = ", then ".join(_METHODS[stage.algorithm] for stage in steps)
+    methods = ", then ".join(map(_method, steps))
+    num_heads = getattr(last.settings, "num_heads", 1)
+    heads = ""
+    if num_heads > 1:
+        heads = f" Its score is the mean of the {num_heads} heads that were trained, as one head."
     kind = "policy" if role == "policy" else "scorer"
     use = _USE[f"{kind} adapter" if base else kind]
     for name, value in {"BASE": adapted, "MEAN": normalizer[0], "STD": normalizer[1]}.items():
@@ -125,7 +142,7 @@ def model_card(
         *front,
         f"# {last.name}: {role}",
         "",
-        f"The {role} of stage `{last.name}`, {what}trained {origin} by {methods}, with rlhf_jax.",
+        f"The {role} of stage `{last.name}`, {what}trained {origin} by {methods}, with rlhf_jax.{heads}",
         "",
         "| stage | measure | before | after |",
         "|---|---|---|---|",

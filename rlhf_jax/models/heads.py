@@ -18,7 +18,9 @@ Combine = Literal["mean", "minimum", "mean_minus_std"]
 class Ensemble(NamedTuple):
     """Reward heads on one trunk, which differ by their first weights, and the one score that they give.
 
-    Source: arXiv:2310.02743 (mean, worst case, and a mean less uncertainty; several whole models there).
+    Source: arXiv:2310.02743 (mean, worst case, and a mean less uncertainty; several whole models there). Its
+    third, UWO, subtracts a multiple of the variance over the members; mean_minus_std one of the deviation,
+    which is in the scores' own unit.
     """
 
     num_heads: int = 1

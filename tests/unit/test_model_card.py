@@ -37,6 +37,14 @@ def test_a_chain_is_told_in_its_order():
     assert "pipeline_tag: text-classification" in text and "`ppo`" not in text
 
 
+def test_an_ensemble_of_heads_is_exported_as_their_mean_which_is_told():
+    of = config(
+        {"name": "reward", "algorithm": "reward_model", "reward_model": {"num_heads": 3, "loss": "hinge"}}
+    )
+    text = model_card(lineage(of, "reward"), "reward", {})
+    assert "by hinge reward modelling, with rlhf_jax. Its score is the mean of the 3 heads" in text
+
+
 def test_an_adapter_tells_its_base_and_how_scores_are_read():
     of = config({"name": "reward", "algorithm": "reward_model", "from": "hub:org/base@abc"})
     text = model_card(lineage(of, "reward"), "reward", {}, base="hub:org/base@abc", normalizer=(0.5, 2.0))
