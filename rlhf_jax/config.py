@@ -190,10 +190,12 @@ class DataConfig:
     """Longest row in tokens, prompt and completion, of SFT and reward training."""
     truncation: Literal["right", "left", "drop"] = "right"
     """What becomes of longer rows: cut at their end, without an EOS, cut at their beginning (BOS stays), or
-    the record is dropped. It is counted."""
+    the record is dropped: of a pair or a ranking all of it, where one completion is too long. It is
+    counted."""
     packing: bool = False
     """Several short records share a row of max_length tokens and do not see each other: less padding, the
-    same loss. A pair stays together, in a row of twice max_length. batch_size and microbatch_size then count
+    same loss. A pair stays together, in a row of twice max_length, and a ranking in one of as many times as
+    the longest has completions. batch_size and microbatch_size then count
     rows, so that a step has more records than without, and their number varies a little."""
     length_buckets: PositiveInt = 1
     """Different lengths of batches: records of like length are put together, within 32 batches, and padded to
