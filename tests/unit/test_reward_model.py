@@ -72,6 +72,37 @@ def test_lists_weigh_the_same_and_centring_is_a_term_of_its_own():
     assert terms["info_nce"].total == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("poison", [1e6, math.nan])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "plackett_luce"},
+        {"loss": "hinge", "all_pairs": True, "margin": 1.0, "margin_from_data": True, "center_coef": 0.1},
+        {"loss": "regression", "normalizer": "none"},
+    ],
+)
+def test_what_is_said_of_absent_completions_changes_nothing(settings, poison):
+    """Neither values nor gradients; ties with an absent one neither."""
+    there = jnp.asarray([True, True, True, True, False, False])
+    ratings = jnp.asarray([2.0, 1.0, 1.0, 3.0, 0.0, 0.0])
+    of = jnp.where(there, ratings, jnp.nan).reshape(2, 3)
+    better = (of[:, :, None] > of[:, None, :]).reshape(6, 3)
+    params = {"reward": {"score_head": {"bias": jnp.float32(0)}}}
+
+    def value(scores, ratings):
+        batch = JudgedRows(rows(6, empty=(4, 5)), ratings, better)
+        forward = blank_forward()._replace(head_scores=lambda params, frozen, rows: scores[None])
+        terms, _ = loss(forward, params, {}, batch, RewardModelConfig(**settings))
+        return sum(term.coef * term.mean.value for term in terms.values())
+
+    scores = jnp.asarray([0.5, 0.1, -0.3, 0.2, 7.0, 8.0])
+    expected = jax.value_and_grad(value)(scores, ratings)
+    poisoned = jnp.where(there, scores, poison), jnp.where(there, ratings, poison)
+    for found, wanted in zip(jax.value_and_grad(value)(*poisoned), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert np.abs(expected[1]).sum() > 0
+
+
 def test_ratings_train_the_bias():
     batch = JudgedRows(rows(2), jnp.asarray([3.0, 5.0]), jnp.zeros((2, 1), bool))
     settings = RewardModelConfig(loss="regression", normalizer="none")
