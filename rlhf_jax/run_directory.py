@@ -15,8 +15,9 @@ from rlhf_jax.options import show
 MAY_DIFFER = re.compile(
     r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates)$|mesh\.|distributed\.|"
     r"stages\.[^.]+\.(checkpoint\.|data\.cache_dir$|"
-    r"model\.(frozen_memory|remat|attention|logprob_chunk)$|rollout\.(slots|refill_size|steps_per_call)$|"
-    r"(sft|reward_model|ppo|trpo)\.microbatch_size$|(ppo|trpo)\.(sequences_per_row|length_buckets)$)",
+    r"model\.(frozen_memory|remat|unroll|attention|logprob_chunk)$|"
+    r"rollout\.(slots|refill_size|steps_per_call)$|"
+    r"\w+\.(microbatch_size|sequences_per_row|length_buckets)$)",
 )
 """Options that may change between a run's start and its resumption: what is computed stays the same."""
 

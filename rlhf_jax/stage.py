@@ -64,6 +64,7 @@ def stage_model(stage: StageConfig, architecture: Architecture) -> Model:
         "xla" if stage.settings.forward_mode else options.attention,
         adapters_of(stage, architecture),
         Ensemble(getattr(stage.settings, "num_heads", 1)),
+        options.unroll,
     )
 
 

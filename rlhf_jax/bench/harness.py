@@ -79,6 +79,9 @@ def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--unroll", type=int, default=1, help="blocks that one turn of the loop over them computes"
+    )
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)
     return parser.parse_args()
@@ -136,12 +139,12 @@ class Bench:
         architecture = make_architecture(args.shape, args.prompt + args.new)
         self.architecture = architecture
         self.mesh: Mesh = make_mesh(config.MeshConfig())
-        self.model: Model = make_model(architecture, args.dtype)
+        self.model: Model = make_model(architecture, args.dtype, unroll=args.unroll)
         slots, refill_size = getattr(args, "slots", 0), getattr(args, "refill", 0)
         self.stage = make_stage(
             algorithm,
             settings=_settings(algorithm, args),
-            model=config.ModelConfig(dtype=args.dtype),
+            model=config.ModelConfig(dtype=args.dtype, unroll=args.unroll),
             optimizer=config.OptimizerConfig(learning_rate=1e-6),
             rollout=config.RolloutConfig(max_new_tokens=args.new, slots=slots, refill_size=refill_size),
         )

@@ -193,8 +193,9 @@ def make_forward(
     ) -> tuple[Array, Array, Array]:
         def of_chunk(hidden: Array, old_hidden: Array, targets: Array) -> tuple[Array, Array, Array]:
             new, old = logits_of(frozen | params, hidden), logits_of(frozen | old_params, old_hidden)
-            logprobs = (logprobs_of_logits(x, targets, with_entropy=False)[0] for x in (new, old))
-            return *logprobs, kl_of_logits(old, new)
+            new_logprobs, _ = logprobs_of_logits(new, targets, with_entropy=False)
+            old_logprobs, _ = logprobs_of_logits(old, targets, with_entropy=False)
+            return new_logprobs, old_logprobs, kl_of_logits(old, new)
 
         hidden = (predictors(trained, frozen, rows) for trained in (params, old_params))
         targets = gather_targets(rows.tokens, columns(rows))

@@ -106,6 +106,7 @@ def make_model(
     attention: Implementation = "auto",
     lora: Lora | None = None,
     ensemble: Ensemble = SINGLE,
+    unroll: int = 1,
 ) -> Model:
     """Returns the pure functions of one architecture; for the same arguments the same functions.
 
@@ -117,6 +118,7 @@ def make_model(
         attention: see `row_attention`.
         lora: the adapters that roles may have.
         ensemble: the heads of a reward model; a model with several has no other role.
+        unroll: how many blocks one turn of the loop over them computes.
     """
     axes = {
         "trunk": _axes(abstract_module(Trunk, architecture)[1]),
@@ -156,7 +158,8 @@ def make_model(
             )
         positions = jnp.arange(tokens.shape[1]) if positions is None else positions
         module = bind(Trunk, architecture, trunk)
-        return module(tokens, positions, segments, jnp.dtype(dtype), remat, attention, tuple(adapters), lora)
+        of = (tokens, positions, segments)
+        return module(*of, jnp.dtype(dtype), remat, attention, tuple(adapters), lora, unroll)
 
     def hidden(trunk: Params, tokens: Array, *rows: Array | None, **options: Array | None) -> Array:
         return hidden_of_roles(trunk, (None,), tokens, *rows, **options)[0]
@@ -214,6 +217,7 @@ class Trunk(nnx.Module):
         attention: Implementation,
         adapters: tuple[Params | None, ...] = (None,),
         lora: Lora | None = None,
+        unroll: int = 1,
     ) -> tuple[Array, ...]:
         length = tokens.shape[1]
         tokens, positions, segments = _filled(tokens, positions, segments)
@@ -254,7 +258,8 @@ class Trunk(nnx.Module):
         if remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
         x_BTD = constrain(self.embed(tokens, positions, dtype), ("batch", "length", "width"))
-        states, _ = jax.lax.scan(layer, (x_BTD,) * len(adapters), (stacked, stacked_adapters, varying))
+        of_layers = (stacked, stacked_adapters, varying)
+        states, _ = jax.lax.scan(layer, (x_BTD,) * len(adapters), of_layers, unroll=unroll)
         return tuple(self.final_norm(x_BTD)[:, :length] for x_BTD in states)
 
 

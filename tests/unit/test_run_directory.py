@@ -18,6 +18,7 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
         "--stages.ppo.checkpoint.keep=9",
         "--run.log_every=1",
         "--model.remat=full",
+        "--model.unroll=2",
         "--model.attention=xla",
         "--model.logprob_chunk=64",
         "--ppo.sequences_per_row=2",

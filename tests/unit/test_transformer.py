@@ -140,17 +140,19 @@ def test_rotation_turns_pairs_by_position_times_frequency():
 # Options
 
 
-@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
-def test_remat_changes_no_gradient(remat):
+@pytest.mark.parametrize(
+    "options", [{"remat": "dots"}, {"remat": "full"}, {"remat": "offload"}, {"unroll": 2}]
+)
+def test_remat_and_unrolling_change_no_gradient(options):
     params, tokens = make_params(ARCHITECTURE), make_tokens(2, 8)
 
-    def gradient(option):
-        model = make_model(ARCHITECTURE, remat=option)
+    def gradient(options):
+        model = make_model(ARCHITECTURE, **options)
         return jax.jit(jax.grad(lambda trunk: jnp.sum(model.hidden(trunk, tokens)[..., 0] ** 2)))(
             params["trunk"]
         )
 
-    for ours, plain in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(gradient("none")), strict=True):
+    for ours, plain in zip(jax.tree.leaves(gradient(options)), jax.tree.leaves(gradient({})), strict=True):
         assert np.linalg.norm(ours - plain) <= 1e-5 * np.linalg.norm(plain)
         assert np.linalg.norm(plain) > 0
 
