@@ -8,6 +8,7 @@ from rlhf_jax.algo_config import (
     CDPOConfig,
     GRPOConfig,
     KTOConfig,
+    OnlineDPOConfig,
     PolicyGradientConfig,
     ShapedRewardConfig,
     TRPOConfig,
@@ -25,6 +26,7 @@ def check_algorithm(stage: StageConfig, path: PathOf) -> Iterator[str]:
     yield from check_rollout_devices(stage, path)
     yield from check_preferences(stage, path)
     yield from check_trust_region(stage, path)
+    yield from check_pairs(stage, path)
 
 
 def check_scores(stage: StageConfig, path: PathOf) -> Iterator[str]:
@@ -59,9 +61,8 @@ def check_controller(stage: StageConfig, path: PathOf) -> Iterator[str]:
         )
     rows = settings.rows_per_update
     if settings.kl_controller == "adaptive" and settings.kl_horizon <= 0.2 * rows:
-        of = "batch_size" if rows == settings.batch_size else "batch_size * group_size"
         yield (
-            f"{path(section, 'kl_horizon')}: must be more than 0.2 * {of} = "
+            f"{path(section, 'kl_horizon')}: must be more than 0.2 * {settings.update_rows} = "
             f"{0.2 * rows:g}, got {settings.kl_horizon}"
         )
     if settings.overlong_from >= stage.rollout.max_new_tokens:
@@ -185,4 +186,28 @@ def check_trust_region(stage: StageConfig, path: PathOf) -> Iterator[str]:
         yield (
             f"{path('model', 'sharing')}: must be separate or hydra in a stage that runs {name}: the value "
             "loss would move a policy on whose trunk the values are, got 'trunk'"
+        )
+
+
+def check_pairs(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields what would part the pairs that a stage samples, or have none."""
+    settings, section = stage.settings, stage.algorithm
+    if not isinstance(settings, OnlineDPOConfig):
+        return
+    if settings.group_size == 1:
+        yield f"{path(section, 'group_size')}: must be >= 2, as a pair is two completions of a prompt, got 1"
+    if settings.batch_size % settings.num_minibatches:
+        yield (
+            f"{path(section, 'num_minibatches')}: must divide batch_size, the pairs of an iteration, got "
+            f"{settings.num_minibatches} for {settings.batch_size}"
+        )
+    if settings.sequences_per_row > 1 and settings.sequences_per_row % 2:
+        yield (
+            f"{path(section, 'sequences_per_row')}: must be 1 or even, as a pair is in one row, got "
+            f"{settings.sequences_per_row}"
+        )
+    if settings.sequences_per_row == 1 and settings.microbatch_size % 2:
+        yield (
+            f"{path(section, 'microbatch_size')}: must be even, as a pair is two rows, got "
+            f"{settings.microbatch_size}"
         )

@@ -64,6 +64,11 @@ class OfflineConfig:
         """Returns batch_size: a batch has the rows of so many records."""
         return self.batch_size
 
+    @property
+    def update_rows(self) -> str:
+        """Returns what rows_per_update is, in words."""
+        return "batch_size"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(OfflineConfig):
@@ -122,21 +127,26 @@ class RewardModelConfig(OfflineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceConfig(OfflineConfig):
-    """Learning from given records against a frozen reference: the policy at the start."""
+class LogRatioConfig:
+    """Log ratios to a frozen reference, the policy at the start, as implicit rewards."""
 
     beta: PositiveFloat = 0.1
     """Strength of the pull to the reference; it multiplies the log ratios to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig(LogRatioConfig, OfflineConfig):
+    """Learning from given records against a frozen reference: the policy at the start."""
+
     precompute_ref: bool = False
     """The reference's log-probabilities are computed once, before the first step, and kept beside the
     checkpoints; no reference model is in memory while the policy is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(ReferenceConfig):
-    """Direct preference optimisation on pairs."""
+class PairLossConfig(LogRatioConfig):
+    """The loss of a pair, of the log ratios to the reference of its completions."""
 
-    records: ClassVar[Kind] = "preference"
     loss: PairLoss = "sigmoid"
     """Loss of a pair's margin, the log ratio to the reference of its chosen completion less that of the
     rejected one: logistic (DPO); logistic and unbiased where a share label_smoothing of the pairs is in the
@@ -146,6 +156,13 @@ class DPOConfig(ReferenceConfig):
     robust)."""
     length_normalized: bool = False
     """Log ratios are divided by the tokens of their completion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(PairLossConfig, ReferenceConfig):
+    """Direct preference optimisation on pairs."""
+
+    records: ClassVar[Kind] = "preference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,9 +292,19 @@ class OnlineConfig:
         return self.num_iterations * self.num_epochs * self.num_minibatches
 
     @property
-    def rows_per_update(self) -> int:
+    def rows_per_rollout(self) -> int:
         """Returns the completions of one iteration."""
         return self.batch_size * self.group_size
+
+    @property
+    def rows_per_update(self) -> int:
+        """Returns how many of them are learned."""
+        return self.rows_per_rollout
+
+    @property
+    def update_rows(self) -> str:
+        """Returns what rows_per_update is, in words."""
+        return "batch_size" if self.group_size == 1 else "batch_size * group_size"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -520,6 +547,29 @@ class TRPOConfig(ShapedRewardConfig):
     """Whiten advantages over the valid tokens of the whole batch."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(PairLossConfig, OnlineConfig):
+    """DPO on pairs that the policy samples: of each group the best completion against the worst.
+
+    Source: arXiv:2402.04792.
+    """
+
+    batch_size: PositiveInt = 32
+    group_size: PositiveInt = 2
+    num_epochs: PositiveInt = 1
+    num_minibatches: PositiveInt = 1
+
+    @property
+    def rows_per_update(self) -> int:
+        """Returns the rows of a pair of each prompt."""
+        return 2 * self.batch_size
+
+    @property
+    def update_rows(self) -> str:
+        """Returns what rows_per_update is, in words."""
+        return "2 * batch_size"
+
+
 AlgorithmName = Literal[
     "sft",
     "reward_model",
@@ -541,6 +591,7 @@ AlgorithmName = Literal[
     "simpo",
     "cpo",
     "orpo",
+    "online_dpo",
 ]
 ALGORITHM_SECTIONS: dict[str, type[OfflineConfig | OnlineConfig]] = {
     "sft": SFTConfig,
@@ -563,5 +614,6 @@ ALGORITHM_SECTIONS: dict[str, type[OfflineConfig | OnlineConfig]] = {
     "simpo": SimPOConfig,
     "cpo": CPOConfig,
     "orpo": ORPOConfig,
+    "online_dpo": OnlineDPOConfig,
 }
 AlgorithmConfig = OfflineConfig | OnlineConfig

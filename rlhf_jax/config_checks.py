@@ -156,7 +156,7 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
     settings, section = stage.settings, stage.algorithm
     parts, batch, micro = settings.num_minibatches, settings.rows_per_update, settings.microbatch_size
     option, size, text = "batch_size", batch, f"{batch}"
-    whole = "batch_size" if batch == settings.batch_size else "batch_size * group_size"
+    whole = settings.update_rows
     if batch % parts:
         yield (
             f"{path(section, 'num_minibatches')}: must divide {whole}, got {parts} for {batch}; "
@@ -170,6 +170,11 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
             yield (
                 f"{path(section, 'sequences_per_row')}: must divide {name}, got {shared} for {size}; "
                 f"{_divisors(size)} do"
+            )
+        elif isinstance(settings, OnlineConfig) and settings.rows_per_rollout % shared:
+            yield (
+                f"{path(section, 'sequences_per_row')}: must divide batch_size * group_size, got {shared} "
+                f"for {settings.rows_per_rollout}; {_divisors(settings.rows_per_rollout)} do"
             )
         elif shared > 1:
             name, size = f"{name} / sequences_per_row", size // shared

@@ -30,6 +30,7 @@ _METHODS = {
     "cpo": "CPO",
     "orpo": "ORPO",
     "trpo": "TRPO against a reward",
+    "online_dpo": "online DPO against a reward",
 }
 _REWARD_LOSSES = {
     "bradley_terry": "Bradley-Terry",

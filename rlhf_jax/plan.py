@@ -92,9 +92,10 @@ class Plan(NamedTuple):
         """Returns the numbers of rows that the mesh has to divide, by the option that decides them."""
         settings, per_unit = self.stage.settings, rows_per_unit(self.stage, self.algorithm)
         sequences_per_row = getattr(settings, "sequences_per_row", 1)
-        whole = "batch_size" if settings.rows_per_update == settings.batch_size else "batch_size * group_size"
         minibatch = settings.rows_per_update // settings.num_minibatches // sequences_per_row
-        of_minibatch = f"{whole} / num_minibatches" + " / sequences_per_row" * (sequences_per_row > 1)
+        of_minibatch = f"{settings.update_rows} / num_minibatches" + " / sequences_per_row" * (
+            sequences_per_row > 1
+        )
         return {
             "batch_size": per_unit * settings.batch_size,
             of_minibatch: per_unit * minibatch,

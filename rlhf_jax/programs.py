@@ -69,7 +69,7 @@ class Programs(NamedTuple):
     """Scored rollout, aux -> bool[N], the groups from which something is to be learned."""
     merge: Callable[[Scored, Scored, Array | np.ndarray], Scored]
     """Two scored rollouts of B rows, i32[B] -> these of their 2 B rows."""
-    advantages: Callable[[Scored, dict[str, Array]], tuple[PolicyBatch, Metrics]]
+    advantages: Callable[[Scored, dict[str, Array]], tuple[PolicyBatch | Rows, Metrics]]
     """Scored rollout, aux -> what the update reads."""
     update: Callable[[TrainState, Params, Any, Array], tuple[TrainState, Metrics]]
     """State (donated), frozen parameters, batch, key -> state, metrics. One dispatch for all epochs."""
@@ -84,8 +84,8 @@ class Programs(NamedTuple):
 
 
 def rows_per_unit(stage: StageConfig, algorithm: Algorithm) -> int:
-    """Returns the rows of what batch_size counts: of a packed row one, of a record all of its rows."""
-    return 1 if stage.data.packing else algorithm.rows_per_record
+    """Returns the rows of what batch_size counts: one of a packed row or prompt, all of a record."""
+    return 1 if stage.data.packing or stage.is_online else algorithm.rows_per_record
 
 
 def optimizers_of(stage: StageConfig, algorithm: Algorithm) -> Optimizers:
@@ -171,11 +171,11 @@ def build_programs(
     def merge(one: Scored, other: Scored, rows: Array) -> Scored:
         return constrain(jax.tree.map(lambda a, b: jnp.concatenate([a, b])[rows], one, other))
 
-    def advantages(scored: Scored, aux: dict[str, Array]) -> tuple[PolicyBatch, Metrics]:
+    def advantages(scored: Scored, aux: dict[str, Array]) -> tuple[PolicyBatch | Rows, Metrics]:
         assert algorithm.prepare is not None
         batch, metrics = algorithm.prepare(scored, aux, settings)
         is_corrected = stage.rollout.importance == "always" or stage.rollout.devices > 0
-        if is_corrected and stage.rollout.importance_cap:
+        if isinstance(batch, PolicyBatch) and is_corrected and stage.rollout.importance_cap:
             sampled = scored.rollout.sampler_logprobs
             mask, cap = batch.completion_mask, stage.rollout.importance_cap
             importance, told = importance_weights(batch.old_logprobs, sampled, mask, cap)
@@ -202,7 +202,7 @@ def build_programs(
         num_epochs=settings.num_epochs,
         num_minibatches=settings.num_minibatches,
         num_microbatches=minibatch_rows // (settings.microbatch_size or minibatch_rows),
-        rows_per_unit=rows_per_unit(stage, algorithm),
+        rows_per_unit=1 if stage.data.packing else algorithm.rows_per_record,
         stochastic_rounding=stage.optimizer.stochastic_rounding,
         layout=layout,
         constrain=constrain,

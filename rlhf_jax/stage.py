@@ -270,7 +270,7 @@ def _online(
     loader = Loader[Prompts, PromptOnly](plan.train, settings.batch_size, stage.run.seed)
     external = _external_reward(plan, mesh)
     has_model = "reward" in frozen or external is not None
-    holders = row_holders(mesh, settings.rows_per_update)
+    holders = row_holders(mesh, settings.rows_per_rollout)
     functions = {spec: scored_once(function, holders) for spec, function in plan.functions.items()}
     gold = None if plan.gold is None else scored_once(plan.gold, holders)
     collector = Collector(
@@ -288,7 +288,7 @@ def _online(
     else:
         batches = PromptBatches(loader, worker.mesh, settings.group_size)
         source = Asynchronous(programs, frozen, collector, batches, worker, root, settings.num_updates)
-    held_out = Loader(plan.held_out, settings.rows_per_update, stage.run.seed)
+    held_out = Loader(plan.held_out, settings.rows_per_rollout, stage.run.seed)
     key = keys.named(root, "evaluate")
     return source, evaluate_prompts(collector, held_out, mesh, key, stage.run.num_samples, gold)
 

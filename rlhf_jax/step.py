@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from rlhf_jax import keys
 from rlhf_jax.algos.algorithm import Algorithm
-from rlhf_jax.batch import Max, Mean, Metrics, Params, TrainState, num_rows, reduce_metrics
+from rlhf_jax.batch import Max, Mean, Metrics, Params, Rows, TrainState, num_rows, reduce_metrics
 from rlhf_jax.models.forward import Forward, blank_forward
 from rlhf_jax.ops.packed_rows import Placement, RowLayout
 from rlhf_jax.ops.rounding import rounded_like, widened
@@ -90,11 +90,13 @@ def make_update(
         num_epochs: passes over the batch; rows are shuffled anew in each when there are several minibatches.
         num_minibatches: optimiser steps of a pass; divides the rows.
         num_microbatches: parts of a minibatch's rows.
-        rows_per_unit: rows that belong together and are never parted; divides those of a microbatch.
+        rows_per_unit: rows that belong together and are never parted; divides those of a microbatch. Where
+            a layout has several sequences in a row, such a row is one.
         stochastic_rounding: how bfloat16 parameters and moments are rounded; float32 ones are not.
-        layout: in what rows a minibatch, which then has `rows`, is computed; None: in its own.
+        layout: in what rows a minibatch is computed; None: in its own.
         constrain: puts the rows of a minibatch on the mesh.
     """
+    rows_per_part = rows_per_unit if layout is None or layout.sequences_per_row == 1 else 1
 
     def gradients(params: Params, frozen: Params, minibatch: Any) -> tuple[Params, dict[str, Mean], Metrics]:
         def in_rows(at: Placement) -> tuple[Params, dict[str, Mean], Metrics]:
@@ -104,7 +106,8 @@ def make_update(
 
         if layout is None:
             return of_rows(forward, params, frozen, minibatch)
-        return layout.in_short_rows(minibatch.rows, in_rows)
+        rows = minibatch if isinstance(minibatch, Rows) else minibatch.rows
+        return layout.in_short_rows(rows, in_rows, rows_per_unit)
 
     def of_rows(
         forward: Forward, params: Params, frozen: Params, minibatch: Any
@@ -124,7 +127,7 @@ def make_update(
 
         if num_microbatches == 1:
             return of_microbatch(minibatch)
-        microbatches = split_rows(minibatch, num_microbatches, rows_per_unit)
+        microbatches = split_rows(minibatch, num_microbatches, rows_per_part)
 
         def accumulate(grads: Params, microbatch: Any) -> tuple[Params, tuple[dict[str, Mean], Metrics]]:
             more, means, metrics = of_microbatch(constrain(microbatch))
@@ -142,7 +145,7 @@ def make_update(
         if num_microbatches == 1:
             sums = stats(forward, params, frozen, minibatch, settings)
         else:
-            microbatches = split_rows(minibatch, num_microbatches, rows_per_unit)
+            microbatches = split_rows(minibatch, num_microbatches, rows_per_part)
             parts = lax.map(
                 lambda part: stats(forward, params, frozen, constrain(part), settings), microbatches
             )
@@ -182,7 +185,6 @@ def make_update(
 
     def update(state: TrainState, frozen: Params, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
         rows = num_rows(batch)
-        assert num_minibatches == 1 or rows_per_unit == 1, "minibatches would part a record"
 
         def minibatch_step(carry: Any, inputs: tuple[Array, Array]) -> Any:
             row_index, key = inputs
@@ -197,7 +199,8 @@ def make_update(
             first = last = metrics
         else:
             epoch_keys = jax.random.split(key, num_epochs)
-            order = jax.vmap(lambda k: jax.random.permutation(k, rows))(epoch_keys)
+            units = jax.vmap(lambda k: jax.random.permutation(k, rows // rows_per_unit))(epoch_keys)
+            order = rows_per_unit * units[..., None] + jnp.arange(rows_per_unit)
             inputs = (order.reshape(num_steps, -1), rounding_keys)
             carry, metrics = lax.scan(minibatch_step, carry, inputs)
             first = jax.tree.map(lambda x: x[0], metrics)

@@ -6,9 +6,9 @@ from collections.abc import Container, Mapping
 
 from rlhf_jax.algo_config import (
     ALGORITHM_SECTIONS,
-    DPOConfig,
     GRPOConfig,
     OnlineConfig,
+    PairLossConfig,
     PolicyGradientConfig,
     PPOConfig,
     ReferenceConfig,
@@ -163,7 +163,7 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         reasons |= {f"reward_model.{key}": why for key, why in _of_reward_model(settings).items()}
         if not stage.start_from and not stage.model.path:
             reasons["reward_model.fresh_trunk"] = "the stage starts from no model: its trunk is fresh"
-    if isinstance(settings, DPOConfig) and settings.loss in ("ipo", "hinge"):
+    if isinstance(settings, PairLossConfig) and settings.loss in ("ipo", "hinge"):
         reasons[f"{stage.algorithm}.label_smoothing"] = f"{stage.algorithm}.loss is {settings.loss!r}"
     if isinstance(settings, OnlineConfig):
         if not stage.reward_from and stage.rewards.model_weight != 0:
@@ -182,6 +182,9 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         if settings.missing_eos in ("none", "mask"):
             section = stage.algorithm
             reasons[f"{section}.missing_eos_value"] = f"{section}.missing_eos is {settings.missing_eos!r}"
+        if not isinstance(settings, ShapedRewardConfig):
+            for key in ("importance", "importance_cap"):
+                reasons[f"rollout.{key}"] = f"the loss of {stage.algorithm} has no ratio to be corrected"
     if isinstance(settings, ShapedRewardConfig):
         section = stage.algorithm
         if settings.kl_controller == "fixed":

@@ -203,6 +203,7 @@ def packed(batch: Any, groups: Sequence[Sequence[int]], length: int) -> Any:
         of_sequence(rows.prompt_lengths),
         of_sequence(rows.lengths),
         None if rows.excluded is None else of_token(rows.excluded),
+        None if rows.ref_logprobs is None else of_sequence(rows.ref_logprobs),
     )
     if isinstance(batch, Rows):
         return made

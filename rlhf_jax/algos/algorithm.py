@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-from rlhf_jax.batch import Mean, Metrics, Params, PolicyBatch, Scored
+from rlhf_jax.batch import Mean, Metrics, Params, PolicyBatch, Rows, Scored
 from rlhf_jax.models.forward import Forward
 
 Aux = dict[str, Array]
@@ -62,7 +62,7 @@ class Algorithm(NamedTuple):
     """Adam's epsilon where the configuration leaves it open."""
     init_aux: Callable[[Any], Mapping[str, float | tuple[float, ...]]] = lambda settings: {}
     """Named float32 scalars, or vectors, of the train state, and their first values."""
-    prepare: Callable[[Scored, Aux, Any], tuple[PolicyBatch, Metrics]] | None = None
+    prepare: Callable[[Scored, Aux, Any], tuple[PolicyBatch | Rows, Metrics]] | None = None
     """Online: a scored rollout -> what the loss reads, and metrics of the rollout."""
     informative_groups: Callable[[Scored, Aux, Any], Array] | None = None
     """Online: bool[N], the groups of a scored rollout from which something is to be learned."""

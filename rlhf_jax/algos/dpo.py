@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.algo_config import DPOConfig
+from rlhf_jax.algo_config import DPOConfig, PairLossConfig
 from rlhf_jax.algos.algorithm import Algorithm, Term, Terms
 from rlhf_jax.algos.preference import PAIR_MEASURES, completions, held_out, pair_metrics
 from rlhf_jax.batch import Metrics, Params, Rows
@@ -16,7 +16,7 @@ from rlhf_jax.ops.ranking import bradley_terry, hinge
 from rlhf_jax.ops.sequences import as_pairs
 
 
-def pair_losses(margins: Array, settings: DPOConfig) -> Array:
+def pair_losses(margins: Array, settings: PairLossConfig) -> Array:
     """Returns the loss of each pair, f32[N], to minimise.
 
     With h the margin, L(h) = -log sigmoid(beta h) and e the label smoothing:
@@ -48,7 +48,7 @@ def pair_losses(margins: Array, settings: DPOConfig) -> Array:
 
 
 def loss(
-    forward: Forward, params: Params, frozen: Params, batch: Rows, settings: DPOConfig
+    forward: Forward, params: Params, frozen: Params, batch: Rows, settings: PairLossConfig
 ) -> tuple[Terms, Metrics]:
     """Returns the loss of sequences that alternate chosen, rejected, and its metrics; both in one forward.
 

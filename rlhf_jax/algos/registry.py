@@ -6,6 +6,7 @@ from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.dpo import DPO
 from rlhf_jax.algos.grpo import GRPO
 from rlhf_jax.algos.kto import KTO
+from rlhf_jax.algos.online_dpo import ONLINE_DPO
 from rlhf_jax.algos.ppo import PPO
 from rlhf_jax.algos.reference_free import ORPO, SIMPO
 from rlhf_jax.algos.reward_model import REWARD_MODEL
@@ -34,4 +35,5 @@ ALGORITHMS: dict[str, Algorithm] = {
     "simpo": SIMPO,
     "cpo": SIMPO,
     "orpo": ORPO,
+    "online_dpo": ONLINE_DPO,
 }

@@ -109,14 +109,15 @@ class RowLayout:
                 rungs.setdefault(width, Rung(width, num_completion))
         return tuple(sorted(rungs.values()))
 
-    def in_short_rows[T](self, rows: Rows, function: Callable[[Placement], T]) -> T:
+    def in_short_rows[T](self, rows: Rows, function: Callable[[Placement], T], together: int = 1) -> T:
         """Returns function(placement) for the first rung that all rows fit in.
 
         Args:
             rows: of one sequence each, the batch's.
             function: is traced for every rung; all that it returns has one shape, whatever the rung.
+            together: sequences that stand one behind the other and stay so; see `share_rows`.
         """
-        sequences = share_rows(rows.lengths, self.sequences_per_row)
+        sequences = share_rows(rows.lengths, self.sequences_per_row, together)
         lengths = rows.lengths[sequences]
         completions = jnp.sum(lengths - rows.prompt_lengths[sequences], axis=1)
         ladder = self.ladder(rows.tokens.shape[1])
@@ -131,7 +132,7 @@ class RowLayout:
         return lax.switch(which, [lambda at=at: function(at) for at in placements])
 
 
-def share_rows(lengths: Array, sequences_per_row: int) -> Array:
+def share_rows(lengths: Array, sequences_per_row: int, together: int = 1) -> Array:
     """Returns which sequences share a row, i32[R, K], so that rows are about equally long.
 
     Sequences are dealt in K rounds, the longest first; in each round the longest goes to the row that is the
@@ -140,7 +141,11 @@ def share_rows(lengths: Array, sequences_per_row: int) -> Array:
     Args:
         lengths: i32[B].
         sequences_per_row: K, divides B. With 1, sequences keep their places.
+        together: so many, one behind the other, are dealt as one; divides K unless that is 1.
     """
+    if together > 1 and sequences_per_row > 1:
+        units = share_rows(lengths.reshape(-1, together).sum(axis=1), sequences_per_row // together)
+        return (together * units[..., None] + jnp.arange(together)).reshape(len(units), -1)
     num_rows = len(lengths) // sequences_per_row
     if sequences_per_row == 1:
         return jnp.arange(num_rows)[:, None]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig, PolicyGradientConfig
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import JudgedRows, PolicyBatch, Rows, num_rows
 from rlhf_jax.config_types import RANKINGS, Kind
@@ -71,7 +71,14 @@ def policy_batch(rows: Rows, seed: int = 0) -> PolicyBatch:
 
 
 def online_batch(name: str, rows: Rows) -> PolicyBatch:
-    """A batch of an online algorithm: without a value model it has no values, but a KL in the loss."""
+    """A batch of an online algorithm: without a value model it has no values, but a KL in the loss.
+
+    Pairs have the reference's log-probabilities with them, and one is none.
+    """
+    if name == "online_dpo":
+        is_pair = jnp.arange(8) // 2 != 1
+        prompt_lengths, lengths = (jnp.where(is_pair, x, 0) for x in (rows.prompt_lengths, rows.lengths))
+        return Rows(rows.tokens, prompt_lengths, lengths, ref_logprobs=jnp.linspace(-9, -40, 8))
     batch = policy_batch(rows)
     if settings_of(name).surrogate == "kl":
         batch = batch._replace(old_kl_weights=jnp.full(rows.tokens.shape, 0.5))
@@ -333,7 +340,10 @@ def test_garbage_outside_the_completions_changes_nothing(name, poison):
     assert_same(updated(name, poisoned), updated(name, batch))
 
 
-@pytest.mark.parametrize("name", slow_but(("ppo",), ONLINE))
+HAVE_RATIOS = [name for name in ONLINE if issubclass(section(name), PolicyGradientConfig)]
+
+
+@pytest.mark.parametrize("name", slow_but(("ppo",), HAVE_RATIOS))
 def test_the_first_ratio_is_one(name):
     """Rollout, score, advantages, update have one temperature, so old equals new before the first step."""
     mesh = tiny.mesh()
@@ -357,3 +367,33 @@ def test_the_first_ratio_is_one(name):
     assert metrics["policy/sampler_gap_max"] < 1e-5
     if scored.ref_logprobs is not None:
         assert metrics["policy/kl"] > 0.01
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param({}, marks=pytest.mark.slow), {"sequences_per_row": 2, "length_buckets": 2}],
+    ids=str,
+)
+def test_sampled_pairs_are_compared_as_they_were_scored(layout):
+    """Rollout, score, update have one temperature; pairs stay pairs through minibatches and packed rows."""
+    mesh, beta = tiny.mesh(), 0.3
+    sizes = {"batch_size": 8, "group_size": 2, "num_minibatches": 4, "beta": beta}
+    rollout = {"max_new_tokens": 8, "temperature": 0.7}
+    stage = tiny.stage("online_dpo", settings=sizes | layout, rollout=rollout, optimizer={"learning_rate": 0})
+    programs = tiny.programs(stage, mesh)
+    trained, frozen = tiny.roles("online_dpo", mesh)
+    state = programs.init_state(trained)
+    rollout = programs.rollout(state.params, frozen, tiny.prompts(), jax.random.key(1))
+    scored, _ = programs.score(state.params, frozen, rollout)
+    scores = jnp.arange(16.0) % 5 // 2
+    batch, told = programs.advantages(scored._replace(scores=scores), state.aux)
+    _, metrics = programs.update(state, frozen, batch, jax.random.key(2))
+    log_ratios = jnp.sum(scored.old_logprobs - scored.ref_logprobs, axis=1).reshape(8, 2)
+    first, second = scores.reshape(8, 2).T
+    margins = jnp.sign(first - second) * (log_ratios[:, 0] - log_ratios[:, 1])
+    found, is_pair = to_host(told | metrics), np.asarray(first != second)
+    assert found["rollout/equal_groups"] == pytest.approx(1 - is_pair.mean())
+    assert 0 < is_pair.mean() < 1
+    assert found["reward/margin"] == pytest.approx(beta * float(margins[is_pair].mean()), rel=1e-5)
+    losses = np.log1p(np.exp(-beta * np.float64(margins[is_pair])))
+    assert found["loss/preference"] == pytest.approx(losses.mean(), rel=1e-5)

@@ -5,10 +5,12 @@ import json
 import pytest
 
 from rlhf_jax import train
-from rlhf_jax.algo_config import ALGORITHM_SECTIONS, PolicyGradientConfig
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig, PolicyGradientConfig
 from tests.conftest import ROOT
 
 NAMES = [name for name, section in ALGORITHM_SECTIONS.items() if issubclass(section, PolicyGradientConfig)]
+OTHERS = [name for name, section in ALGORITHM_SECTIONS.items() if issubclass(section, OnlineConfig)]
+OTHERS = [name for name in OTHERS if name not in NAMES]
 FAST = ("dapo",)
 
 
@@ -27,4 +29,20 @@ def test_smoke_config(name, tmp_path):
         assert line["policy/ratio_gap_first"] < 1e-4
     assert ("loss/kl" in steps[0]) == (name in ("grpo", "gspo"))
     assert all(line["policy/kl"] is not None for line in steps)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())[name]["score_after"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_smoke_config_of_what_learns_from_chosen_samples(name, tmp_path):
+    config = ROOT / "configs" / "smoke" / f"{name}.yaml"
+    assert train.main(["--config", str(config), "--run.dir", str(tmp_path / "run")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["stage"] == name and "policy/grad_norm" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    for line in steps:
+        assert line["update/skipped"] == 0
+        assert line["policy/grad_norm"] > 0
+        assert line["rollout/equal_groups"] < 1
+    assert steps[-1]["policy/kl"] is not None
     assert json.loads((tmp_path / "run" / "summary.json").read_text())[name]["score_after"] is not None

@@ -686,6 +686,40 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
             "grpo.tracks_kl: would be ignored: grpo.kl_coef is not 0",
         ),
         (
+            PPO_ONLY.replace("ppo", "online_dpo") + FUNCTION + "online_dpo: {group_size: 1}",
+            "online_dpo.group_size: must be >= 2, as a pair is two completions of a prompt, got 1",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "online_dpo") + FUNCTION + "online_dpo: {num_minibatches: 64}",
+            "online_dpo.num_minibatches: must divide batch_size, the pairs of an iteration, got 64 for 32",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "online_dpo") + FUNCTION + "online_dpo: {microbatch_size: 1}",
+            "online_dpo.microbatch_size: must be even, as a pair is two rows, got 1",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "online_dpo")
+            + FUNCTION
+            + "online_dpo: {sequences_per_row: 3, batch_size: 48, group_size: 4}",
+            "online_dpo.sequences_per_row: must be 1 or even, as a pair is in one row, got 3",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "online_dpo")
+            + FUNCTION
+            + "online_dpo: {sequences_per_row: 4, batch_size: 2, group_size: 3}",
+            "online_dpo.sequences_per_row: must divide batch_size * group_size, got 4 for 6; 1, 2, 3, 6 do",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "online_dpo") + FUNCTION + "rollout: {importance: always}",
+            "rollout.importance: would be ignored: the loss of online_dpo has no ratio to be corrected",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "online_dpo")
+            + FUNCTION
+            + "online_dpo: {loss: ipo, label_smoothing: 0.1}",
+            "online_dpo.label_smoothing: would be ignored: online_dpo.loss is 'ipo'",
+        ),
+        (
             PPO_ONLY + FUNCTION + "ppo: {overlong_from: 64}",
             "ppo.overlong_from: must be less than rollout.max_new_tokens = 64, got 64",
         ),

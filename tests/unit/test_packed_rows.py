@@ -92,6 +92,13 @@ def test_rows_are_about_equally_long():
         assert max(sums) <= 1.35 * max(sums.mean(), max(drawn) / 1.2)
 
 
+def test_sequences_of_a_unit_share_a_row():
+    lengths = jnp.asarray([9, 1, 8, 2, 0, 0, 3, 3])  # units of 10, 10, 0 and 6 tokens
+    assert np.asarray(share_rows(lengths, 4, 2)).tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert np.asarray(share_rows(lengths, 2, 2)).tolist() == [[0, 1], [2, 3], [6, 7], [4, 5]]
+    assert np.asarray(share_rows(lengths, 1, 2)).ravel().tolist() == list(range(8))
+
+
 def test_the_ladder_ends_with_rows_that_hold_everything():
     assert layout(2).ladder(T) == (Rung(32, 16),)
     # prompts of 8, and a half and the whole of 8 tokens of a completion, in vectors of 8

@@ -85,6 +85,27 @@ def test_every_row_is_used_once_in_each_epoch(forward):
     assert float(metrics["loss/first"].value) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_rows_of_a_unit_are_in_one_minibatch(forward):
+    """Of pairs x, -x the first term's slope is (x w)^2 + 1: its sum over minibatches tells of parted ones."""
+    seen = []
+
+    def told(forward, params, frozen, batch, settings):
+        seen.append(1)
+        w = forward.scores(params, frozen, batch)
+        pair = jnp.abs(jnp.sum(batch.x))
+        return {"first": Term(masked(w, batch.mask))}, {"gap": masked(pair, jnp.ones((), bool))}
+
+    points = Points(jnp.float32([1, -1, 2, -2, 4, -4, 8, -8]), jnp.ones(8, bool))
+    optimizers = {"policy": optax.sgd(0.0)}
+    state = init_state({"policy": {"w": jnp.float32(0.7)}}, optimizers, {})
+    algorithm = ALGORITHM._replace(loss=told)
+    update = make_update(
+        algorithm, forward, optimizers, None, num_epochs=3, num_minibatches=4, rows_per_unit=2
+    )
+    _, metrics = update(state, {}, points, jax.random.key(0))
+    assert metrics["gap"].value == 0
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted(forward):
     points = batch()
     bad = points._replace(x=points.x.at[1].set(jnp.inf))
