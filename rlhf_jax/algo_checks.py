@@ -10,6 +10,7 @@ from rlhf_jax.algo_config import (
     KTOConfig,
     OnlineDPOConfig,
     PolicyGradientConfig,
+    RAFTConfig,
     ShapedRewardConfig,
     TRPOConfig,
 )
@@ -27,6 +28,7 @@ def check_algorithm(stage: StageConfig, path: PathOf) -> Iterator[str]:
     yield from check_preferences(stage, path)
     yield from check_trust_region(stage, path)
     yield from check_pairs(stage, path)
+    yield from check_kept(stage, path)
 
 
 def check_scores(stage: StageConfig, path: PathOf) -> Iterator[str]:
@@ -210,4 +212,21 @@ def check_pairs(stage: StageConfig, path: PathOf) -> Iterator[str]:
         yield (
             f"{path(section, 'microbatch_size')}: must be even, as a pair is two rows, got "
             f"{settings.microbatch_size}"
+        )
+
+
+def check_kept(stage: StageConfig, path: PathOf) -> Iterator[str]:
+    """Yields what would make a stage learn more completions than it samples, or all of them."""
+    settings, section = stage.settings, stage.algorithm
+    if not isinstance(settings, RAFTConfig):
+        return
+    if settings.num_kept > settings.group_size:
+        yield (
+            f"{path(section, 'num_kept')}: must be at most group_size = {settings.group_size}, got "
+            f"{settings.num_kept}"
+        )
+    elif settings.num_kept == settings.group_size and settings.keep == "best":
+        yield (
+            f"{path(section, 'num_kept')}: must be less than group_size = {settings.group_size} where "
+            f"{section}.keep is 'best', as all completions would be learned, got {settings.num_kept}"
         )

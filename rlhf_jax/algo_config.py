@@ -570,6 +570,39 @@ class OnlineDPOConfig(PairLossConfig, OnlineConfig):
         return "2 * batch_size"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RAFTConfig(OnlineConfig):
+    """Rejection-sampling fine-tuning, or expert iteration: SFT on the best of what the policy samples.
+
+    Source: arXiv:2304.06767; arXiv:2307.09288 section 3.2.3; with a threshold, ReST, arXiv:2308.08998.
+    """
+
+    batch_size: PositiveInt = 32
+    group_size: PositiveInt = 8
+    num_epochs: PositiveInt = 1
+    num_minibatches: PositiveInt = 1
+    num_kept: PositiveInt = 1
+    """Completions of a group that are learned: those of the highest scores, of equal ones the first."""
+    keep: Literal["best", "above"] = "best"
+    """Whether these are learned whatever their scores, or those alone whose score is above threshold, as with
+    a verifier, whose 0 is a wrong answer."""
+    threshold: FiniteFloat = 0.0
+    """See keep."""
+    tracks_kl: bool = True
+    """Whether the stage keeps a reference model, so that policy/kl is told; without it needs less memory and
+    time."""
+
+    @property
+    def rows_per_update(self) -> int:
+        """Returns the most completions that are learned."""
+        return self.batch_size * self.num_kept
+
+    @property
+    def update_rows(self) -> str:
+        """Returns what rows_per_update is, in words."""
+        return "batch_size" if self.num_kept == 1 else "batch_size * num_kept"
+
+
 AlgorithmName = Literal[
     "sft",
     "reward_model",
@@ -592,6 +625,7 @@ AlgorithmName = Literal[
     "cpo",
     "orpo",
     "online_dpo",
+    "raft",
 ]
 ALGORITHM_SECTIONS: dict[str, type[OfflineConfig | OnlineConfig]] = {
     "sft": SFTConfig,
@@ -615,5 +649,6 @@ ALGORITHM_SECTIONS: dict[str, type[OfflineConfig | OnlineConfig]] = {
     "cpo": CPOConfig,
     "orpo": ORPOConfig,
     "online_dpo": OnlineDPOConfig,
+    "raft": RAFTConfig,
 }
 AlgorithmConfig = OfflineConfig | OnlineConfig

@@ -31,6 +31,7 @@ _METHODS = {
     "orpo": "ORPO",
     "trpo": "TRPO against a reward",
     "online_dpo": "online DPO against a reward",
+    "raft": "SFT on the best of its own samples",
 }
 _REWARD_LOSSES = {
     "bradley_terry": "Bradley-Terry",

@@ -11,6 +11,7 @@ from rlhf_jax.algo_config import (
     PairLossConfig,
     PolicyGradientConfig,
     PPOConfig,
+    RAFTConfig,
     ReferenceConfig,
     RewardModelConfig,
     ShapedRewardConfig,
@@ -185,6 +186,8 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         if not isinstance(settings, ShapedRewardConfig):
             for key in ("importance", "importance_cap"):
                 reasons[f"rollout.{key}"] = f"the loss of {stage.algorithm} has no ratio to be corrected"
+    if isinstance(settings, RAFTConfig) and settings.keep == "best":
+        reasons[f"{stage.algorithm}.threshold"] = f"{stage.algorithm}.keep is 'best'"
     if isinstance(settings, ShapedRewardConfig):
         section = stage.algorithm
         if settings.kl_controller == "fixed":

@@ -8,6 +8,7 @@ from rlhf_jax.algos.grpo import GRPO
 from rlhf_jax.algos.kto import KTO
 from rlhf_jax.algos.online_dpo import ONLINE_DPO
 from rlhf_jax.algos.ppo import PPO
+from rlhf_jax.algos.raft import RAFT
 from rlhf_jax.algos.reference_free import ORPO, SIMPO
 from rlhf_jax.algos.reward_model import REWARD_MODEL
 from rlhf_jax.algos.sft import SFT
@@ -36,4 +37,5 @@ ALGORITHMS: dict[str, Algorithm] = {
     "cpo": SIMPO,
     "orpo": ORPO,
     "online_dpo": ONLINE_DPO,
+    "raft": RAFT,
 }

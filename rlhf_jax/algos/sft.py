@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_jax.algo_config import SFTConfig
+from rlhf_jax.algo_config import RAFTConfig, SFTConfig
 from rlhf_jax.algos.algorithm import Algorithm, Measure, Term, Terms
 from rlhf_jax.batch import Metrics, Params, Rows
 from rlhf_jax.models.forward import Forward
@@ -10,7 +10,7 @@ from rlhf_jax.ops.masking import masked
 
 
 def loss(
-    forward: Forward, params: Params, frozen: Params, batch: Rows, settings: SFTConfig
+    forward: Forward, params: Params, frozen: Params, batch: Rows, settings: SFTConfig | RAFTConfig
 ) -> tuple[Terms, Metrics]:
     """Returns the mean negative log-likelihood of the tokens that carry loss, nats per token.
 

@@ -73,12 +73,13 @@ def policy_batch(rows: Rows, seed: int = 0) -> PolicyBatch:
 def online_batch(name: str, rows: Rows) -> PolicyBatch:
     """A batch of an online algorithm: without a value model it has no values, but a KL in the loss.
 
-    Pairs have the reference's log-probabilities with them, and one is none.
+    Of what was chosen of the samples, a part only fills up; pairs have the reference's log-probabilities.
     """
-    if name == "online_dpo":
-        is_pair = jnp.arange(8) // 2 != 1
-        prompt_lengths, lengths = (jnp.where(is_pair, x, 0) for x in (rows.prompt_lengths, rows.lengths))
-        return Rows(rows.tokens, prompt_lengths, lengths, ref_logprobs=jnp.linspace(-9, -40, 8))
+    if not issubclass(section(name), PolicyGradientConfig):
+        is_there = jnp.arange(8) // 2 != 1
+        prompt_lengths, lengths = (jnp.where(is_there, x, 0) for x in (rows.prompt_lengths, rows.lengths))
+        ref_logprobs = jnp.linspace(-9, -40, 8) if name == "online_dpo" else None
+        return Rows(rows.tokens, prompt_lengths, lengths, ref_logprobs=ref_logprobs)
     batch = policy_batch(rows)
     if settings_of(name).surrogate == "kl":
         batch = batch._replace(old_kl_weights=jnp.full(rows.tokens.shape, 0.5))

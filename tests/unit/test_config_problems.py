@@ -720,6 +720,22 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
             "online_dpo.label_smoothing: would be ignored: online_dpo.loss is 'ipo'",
         ),
         (
+            PPO_ONLY.replace("ppo", "raft") + FUNCTION + "raft: {num_kept: 9}",
+            "raft.num_kept: must be at most group_size = 8, got 9",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "raft") + FUNCTION + "raft: {num_kept: 8}",
+            "raft.num_kept: must be less than group_size = 8 where raft.keep is 'best', as all completions",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "raft") + FUNCTION + "raft: {threshold: 0.5}",
+            "raft.threshold: would be ignored: raft.keep is 'best'",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "raft") + FUNCTION + "raft: {num_kept: 2, num_minibatches: 3}",
+            "raft.num_minibatches: must divide batch_size * num_kept, got 3 for 64; 1, 2, 4, 8, 16, 32, 64",
+        ),
+        (
             PPO_ONLY + FUNCTION + "ppo: {overlong_from: 64}",
             "ppo.overlong_from: must be less than rollout.max_new_tokens = 64, got 64",
         ),
