@@ -12,15 +12,18 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from rlhf_jax import distributed
 from rlhf_jax.agreement import check_alike, ended_with
+from rlhf_jax.best_of import Best, Scorer, best_of, find_reward, kl_bound
+from rlhf_jax.config import RewardsConfig, StageConfig
 from rlhf_jax.data.columns import Content
 from rlhf_jax.files import replace_file, to_json
 from rlhf_jax.origins import fingerprint
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rlhf_jax.sample",
         description=__doc__,
-        epilog="Options of rollout, data, model, tokenizer, mesh and distributed are given as for\n"
+        epilog="Options of rollout, data, model, tokenizer, rewards, mesh and distributed are given as for\n"
         "rlhf_jax.train, such as --rollout.temperature 0.7, --rollout.max_new_tokens 128,\n"
         "--rollout.stop_strings '[\"Customer:\"]', --data.columns.prompt question. By default\n"
         "rollout.slots is 16, and rollout.steps_per_call 32.",
@@ -68,6 +71,19 @@ def main(argv: list[str] | None = None) -> int:
         "--chat", action="store_true", help="a prompt of --prompt or stdin is the message of a user"
     )
     parser.add_argument("--group_size", type=int, default=1, help="completions of each prompt; by default 1")
+    parser.add_argument(
+        "--best_of",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw N completions of each prompt and give the one of the highest score, by --reward_from or\n"
+        "--rewards.function package.module:name, or both, weighted as in training",
+    )
+    parser.add_argument(
+        "--reward_from",
+        default="",
+        help="the reward model of --best_of: RUN/STAGE, a Hugging Face directory, or hub:OWNER/NAME",
+    )
     parser.add_argument("--greedy", action="store_true", help="the most likely token at each step")
     parser.add_argument("--seed", type=int, default=0, help="another one draws others; by default 0")
     parser.add_argument(
@@ -95,11 +111,13 @@ def _sampled(args: argparse.Namespace, flags: list[str]) -> int:
         raise ValueError("--logprobs: would be ignored without --json or --out")
     if args.out and out.exists():
         raise ValueError(f"--out {out}: exists already; choose another file")
-    stage = read_options(args.model, flags, data=args.data)
+    stage = read_options(args.model, flags, data=args.data, reward_from=args.reward_from)
     check_call(stage.rollout, group_size=args.group_size, greedy=args.greedy)
+    group_size = _check_best_of(args, stage)
     distributed.initialize(stage.distributed)
-    policy = find_policy(args.model, flags, data=args.data)
+    policy = find_policy(args.model, flags, data=args.data, reward_from=args.reward_from)
     requests = _requests(args, policy)
+    reward = find_reward(policy, requests) if args.best_of else None
     check_alike(
         "models, prompts or the flags",
         lambda: (
@@ -107,28 +125,38 @@ def _sampled(args: argparse.Namespace, flags: list[str]) -> int:
             requests,
             repr(policy.stage),
             args.seed,
-            args.group_size,
+            group_size,
             args.greedy,
+            fingerprint(reward.model.path) if reward and reward.model else "",
         ),
     )
     sampler = Sampler(policy)
     start = time.perf_counter()
-    completions = sampler.complete(
-        requests, policy.stage.rollout, group_size=args.group_size, greedy=args.greedy, seed=args.seed
+    drawn = sampler.complete(
+        requests, policy.stage.rollout, group_size=group_size, greedy=args.greedy, seed=args.seed
     )
-    lines, num_completions, num_tokens = [], 0, 0
+    completions: Iterable[Completion | Best] = drawn
+    if reward is not None:
+        completions = best_of(drawn, group_size, Scorer(policy, requests, reward, group_size))
+    lines, num_completions, num_tokens, bests = [], 0, 0, []
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    for completion in completions:
+    for found in completions:
+        completion = found.completion if isinstance(found, Best) else found
+        if isinstance(found, Best):
+            bests.append((found.score, found.mean_score))
         num_completions, num_tokens = num_completions + 1, num_tokens + len(completion.tokens)
         if not distributed.is_first():
             continue
-        line = to_json(as_json(completion, with_logprobs=args.logprobs)) if args.json or args.out else ""
+        told = as_json(completion, with_logprobs=args.logprobs)
+        if isinstance(found, Best):
+            told |= {"score": found.score, "mean_score": found.mean_score}
+        line = to_json(told) if args.json or args.out else ""
         if args.json:
             print(line, flush=True)
         if args.out:
             lines.append(line)
         if not (args.json or args.out):
-            for text in shown(completion, args.group_size, in_colour=console.is_terminal):
+            for text in shown(completion, group_size, in_colour=console.is_terminal):
                 console.print(text)
     distributed.wait_for_all("done")
     if not distributed.is_first():
@@ -136,12 +164,38 @@ def _sampled(args: argparse.Namespace, flags: list[str]) -> int:
     if args.out:
         replace_file(out, "".join(f"{line}\n" for line in lines))
     seconds = time.perf_counter() - start
+    if bests:
+        best, mean = np.mean(bests, axis=0)
+        print(
+            f"best of {group_size}: mean score {best:.4g}, of all {mean:.4g}; KL to the policy at most "
+            f"{kl_bound(group_size):.4g} nats per completion",
+            file=sys.stderr,
+        )
     print(
         f"{num_completions} completions, {num_tokens} tokens in {seconds:.1f} s, compiling included"
         + (f" -> {out}" if args.out else ""),
         file=sys.stderr,
     )
     return 0
+
+
+def _check_best_of(args: argparse.Namespace, stage: StageConfig) -> int:
+    """Returns the completions of a prompt; ValueError where rewards would be ignored, or choose nothing."""
+    if not args.best_of:
+        for flag, is_set in (
+            ("--reward_from", args.reward_from),
+            ("--rewards", stage.rewards != RewardsConfig()),
+        ):
+            if is_set:
+                raise ValueError(f"{flag}: would be ignored without --best_of")
+        return args.group_size
+    if args.best_of < 2:
+        raise ValueError(f"--best_of: must be >= 2, got {args.best_of}")
+    if args.group_size != 1:
+        raise ValueError("--group_size: would be ignored: --best_of says how many completions are drawn")
+    if args.greedy:
+        raise ValueError("--greedy: all completions of a prompt would be the same one, and --best_of idle")
+    return args.best_of
 
 
 def _requests(args: argparse.Namespace, policy: StoredPolicy) -> Requests:

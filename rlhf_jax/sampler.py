@@ -214,7 +214,7 @@ class Sampler:
             tokenizer = self.policy.tokenizer
             text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Completion(
-            prompt=requests.prompts[number],
+            prompt=requests.records[number].prompt,
             text=str(text),
             tokens=tokens,
             logprobs=done.logprobs[row, :length].tolist(),

@@ -32,7 +32,7 @@ from rlhf_jax.run_tokenizer import check_vocabulary, tokenizer_dir
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = ("rollout", "data", "model", "tokenizer", "mesh", "distributed")
+SECTIONS = ("rollout", "data", "model", "tokenizer", "mesh", "distributed", "rewards")
 """Sections of the configuration that sampling reads."""
 UNREAD = (
     "data.eval",
@@ -48,6 +48,7 @@ UNREAD = (
     "model.frozen_memory",
     "model.sharing",
     "model.remat",
+    "rewards.gold",
     "rollout.devices",
     "rollout.importance",
     "rollout.importance_cap",
@@ -77,7 +78,7 @@ class StoredPolicy(NamedTuple):
 class Requests(NamedTuple):
     """Prompts in tokens."""
 
-    prompts: list[Content]
+    records: list[PromptOnly]
     ids: list[list[int]]
     limits: list[int | None]
     """The most tokens of each one's completions, where its record says so."""
@@ -90,6 +91,7 @@ def read_options(
     flags: Sequence[str] = (),
     *,
     data: str = "",
+    reward_from: str = "",
     context_length: int = LARGEST_INT,
     prompt_template: str = "",
     **rollout: Any,
@@ -100,6 +102,7 @@ def read_options(
         model: named in messages alone.
         flags: `--section.option value`.
         data: a file of prompts, in the notation of data.train; empty: they are given in another way.
+        reward_from: a reward model, as of a stage; empty: none.
         context_length: of the model.
         prompt_template: that the model was trained with.
         rollout: options of that section.
@@ -109,7 +112,7 @@ def read_options(
     """
     tree: dict[str, Any] = {
         "run": {"dir": "."},
-        "stages": [{"name": "sample", "algorithm": "ppo", "from": model}],
+        "stages": [{"name": "sample", "algorithm": "ppo", "from": model, "reward_from": reward_from}],
         "data": {
             "train": data or "-",
             "eval": data or "-",
@@ -124,7 +127,9 @@ def read_options(
     return command_line.read_stage(tree, [*flags, *of_rollout], sections=SECTIONS, unread=unread)
 
 
-def find_policy(model: str, flags: Sequence[str] = (), *, data: str = "", **rollout: Any) -> StoredPolicy:
+def find_policy(
+    model: str, flags: Sequence[str] = (), *, data: str = "", reward_from: str = "", **rollout: Any
+) -> StoredPolicy:
     """Returns the policy of a directory; of a run the last that it trained. Arguments as in `read_options`.
 
     Args:
@@ -133,7 +138,9 @@ def find_policy(model: str, flags: Sequence[str] = (), *, data: str = "", **roll
     Raises:
         ValueError: options that are wrong, no policy there, or a tokenizer that is not its own.
     """
-    read_options(model, flags, data=data, **rollout)  # what is wrong with these is told first
+    read_options(
+        model, flags, data=data, reward_from=reward_from, **rollout
+    )  # what is wrong with these is told first
     path = local_directory(model)
     if not is_stage_dir(path) and (path / "config.yaml").is_file():
         name = last_policy(read_run_config(path))
@@ -149,6 +156,7 @@ def find_policy(model: str, flags: Sequence[str] = (), *, data: str = "", **roll
         model,
         flags,
         data=data,
+        reward_from=reward_from,
         context_length=architecture.context_length,
         prompt_template=text.get("prompt_template") or "",
         **rollout,
@@ -221,7 +229,7 @@ def _tokenized(policy: StoredPolicy, records: Sequence[PromptOnly], where: str) 
     if policy.text and (differing := text_difference(policy.text, ours, TEXT_OF_MODEL)):
         logger.warning("%s was trained on text that is treated otherwise: %s", policy.path, differing)
     return Requests(
-        prompts=[record.prompt for record in kept],
+        records=kept,
         ids=ids,
         limits=[
             read_limit(record.columns.get(LIMIT), rollout.max_new_tokens, f"{where}: record {number}")

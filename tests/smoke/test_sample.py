@@ -19,6 +19,7 @@ from rlhf_jax.data.collate import collate_prompts
 from rlhf_jax.data.tokenizer import train_tokenizer
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.scorers import Normalizer, save_scorer
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.rollout.generate import generate, run_to_end
 from rlhf_jax.rollout.sampling import read_sampling
@@ -27,6 +28,7 @@ from rlhf_jax.sample import Sampler
 from rlhf_jax.stored_policy import find_policy, read_prompts
 
 C, CONTEXT = 12, 40
+HERE = "tests.smoke.test_sample"
 TEXTS = ["my toy broke", "the lamp is red", "a pen", "so many books on one desk"]
 PROMPTS = [f"{TEXTS[i % 4]} {i}" for i in range(9)]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<|eos|>{% endfor %}a:"
@@ -87,6 +89,10 @@ def uncut(sampler):
     return sampler(PROMPTS)
 
 
+def vowels(completions, **others):
+    return [sum(letter in "aeiou" for letter in text) for text in completions]
+
+
 def lines(capsys, *flags):
     assert sample.main(list(flags)) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -124,6 +130,38 @@ def test_a_group_is_several_draws_of_each_prompt(sampler, uncut):
     assert [of.tokens for of in found[::2]] == [of.tokens for of in uncut]
     assert len({tuple(of.tokens) for of in found}) == 2 * len(PROMPTS)
     assert [of.tokens for of in sampler(PROMPTS, seed=6)] != [of.tokens for of in uncut]
+
+
+def test_the_best_of_a_group_is_told(directory, sampler, tmp_path, capsys):
+    """By a reward model, read at the last token, and a function of the text."""
+    head = {"kernel": jnp.linspace(-1, 1, 16), "bias": jnp.float32(0.5)}
+    params = {"trunk": POLICY["trunk"], "score_head": head}
+    ids = {f"{name}_token_id": id_ for name, id_ in IDS.items()}
+    save_scorer(
+        tmp_path / "judge", MODEL.architecture, params, "reward", Normalizer(0.25, 2.0), token_ids=ids
+    )
+    TOKENIZER.save_pretrained(tmp_path / "judge")
+    flags = ["--model", directory, "--rollout.max_new_tokens", str(C), "--rollout.slots", "4", "--json"]
+    flags += ["--best_of", "4", "--reward_from", str(tmp_path / "judge"), "--rewards.function_weight", "0.5"]
+    flags += ["--rewards.function", f"{HERE}:vowels", "--prompt", TEXTS[0], "--prompt", TEXTS[1]]
+    assert sample.main(flags) == 0
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    drawn = sampler(TEXTS[:2], group_size=4)
+
+    def score(of):
+        tokens = TOKENIZER(of.prompt)["input_ids"] + of.tokens
+        last = MODEL.hidden(params["trunk"], jnp.asarray([tokens]))[0, -1]
+        return (float(last @ head["kernel"] + head["bias"]) - 0.25) / 2 + 0.5 * vowels([of.text])[0]
+
+    for number, line in enumerate(found):
+        scores = [score(of) for of in drawn[4 * number : 4 * number + 4]]
+        best = drawn[4 * number + int(np.argmax(scores))]
+        assert len(set(scores)) > 1
+        assert (line["completion"], line["sample_index"]) == (best.text, best.sample_index)
+        assert line["score"] == pytest.approx(max(scores), rel=1e-4)
+        assert line["mean_score"] == pytest.approx(np.mean(scores), rel=1e-4)
+    assert "best of 4" in err and "at most 0.6363 nats per completion" in err
 
 
 def test_stop_strings_cut_at_any_number_of_slots_and_steps(sampler, other, uncut):
@@ -255,6 +293,18 @@ def test_conversations_are_what_training_makes_of_them(directory):
         (["--data", "none.jsonl"], "no such file"),
         (["--data", "{directory}/../limits.jsonl"], "must be an integer from 1 to 12.*got 13"),
         ([], "stdin: has no lines"),
+        (["--prompt", "a", "--best_of", "4"], "nothing tells which completion is the best; name a reward"),
+        (["--prompt", "a", "--best_of", "1"], "--best_of: must be >= 2, got 1"),
+        (["--prompt", "a", "--best_of", "2", "--group_size", "2"], "--group_size: would be ignored"),
+        (["--prompt", "a", "--best_of", "2", "--greedy"], "--greedy: all completions of a prompt would be"),
+        (["--prompt", "a", "--rewards.function", "a:b"], "--rewards: would be ignored without --best_of"),
+        (["--prompt", "a", "--reward_from", "a"], "--reward_from: would be ignored without --best_of"),
+        (["--prompt", "a", "--best_of", "2", "--rewards.function", "nix:nix"], "cannot import nix"),
+        (["--prompt", "a", "--best_of", "2", "--reward_from", "{directory}/none"], "model/none"),
+        (
+            ["--prompt", "a", "--best_of=2", f"--rewards.function={HERE}:vowels", "--rewards.model_weight=2"],
+            "--rewards.model_weight: would be ignored: stage 'sample' has no reward_from",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_before_a_device_is_touched(directory, flags, message, capsys, monkeypatch):
