@@ -195,3 +195,58 @@ def test_long_tailed_completions_have_the_same_lengths_however_rows_are_laid_out
     layouts = [], ["--slots", "2", "--sequences_per_row", "2", "--length_buckets", "2"]
     as_rows, packed = (run_here("train_step", *flags, "--tail", *layout) for layout in layouts)
     assert as_rows["mean_new"] == packed["mean_new"] < 8
+
+
+CHAIN = """
+stages:
+  - {name: first, algorithm: sft}
+  - {name: judge, algorithm: reward_model, from: first}
+model: {hidden_size: 16, num_heads: 2, num_kv_heads: 2, mlp_size: 32, context_length: 80}
+tokenizer: {vocab_size: 384}
+data: {train: synthetic, max_prompt_length: 32, max_length: 80, max_eval_records: 16}
+rewards: {gold: "rlhf_jax.data.synthetic:gold_reward"}
+rollout: {max_new_tokens: 48}
+sft: {num_steps: 4, batch_size: 16}
+reward_model: {num_steps: 4, batch_size: 8}
+"""
+SETTINGS = """
+online: {optimizer: {learning_rate: 1.0e-3}}
+offline: {optimizer: {learning_rate: 1.0e-3}}
+algorithms:
+  rloo: {rloo: {batch_size: 4}}
+  ipo: {ipo: {beta: WRONG}}
+"""
+
+
+def test_the_table_of_algorithms_goes_on_where_it_was_stopped(tmp_path):
+    """A run that fails is told of and tried again; the others are not."""
+    chain, settings, results = (
+        tmp_path / "chain.yaml",
+        tmp_path / "settings.yaml",
+        tmp_path / "out" / "results",
+    )
+    chain.write_text(CHAIN)
+    settings.write_text(SETTINGS.replace("WRONG", "-1"))
+    command = [
+        sys.executable, "-m", "rlhf_jax.bench.algorithms", "--config", chain, "--settings", settings,
+        "--dir", tmp_path / "out", "--seeds", "0", "--completions", "64",
+    ]  # fmt: skip
+
+    def run(*names):
+        options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 600, "check": False}
+        return subprocess.run([*command, "--algorithms", *names], **options)
+
+    done = run("ipo", "rloo")
+    assert done.returncode == 1
+    assert "ipo, seed 0 failed: " in done.stderr and "beta" in done.stderr, done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]] == ["`sft`", "`rloo`"]
+    kept = {path.name: path.stat().st_mtime_ns for path in results.iterdir()}
+    sft, rloo = (json.loads((results / f"{name}-0.json").read_text()) for name in ("sft", "rloo"))
+    assert (sft["kl"], sft["seconds"]) == (0, None)
+    assert rloo["kl"] > 0 and rloo["seconds"] > 0 and len(rloo["gold"]) == len(sft["gold"]) == 192
+
+    settings.write_text(SETTINGS.replace("WRONG", "1"))
+    done = run("ipo", "rloo")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5
+    assert {name: (results / name).stat().st_mtime_ns for name in kept} == kept
