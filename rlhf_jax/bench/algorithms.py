@@ -127,7 +127,7 @@ def algorithm_tree(
     Args:
         name: of the algorithm.
         chain: configuration of the SFT and the reward model, of which everything else is taken.
-        settings: keys of the stage, of `online` or `offline` ones and of each of `algorithms`.
+        settings: sections that all `online` or `offline` ones share, and keys of each one's stage.
         completions: that go through the update.
 
     Raises:
@@ -136,18 +136,19 @@ def algorithm_tree(
     if unknown := settings["algorithms"].keys() - ALGORITHM_SECTIONS.keys():
         raise ValueError(f"settings of {', '.join(sorted(unknown))}: no such algorithm")
     is_online = issubclass(ALGORITHM_SECTIONS[name], OnlineConfig)
-    stage = _merged(settings["online" if is_online else "offline"], settings["algorithms"].get(name, {}))
-    own = ALGORITHM_SECTIONS[name](**stage.get(name, {}))
-    updates, rest = divmod(completions, completions_per_update(own))
+    own = settings["algorithms"].get(name, {})
+    options = own.get(name, {})
+    of_one = completions_per_update(ALGORITHM_SECTIONS[name](**options))
+    updates, rest = divmod(completions, of_one)
     if rest or not updates:
         raise ValueError(
-            f"{name}: {completions} completions are no whole number of updates: "
-            f"{completions_per_update(own)} go through one"
+            f"{name}: {completions} completions are no whole number of updates: {of_one} go through one"
         )
     budget = {"num_iterations" if is_online else "num_steps": updates, "eval_every": updates}
-    stage = {"name": name, "algorithm": name} | stage | {name: stage.get(name, {}) | budget}
-    common = {key: dict(of) for key, of in chain.items() if key not in {"stages", *ALGORITHM_SECTIONS}}
-    return common | {"stages": [stage]}
+    common = {key: of for key, of in chain.items() if key not in {"stages", *ALGORITHM_SECTIONS}}
+    for section, of in settings["online" if is_online else "offline"].items():
+        common[section] = {**common.get(section, {}), **of}
+    return common | {"stages": [{"name": name, "algorithm": name} | own | {name: options | budget}]}
 
 
 def completions_per_update(settings: AlgorithmConfig) -> int:
@@ -155,11 +156,6 @@ def completions_per_update(settings: AlgorithmConfig) -> int:
     if isinstance(settings, OnlineConfig):
         return settings.rows_per_update * settings.num_epochs
     return settings.rows_per_update * (2 if settings.records == "preference" else 1)
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns both; of a section that both have, the options of both, those above first."""
-    return {key: {**below.get(key, {}), **above.get(key, {})} for key in {**below, **above}}
 
 
 def _sft(directory: Path, sft: Path, seed: int, chain: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ def test_completions_of_an_update(name, options, completions):
 
 
 def test_settings_of_an_algorithm_go_over_those_of_its_kind():
-    chain = {"data": {"train": "synthetic"}, "dpo": {"beta": 9.0}, "stages": []}
+    chain = {"optimizer": {"schedule": "cosine", "warmup_steps": 9}, "dpo": {"beta": 9.0}, "stages": []}
     settings = {
         "offline": {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 5}},
         "online": {"optimizer": {"learning_rate": 7.0}},
@@ -54,8 +54,8 @@ def test_settings_of_an_algorithm_go_over_those_of_its_kind():
     }
     tree = algorithm_tree("dpo", chain, settings, 80)
     (stage,) = tree.pop("stages")
-    assert tree == {"data": {"train": "synthetic"}}
-    assert stage["optimizer"] == {"learning_rate": 2e-3, "warmup_steps": 5}
+    assert tree == {"optimizer": {"schedule": "cosine", "learning_rate": 1e-3, "warmup_steps": 5}}
+    assert stage["optimizer"] == {"learning_rate": 2e-3}
     assert stage["dpo"] == {"batch_size": 4, "beta": 0.5, "num_steps": 10, "eval_every": 10}
     with pytest.raises(ValueError, match="dpo: 81 completions are no whole number of updates: 8 go through"):
         algorithm_tree("dpo", chain, settings, 81)
