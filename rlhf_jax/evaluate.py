@@ -1,7 +1,8 @@
 """Held-out figures of any model: `python -m rlhf_jax.evaluate --model RUN_OR_HF_DIRECTORY --data FILE`.
 
 A policy is measured by its perplexity on texts or demonstrations, a reward model by its accuracy on pairs or
-rankings. Exit codes: 0 measured; 2 model, data or a flag is wrong, and the reason is named.
+rankings, or by its squared error on ratings. Exit codes: 0 measured; 2 model, data or a flag is wrong, and
+the reason is named.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from rlhf_jax.agreement import check_alike, ended_with
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import load_info
 from rlhf_jax.config import DataConfig, StageConfig
-from rlhf_jax.config_types import LARGEST_INT
-from rlhf_jax.data.columns import record_format
+from rlhf_jax.config_types import LARGEST_INT, Kind
+from rlhf_jax.data.columns import Format, record_format
 from rlhf_jax.data.examples import Examples, load_examples
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.sources import open_source
@@ -33,7 +34,7 @@ from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.hub import local_directory
 from rlhf_jax.models.scorers import is_scorer
 from rlhf_jax.origins import fingerprint, is_stage_dir, stored_architecture
-from rlhf_jax.plan import TEXT_OF_MODEL, check_length
+from rlhf_jax.plan import TEXT_OF_MODEL, check_length, with_rows_of
 from rlhf_jax.programs import TokenIds, build_programs, rows_per_unit
 from rlhf_jax.roles import load_policy, load_reward
 from rlhf_jax.run_tokenizer import TOKENIZER, check_vocabulary
@@ -110,10 +111,11 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
         flags: further options, as `--section.option value`.
 
     Returns:
-        Of a policy `perplexity` and `nll`, nats per token that carries loss; of a reward model `accuracy`,
-        `margin` and `loss`, means over pairs. The `records`, those `left_out` while reading or `dropped` as
-        too long, the rows that were `cut`, and the `tokens` that carry loss (of a reward model: of all
-        completions). `model`, its `role`, `data`.
+        Of a policy `perplexity` and `nll`, nats per token that carries loss; of a reward model `score`, the
+        mean over completions, and on comparisons `accuracy`, `margin` and the `loss` of Bradley and Terry,
+        means over pairs; on ratings `squared_error`, which is the `loss`. The `records`, those `left_out`
+        while reading or `dropped` as too long, the rows that were `cut`, and the `tokens` that carry loss (of
+        a reward model: of all completions). `model`, its `role`, `data`.
 
     Raises:
         ValueError: flags, model or data that are wrong.
@@ -125,13 +127,20 @@ def measure(model: str, data: str, batch_size: int, flags: list[str]) -> dict[st
     architecture = stored_architecture(subject.path, subject.role)
     text = load_info(subject.path)["text"] if is_stage_dir(subject.path) else {}
     template = text.get("prompt_template") or ""
+    has_ratings = subject.role == "reward" and _format(data, first.data, "rating") == "rating"
     stage = read_stage(
-        subject.role, model, data, batch_size, flags, architecture.context_length, prompt_template=template
+        subject.role,
+        model,
+        data,
+        batch_size,
+        flags,
+        architecture.context_length,
+        prompt_template=template,
+        has_ratings=has_ratings,
     )
-    algorithm = ALGORITHMS[stage.algorithm]
     tokenizer = load_tokenizer(stage.tokenizer, str(subject.tokenizer))
     check_vocabulary(subject.path, tokenizer, stage.tokenizer, architecture)
-    check_length(stage, algorithm, architecture)
+    check_length(stage, ALGORITHMS[stage.algorithm], architecture)
     examples = load_examples(stage.data, stage.settings.records, "eval", tokenizer, stage.run.seed)
     ours = text_settings(tokenizer, stage.data, has_conversations=examples.has_conversations)
     if distributed.is_first() and text and (differing := text_difference(text, ours, TEXT_OF_MODEL)):
@@ -163,7 +172,8 @@ def find_subject(model: Path, data: str, cfg: DataConfig) -> Subject:
         return Subject(model, role, model.parent / TOKENIZER)
     if not (model / "config.yaml").is_file():
         return Subject(model, "reward" if is_scorer(hf.read_config(model)) else "policy", model)
-    role = "reward" if _is_comparison(data, cfg) else "policy"
+    is_judged = _format(data, cfg, "preference") or _format(data, cfg, "rating")
+    role = "reward" if is_judged else "policy"
     stages = [s.name for s in read_run_config(model).stages if role in ALGORITHMS[s.algorithm].trains]
     if not stages:
         raise ValueError(f"{model} has no stage that trains a {role}, which {data} could measure")
@@ -179,6 +189,7 @@ def read_stage(
     context_length: int = LARGEST_INT,
     *,
     prompt_template: str = "",
+    has_ratings: bool = False,
 ) -> StageConfig:
     """Returns the stage whose evaluation the measurement is: defaults, and what the flags say.
 
@@ -200,6 +211,8 @@ def read_stage(
         "model": {"logprob_chunk": CHUNK},
         name: {"batch_size": batch_size},
     }
+    if has_ratings:
+        tree[name] |= {"loss": "regression", "normalizer": "none"}
     return command_line.read_stage(tree, flags, sections=SECTIONS, unread=UNREAD)
 
 
@@ -207,7 +220,7 @@ def _metrics(
     subject: Subject, stage: StageConfig, architecture: Architecture, tokenizer: Tokenizer, examples: Examples
 ) -> dict[str, float]:
     """Returns the means over all records, by their names without `eval/`."""
-    algorithm = ALGORITHMS[stage.algorithm]
+    algorithm = with_rows_of(ALGORITHMS[stage.algorithm], examples)
     mesh, batch_size = make_mesh(stage.mesh), stage.settings.batch_size
     check_batch(mesh, rows_per_unit(stage, algorithm) * batch_size, "--batch_size")
     model = stage_model(stage, architecture)
@@ -226,13 +239,12 @@ def _trains(stage_dir: Path, role: Role) -> bool:
     return algorithm is not None and role in algorithm.trains
 
 
-def _is_comparison(data: str, cfg: DataConfig) -> bool:
-    """Returns whether records compare completions, so that they measure a reward model."""
+def _format(data: str, cfg: DataConfig, kind: Kind) -> Format | None:
+    """Returns the format of records that can be read as this kind; None where they cannot."""
     try:
-        record_format(open_source(data, where="--data"), "preference", cfg, f"--data: {data}")
+        return record_format(open_source(data, where="--data"), kind, cfg, f"--data: {data}")
     except ValueError:
-        return False
-    return True
+        return None
 
 
 if __name__ == "__main__":
