@@ -299,6 +299,14 @@ def test_nothing_changes_where_everything_is_changed_at_once(name):
     assert_same(updated(name, rows, tiny.mesh(data=4, fsdp=2), packing=True), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reward_model:all_pairs", "reward_model:plackett_luce"])
+def test_a_ranking_may_lie_on_two_devices(name):
+    """Eight devices have two rows each, a ranking four."""
+    batch = batch_of(name)
+    assert_same(updated(name, batch, tiny.mesh(data=8)), updated(name, batch))
+
+
 @pytest.mark.parametrize("name", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_a_reference_computed_beforehand_changes_nothing(name):
     """Its log-probabilities stand in the rows, packed ones too, and no role of the stage is the reference."""

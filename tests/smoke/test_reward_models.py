@@ -1,4 +1,4 @@
-"""The real command line on every kind of judgement, and PPO on the least score of an ensemble of heads."""
+"""The real command line on every kind of judgement, and PPO on the mean of heads less a deviation."""
 
 from __future__ import annotations
 
