@@ -126,7 +126,18 @@ def check_groups(stage: StageConfig, path: PathOf) -> Iterator[str]:
             f"{path(section, 'group_size')}: must be >= 2 where {section} has {' and '.join(of_groups)}, "
             "which compare the completions of a prompt, got 1"
         )
-    if settings.max_rollouts > 1 and stage.rollout.devices:
+    if settings.baseline == "greedy":
+        if settings.max_rollouts > 1:
+            yield (
+                f"{path(section, 'max_rollouts')}: must be 1 where {section}.baseline is 'greedy', with "
+                f"which completions of equal rewards teach as well, got {settings.max_rollouts}"
+            )
+        if stage.rollout.devices:
+            yield (
+                f"{path('rollout', 'devices')}: must be 0 where {section}.baseline is 'greedy', as its "
+                f"greedy completions are by the policy that is updated, got {stage.rollout.devices}"
+            )
+    elif settings.max_rollouts > 1 and stage.rollout.devices:
         yield (
             f"{path(section, 'max_rollouts')}: must be 1 where rollout.devices is not 0, as a batch is "
             f"sampled before the scores of the last one are known, got {settings.max_rollouts}"

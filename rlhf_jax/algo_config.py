@@ -24,7 +24,7 @@ from rlhf_jax.config_types import (
 KlTerm = Literal["reward", "k2", "k3"]
 Ratio = Literal["token", "sequence_mean", "sequence"]
 Aggregation = Literal["token", "sequence", "constant"]
-Baseline = Literal["group", "others", "batch", "none"]
+Baseline = Literal["group", "others", "batch", "greedy", "none"]
 Scale = Literal["group", "batch", "none"]
 Credit = Literal["completion", "token"]
 PairLoss = Literal["sigmoid", "robust", "ipo", "hinge"]
@@ -408,7 +408,8 @@ class GRPOConfig(PolicyGradientConfig):
     aggregation: Aggregation = "sequence"
     baseline: Baseline = "group"
     """What is taken off the reward of a completion: the mean of its group; of the others of its group (RLOO);
-    of the whole batch; nothing."""
+    of the whole batch; the score of the prompt's greedy completion, which is sampled and judged as well
+    (ReMax); nothing."""
     scale: Scale = "group"
     """What advantages are divided by: the deviation of the group's rewards; that of all tokens' advantages,
     whose mean is taken off as well; nothing."""
@@ -603,6 +604,24 @@ class RAFTConfig(OnlineConfig):
         return "batch_size" if self.num_kept == 1 else "batch_size * num_kept"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReMaxConfig(GRPOConfig):
+    """REINFORCE with the score of the prompt's greedy completion as baseline; the KL of the tokens from each
+    one on is in its reward.
+
+    Source: arXiv:2310.10505.
+    """
+
+    batch_size: PositiveInt = 64
+    group_size: PositiveInt = 1
+    kl_coef: NonNegativeFloat = 0.05
+    kl_term: KlTerm = "reward"
+    aggregation: Aggregation = "token"
+    baseline: Baseline = "greedy"
+    scale: Scale = "none"
+    credit: Credit = "token"
+
+
 AlgorithmName = Literal[
     "sft",
     "reward_model",
@@ -615,6 +634,7 @@ AlgorithmName = Literal[
     "rloo",
     "reinforce",
     "reinforce_pp",
+    "remax",
     "dpo",
     "cdpo",
     "robust_dpo",
@@ -639,6 +659,7 @@ ALGORITHM_SECTIONS: dict[str, type[OfflineConfig | OnlineConfig]] = {
     "rloo": RLOOConfig,
     "reinforce": ReinforceConfig,
     "reinforce_pp": ReinforcePPConfig,
+    "remax": ReMaxConfig,
     "dpo": DPOConfig,
     "cdpo": CDPOConfig,
     "robust_dpo": RobustDPOConfig,

@@ -20,6 +20,7 @@ _METHODS = {
     "rloo": "RLOO against a reward",
     "reinforce": "REINFORCE against a reward",
     "reinforce_pp": "REINFORCE++ against a reward",
+    "remax": "ReMax against a reward",
     "dpo": "DPO",
     "cdpo": "DPO with label smoothing",
     "robust_dpo": "robust DPO",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -67,6 +67,7 @@ class OnPolicy:
         collector: Collector,
         batches: PromptBatches,
         max_rollouts: int = 1,
+        greedy: Collector | None = None,
     ) -> None:
         """Makes a source.
 
@@ -75,8 +76,11 @@ class OnPolicy:
             frozen: parameters of the roles that are only read.
             collector: completes and judges.
             batches: of prompts, on the mesh of the programs.
-            max_rollouts: batches of prompts that are sampled at most to replace groups of equal scores.
+            max_rollouts: batches of prompts that are sampled at most to replace groups of equal scores; 1
+                with greedy.
+            greedy: completes and judges each prompt once more, where the score of that is a baseline.
         """
+        self._greedy = greedy
         self._max_rollouts = max_rollouts
         self._has_merged = False
         self._programs = programs
@@ -104,7 +108,15 @@ class OnPolicy:
         return NextBatch(batch, end, told | metrics, meanwhile)
 
     def _collect(self, state: TrainState, taken: PromptBatch, key: Array) -> Experience:
-        return self._collector.collect(state.params, self._frozen, taken.prompts, taken.records, key)
+        found = self._collector.collect(state.params, self._frozen, taken.prompts, taken.records, key)
+        if self._greedy is None:
+            return found
+        records = taken.records[:: self._batches.group_size]
+        greedy = self._greedy.collect(state.params, self._frozen, taken.prompts, records, key)
+        return found._replace(
+            scored=found.scored._replace(greedy=greedy.scored),
+            metrics=found.metrics | _summed([found.metrics, greedy.metrics]),
+        )
 
     def _filled(
         self, state: TrainState, first: Experience, end: int, key: Array
@@ -138,13 +150,19 @@ class OnPolicy:
             source[gaps] = rows.size + rows[found[: len(gaps)]]
             scored = self._programs.merge(scored, more.scored, source.ravel())
             teaches[gaps] = True
-        sums: Metrics = {"rollout/rollouts": float(len(told))}
-        for name in SUMMED:
-            sums[name] = float(np.sum(gathered([of[name] for of in told])))
-        return scored, end, sums
+        return scored, end, {"rollout/rollouts": float(len(told))} | _summed(told)
 
     def _informative(self, experience: Experience, state: TrainState) -> np.ndarray:
         return np.array(self._programs.informative_groups(experience.scored, state.aux))
+
+
+def _summed(told: list[Metrics]) -> Metrics:
+    """Returns the tokens and seconds of several rollouts together."""
+
+    def number(x: Any) -> float:
+        return x if isinstance(x, float) else float(gathered(x))  # seconds are this process's own
+
+    return {name: sum(number(of[name]) for of in told) for name in SUMMED}
 
 
 class RolloutWorker:

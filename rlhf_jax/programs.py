@@ -33,7 +33,7 @@ from rlhf_jax.role_parts import role_parts, state_shardings, weight_shardings
 from rlhf_jax.rollout.generate import RolloutPrograms, assemble, make_queue
 from rlhf_jax.rollout.sampling import Sampling, read_sampling
 from rlhf_jax.rollout.slots import Completions, Engine, Queue, Slots
-from rlhf_jax.scoring import rollout_metrics, score_metrics, score_rollout
+from rlhf_jax.scoring import rollout_metrics, score_alone, score_metrics, score_rollout
 from rlhf_jax.sharding import (
     Memory,
     batch_sharding,
@@ -61,10 +61,14 @@ class Programs(NamedTuple):
     """Trained and frozen parameters, N prompts, key -> G completions of each by the policy."""
     rollout_of_one: RolloutPrograms
     """The same with one completion of each of N * G prompts, for evaluation."""
+    greedy_rollout: RolloutPrograms
+    """The same with the greedy completion of each of N prompts, for a baseline."""
     to_decode: Callable[[Params], Params]
     """A role's parameters -> the same in the types that decoding reads: what a rollout elsewhere needs."""
     score: Callable[[Params, Params, Rollout], tuple[Scored, Metrics]]
     """Trained and frozen parameters, rollout -> what every role says, and metrics of the rollout."""
+    greedy_score: Callable[[Params, Params, Rollout], tuple[Scored, Metrics]]
+    """Trained and frozen parameters, rollout -> what the reward model says, and the number of tokens."""
     informative_groups: Callable[[Scored, dict[str, Array]], Array]
     """Scored rollout, aux -> bool[N], the groups from which something is to be learned."""
     merge: Callable[[Scored, Scored, Array | np.ndarray], Scored]
@@ -164,6 +168,11 @@ def build_programs(
         is_own = not stage.rollout.devices
         return scored, rollout_metrics(scored, counted(rollout), is_own=is_own)
 
+    def greedy_score(params: Params, frozen: Params, rollout: Rollout) -> tuple[Scored, Metrics]:
+        frozen = _on_devices(frozen, stage.model.frozen_memory)
+        scored, metrics = score_alone(forward, params, frozen, rollout)
+        return constrain(scored), metrics
+
     def informative_groups(scored: Scored, aux: dict[str, Array]) -> Array:
         assert algorithm.informative_groups is not None
         return algorithm.informative_groups(scored, aux, settings)
@@ -214,8 +223,10 @@ def build_programs(
         init_state=compiled(init, donate_argnums=0, out_shardings=shardings),
         rollout=rollout,
         rollout_of_one=rollout if group_size == 1 else rollout_programs(stage, model, mesh, ids),
+        greedy_rollout=rollout_programs(stage, model, mesh, ids, is_greedy=True),
         to_decode=compiled(partial(cast_to_decode, dtype=model.dtype)),
         score=compiled(score),
+        greedy_score=compiled(greedy_score),
         informative_groups=compiled(informative_groups, out_shardings=replicated(mesh)),
         merge=compiled(merge),
         advantages=compiled(advantages),
@@ -228,12 +239,18 @@ def build_programs(
 
 
 def rollout_programs(
-    stage: StageConfig, model: Model, mesh: Mesh, ids: TokenIds, group_size: int = 1
+    stage: StageConfig,
+    model: Model,
+    mesh: Mesh,
+    ids: TokenIds,
+    group_size: int = 1,
+    *,
+    is_greedy: bool = False,
 ) -> RolloutPrograms:
     """Returns the rollout of a stage's policy, G completions of each prompt; see `build_programs`."""
     options = stage.rollout
     num_slots, num_columns = -(-options.slots // group_size), options.max_new_tokens
-    engine = Engine(num_columns, ids.pad, num_slots, options.refill_size, group_size)
+    engine = Engine(num_columns, ids.pad, num_slots, options.refill_size, group_size, is_greedy)
 
     def start(params: Params, frozen: Params, prompts: Prompts) -> tuple[DecodeWeights, Slots]:
         policy = policy_parts(params, frozen)

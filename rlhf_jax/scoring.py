@@ -43,6 +43,23 @@ def score_rollout(
     return Scored(rollout, said.logprobs, said.ref_logprobs, said.values, scores)
 
 
+def score_alone(forward: Forward, params: Params, frozen: Params, rollout: Rollout) -> tuple[Scored, Metrics]:
+    """Returns a rollout with the reward model's scores and nothing else, and how many tokens it has.
+
+    Its `old_logprobs` are the sampler's.
+
+    Args:
+        forward: gives scores where frozen has `reward`; else they are 0.
+        params, frozen: by role.
+        rollout: of rows of one sequence each.
+    """
+    rows = rollout.rows
+    scores = forward.scores(params, frozen, rows) if "reward" in frozen else jnp.zeros(rows.lengths.shape)
+    return Scored(rollout, rollout.sampler_logprobs, None, None, scores), {
+        "perf/tokens": jnp.sum(_lengths(rows))
+    }
+
+
 def rollout_metrics(scored: Scored, rows_counted: Array, *, is_own: bool = True) -> Metrics:
     """Returns what can be told before the host's judges have spoken: KL, lengths, EOS, the sampler's gap.
 

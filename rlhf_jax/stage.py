@@ -86,7 +86,8 @@ def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
     programs = build_programs(stage, algorithm, model, mesh, num_completion, ids, prompt_length)
     stops = read_stop_strings(stage.rollout, plan.tokenizer)
     if stops is not None:
-        cut = {name: getattr(programs, name)._replace(stops=stops) for name in ("rollout", "rollout_of_one")}
+        names = ("rollout", "rollout_of_one", "greedy_rollout")
+        cut = {name: getattr(programs, name)._replace(stops=stops) for name in names}
         programs = programs._replace(**cut)
     return model, programs
 
@@ -270,25 +271,34 @@ def _online(
     loader = Loader[Prompts, PromptOnly](plan.train, settings.batch_size, stage.run.seed)
     external = _external_reward(plan, mesh)
     has_model = "reward" in frozen or external is not None
-    holders = row_holders(mesh, settings.rows_per_rollout)
-    functions = {spec: scored_once(function, holders) for spec, function in plan.functions.items()}
-    gold = None if plan.gold is None else scored_once(plan.gold, holders)
-    collector = Collector(
-        programs,
-        Judge(stage.rewards, functions, has_model=has_model),
-        plan.tokenizer,
-        mesh,
-        leaves_out=plan.algorithm.leaves_out(settings),
-        external=external,
-    )
+
+    def collector_of(programs: Programs, num_rows: int) -> Collector:
+        holders = row_holders(mesh, num_rows)
+        functions = {spec: scored_once(function, holders) for spec, function in plan.functions.items()}
+        return Collector(
+            programs,
+            Judge(stage.rewards, functions, has_model=has_model),
+            plan.tokenizer,
+            mesh,
+            leaves_out=plan.algorithm.leaves_out(settings),
+            external=external,
+        )
+
+    collector = collector_of(programs, settings.rows_per_rollout)
+    greedy = None
+    if plan.algorithm.reads_greedy(settings):
+        of_greedy = programs._replace(rollout=programs.greedy_rollout, score=programs.greedy_score)
+        greedy = collector_of(of_greedy, settings.batch_size)
     if worker is None:
         batches = PromptBatches(loader, mesh, settings.group_size)
         most = getattr(settings, "max_rollouts", 1)
-        source = OnPolicy(programs, frozen, collector, batches, most)
+        source = OnPolicy(programs, frozen, collector, batches, most, greedy)
     else:
         batches = PromptBatches(loader, worker.mesh, settings.group_size)
         source = Asynchronous(programs, frozen, collector, batches, worker, root, settings.num_updates)
     held_out = Loader(plan.held_out, settings.rows_per_rollout, stage.run.seed)
+    holders = row_holders(mesh, settings.rows_per_rollout)
+    gold = None if plan.gold is None else scored_once(plan.gold, holders)
     key = keys.named(root, "evaluate")
     return source, evaluate_prompts(collector, held_out, mesh, key, stage.run.num_samples, gold)
 

@@ -66,6 +66,8 @@ class Algorithm(NamedTuple):
     """Online: a scored rollout -> what the loss reads, and metrics of the rollout."""
     informative_groups: Callable[[Scored, Aux, Any], Array] | None = None
     """Online: bool[N], the groups of a scored rollout from which something is to be learned."""
+    reads_greedy: Callable[[Any], bool] = lambda settings: False
+    """Online: whether `prepare` reads the score of each prompt's greedy completion."""
     update_aux: Callable[[Aux, Any, Metrics, Any], Aux] = lambda aux, batch, metrics, settings: aux
     """The aux of the next iteration, from batch and metrics of this one; `NAME_last` is a mean over the last
     pass alone."""

@@ -1,6 +1,7 @@
-"""Policy gradients without a critic: other completions of the same prompt, or of the batch, are the baseline.
+"""Policy gradients without a critic: other completions of the same prompt, or of the batch, are the baseline;
+or the greedy one of the prompt.
 
-GRPO, Dr. GRPO, DAPO, GSPO, RLOO, REINFORCE and REINFORCE++ are this file with other defaults, see the
+GRPO, Dr. GRPO, DAPO, GSPO, RLOO, REINFORCE, REINFORCE++ and ReMax are this file with other defaults, see the
 subclasses of `GRPOConfig`.
 """
 
@@ -11,7 +12,7 @@ from jax import Array, lax
 
 from rlhf_jax.algo_config import GRPOConfig
 from rlhf_jax.algos.algorithm import Aux, Terms
-from rlhf_jax.algos.ppo import PPO, policy_batch, policy_terms, shaped_scores
+from rlhf_jax.algos.ppo import PPO, greedy_as_rewards, policy_batch, policy_terms, shaped_scores
 from rlhf_jax.batch import Metrics, Params, PolicyBatch, Scored
 from rlhf_jax.models.forward import Forward
 from rlhf_jax.ops.masking import keep, masked, masked_mean, whiten
@@ -52,11 +53,14 @@ def teaches(rewards: Array, stays: Array, group_size: int) -> Array:
     return most > jnp.min(jnp.where(stays, rewards, jnp.inf), axis=1)
 
 
-def advantages(rewards: Array, mask: Array, stays: Array, settings: GRPOConfig) -> Array:
+def advantages(
+    rewards: Array, mask: Array, stays: Array, settings: GRPOConfig, greedy_scores: Array | None = None
+) -> Array:
     """Returns the advantage of each token, f32[B, T].
 
     A_it = (R_it - b_i) / d_i,   R_it = sum_k r_ik (credit `completion`) or sum_{k >= t} r_ik (`token`),
-    R_i = sum_k r_ik,   b_i = mean of R over the group, over its others, over the batch, or 0,
+    R_i = sum_k r_ik,   b_i = mean of R over the group, over its others, over the batch, the score of
+    the prompt's greedy completion, or 0,
     d_i = std of R over the group (ddof 1) + 1e-4, or 1; with scale `batch` A is whitened over all tokens.
 
     A group of one has nothing to compare with: baselines `group` and `others` are then refused by the
@@ -67,7 +71,9 @@ def advantages(rewards: Array, mask: Array, stays: Array, settings: GRPOConfig) 
         mask: bool[B, T], completion tokens that count.
         stays: bool[B], the completions that count.
         settings: reads group_size, baseline, scale and credit.
-    Source: arXiv:2402.03300 section 4.1 (group), arXiv:2402.14740 eq. 8 (others), arXiv:2501.03262 (token).
+        greedy_scores: f32[B], as they become rewards; of baseline `greedy`.
+    Source: arXiv:2402.03300 section 4.1 (group), arXiv:2402.14740 eq. 8 (others), arXiv:2501.03262 (token),
+        arXiv:2310.10505 (greedy).
     """
     totals = jnp.sum(rewards, axis=1)
     mean, std, count = group_statistics(totals, stays, settings.group_size)
@@ -78,6 +84,9 @@ def advantages(rewards: Array, mask: Array, stays: Array, settings: GRPOConfig) 
             baseline = jnp.where(count > 1, (count * mean - totals) / jnp.maximum(count - 1, 1), totals)
         case "batch":
             baseline = jnp.full(totals.shape, masked_mean(totals, stays))
+        case "greedy":
+            assert greedy_scores is not None
+            baseline = greedy_scores
         case "none":
             baseline = jnp.zeros_like(totals)
     to_go = totals[:, None]
@@ -122,8 +131,15 @@ def prepare(scored: Scored, aux: Aux, settings: GRPOConfig) -> tuple[PolicyBatch
     """Returns the batch that the update reads, and what the rollout says of the policy; all is float32."""
     rewards, mask, stays, told = _rewards(scored, aux, settings)
     totals = jnp.sum(rewards, axis=1)
-    batch = policy_batch(scored, aux, settings, mask, advantages(rewards, mask, stays, settings))
     metrics = told | {"reward/total": masked(totals, stays)}
+    greedy_scores = None
+    if scored.greedy is not None:
+        greedy_scores = jnp.repeat(greedy_as_rewards(scored, aux, settings), settings.group_size)
+        rows = scored.greedy.rollout.rows
+        metrics["reward/greedy_score"] = masked(scored.greedy.scores, rows.sequence_mask)
+        metrics["rollout/greedy_length"] = masked(rows.lengths - rows.prompt_lengths, rows.sequence_mask)
+    found = advantages(rewards, mask, stays, settings, greedy_scores)
+    batch = policy_batch(scored, aux, settings, mask, found)
     if scored.ref_logprobs is not None and settings.kl_coef:
         metrics["policy/kl_coef"] = aux["kl_coef"]
     if settings.group_size > 1:
@@ -140,6 +156,7 @@ GRPO = PPO._replace(
     adam_eps=1e-8,
     prepare=prepare,
     informative_groups=informative_groups,
+    reads_greedy=lambda settings: settings.baseline == "greedy",
     rates=lambda settings: {},
     waits=lambda settings: {},
 )

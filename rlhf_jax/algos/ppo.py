@@ -141,19 +141,49 @@ def shaped_scores(scored: Scored, aux: Aux, settings: PolicyGradientConfig) -> t
         settings: reads normalize_scores, score_clip, missing_eos and overlong_*.
     Source: arXiv:1909.08593's code and arXiv:2307.04964 (normalisation, clip); arXiv:2503.14476 eq. 13.
     """
-    scores, rows, rule = scored.scores, scored.rollout.rows, settings.missing_eos
-    stays = rows.sequence_mask & (scored.rollout.ended | (rule != "mask"))
-    if settings.normalize_scores:
-        _, mean, var = _statistics(aux, scores, stays)
+    stays = _stays(scored, settings)
+    scores, lost = _as_rewards(scored, _moments(scored, aux, settings), settings)
+    return scores, stays, {"reward/overlong": masked(lost, stays)} if settings.overlong_from else {}
+
+
+def greedy_as_rewards(scored: Scored, aux: Aux, settings: PolicyGradientConfig) -> Array:
+    """Returns the scores of the greedy completions, f32[N], as `shaped_scores` makes rewards of the others.
+
+    Where scores are normalised, it is with the statistics of the sampled ones.
+    """
+    assert scored.greedy is not None
+    return _as_rewards(scored.greedy, _moments(scored, aux, settings), settings)[0]
+
+
+def _stays(scored: Scored, settings: PolicyGradientConfig) -> Array:
+    return scored.rollout.rows.sequence_mask & (scored.rollout.ended | (settings.missing_eos != "mask"))
+
+
+def _moments(scored: Scored, aux: Aux, settings: PolicyGradientConfig) -> tuple[Array, Array] | None:
+    """Returns mean and variance with which scores are normalised; None where they are not."""
+    if not settings.normalize_scores:
+        return None
+    _, mean, var = _statistics(aux, scored.scores, _stays(scored, settings))
+    return mean, var
+
+
+def _as_rewards(
+    scored: Scored, moments: tuple[Array, Array] | None, settings: PolicyGradientConfig
+) -> tuple[Array, Array]:
+    """Returns the scores that become rewards, and what long completions lost of them, f32[B]."""
+    scores, rows = scored.scores, scored.rollout.rows
+    if moments is not None:
+        mean, var = moments
         scores = (scores - mean) / jnp.sqrt(var + WHITEN_EPS)
     if settings.score_clip:
         scores = jnp.clip(scores, -settings.score_clip, settings.score_clip)
-    scores, _ = apply_missing_eos(scores, scored.rollout.ended, rule, settings.missing_eos_value)
+    rule, value = settings.missing_eos, settings.missing_eos_value
+    scores, _ = apply_missing_eos(scores, scored.rollout.ended, rule, value)
     if not settings.overlong_from:
-        return scores, stays, {}
+        return scores, jnp.zeros_like(scores)
     beyond = (rows.lengths - rows.prompt_lengths - settings.overlong_from) / settings.overlong_buffer
     lost = settings.overlong_penalty * jnp.clip(beyond, 0.0, 1.0)
-    return scores - lost, stays, {"reward/overlong": masked(lost, stays)}
+    return scores - lost, lost
 
 
 def _statistics(aux: Aux, scores: Array, mask: Array) -> tuple[Array, Array, Array]:

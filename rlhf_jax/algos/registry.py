@@ -27,6 +27,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rloo": GRPO,
     "reinforce": GRPO,
     "reinforce_pp": GRPO,
+    "remax": GRPO,
     "dpo": DPO,
     "cdpo": DPO,
     "robust_dpo": DPO,

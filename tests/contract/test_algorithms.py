@@ -368,6 +368,16 @@ def test_the_first_ratio_is_one(name):
     state = programs.init_state(trained)
     rollout = programs.rollout(state.params, frozen, tiny.prompts(), jax.random.key(1))
     scored, rollout_metrics = programs.score(state.params, frozen, rollout)
+    if spec(name).reads_greedy(section(name)()):
+        ways = [
+            programs.greedy_rollout(state.params, frozen, tiny.prompts(), jax.random.key(k)) for k in (1, 2)
+        ]
+        np.testing.assert_array_equal(ways[0].rows.tokens, ways[1].rows.tokens)
+        greedy, _ = programs.greedy_score(state.params, frozen, ways[0])
+        in_full, _ = programs.score(state.params, frozen, ways[0])
+        np.testing.assert_allclose(greedy.scores, in_full.scores, rtol=1e-5)
+        assert np.ptp(greedy.scores) > 0.1
+        scored = scored._replace(greedy=greedy)
     batch, _ = programs.advantages(scored, state.aux)
     _, metrics = programs.update(state, frozen, batch, jax.random.key(2))
     metrics = to_host(rollout_metrics | metrics)

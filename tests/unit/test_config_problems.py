@@ -642,6 +642,14 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
             "dapo.max_rollouts: must be 1 where rollout.devices is not 0, as a batch is sampled before the",
         ),
         (
+            PPO_ONLY.replace("ppo", "remax") + FUNCTION + "remax: {group_size: 4, max_rollouts: 2}",
+            "remax.max_rollouts: must be 1 where remax.baseline is 'greedy', with which completions of equal",
+        ),
+        (
+            PPO_ONLY.replace("ppo", "remax") + FUNCTION + "rollout: {devices: 2}",
+            "rollout.devices: must be 0 where remax.baseline is 'greedy', as its greedy completions are by",
+        ),
+        (
             PPO_ONLY.replace("ppo", "rloo") + FUNCTION + "rloo: {num_minibatches: 3}",
             "rloo.num_minibatches: must divide batch_size * group_size, got 3 for 64; 1, 2, 4, 8, 16",
         ),

@@ -13,6 +13,7 @@ from rlhf_jax.algo_config import (
     PPOConfig,
     ReinforceConfig,
     ReinforcePPConfig,
+    ReMaxConfig,
     RLOOConfig,
 )
 from rlhf_jax.algos import grpo, ppo
@@ -33,6 +34,9 @@ CONFIGS = {
     "rloo of tokens": RLOOConfig(group_size=G, credit="token", missing_eos="mask"),
     "reinforce": ReinforceConfig(),
     "reinforce_pp": ReinforcePPConfig(),
+    "remax": ReMaxConfig(),
+    "remax of groups": ReMaxConfig(group_size=G, normalize_scores=True, score_clip=0.8),
+    "remax, overlong": ReMaxConfig(overlong_from=3, overlong_buffer=2, missing_eos="mask"),
     "kl": GRPOConfig(group_size=G, surrogate="kl", normalize_scores=True, score_clip=0.8),
     "dual clip": GRPOConfig(group_size=G, dual_clip=1.1, missing_eos="mask"),
     "overlong": GRPOConfig(group_size=G, overlong_from=3, overlong_buffer=2, overlong_penalty=0.5),
@@ -58,6 +62,28 @@ def scored_rollout(seed):
     return Scored(rollout, noise(), noise(), None, jnp.float32(scores))
 
 
+def greedy_rollout(scored, group_size):
+    """Greedy completions of the same prompts: those of row b are 1, 2, 3, 1, ... tokens more than 2."""
+    rows = jax.tree.map(lambda x: x[::group_size], scored.rollout.rows)
+    count = len(rows.lengths)
+    lengths = jnp.where(rows.sequence_mask, rows.prompt_lengths + 3 + jnp.arange(count) % 3, 0)
+    scores = jnp.float32(np.random.default_rng(5).normal(size=count))
+    rollout = Rollout(rows._replace(lengths=lengths), rows.sequence_mask, scored.old_logprobs[::group_size])
+    return Scored(rollout, rollout.sampler_logprobs, None, None, scores)
+
+
+def shaped(score, seen, length, settings):
+    """A score that becomes a reward; `seen` are those by which it is normalised."""
+    if settings.normalize_scores:
+        score = (score - np.mean(seen)) / np.sqrt(np.var(seen) + 1e-8)
+    if settings.score_clip:
+        score = np.clip(score, -settings.score_clip, settings.score_clip)
+    if settings.overlong_from:
+        beyond = (length - settings.overlong_from) / settings.overlong_buffer
+        score -= settings.overlong_penalty * min(max(beyond, 0), 1)
+    return score
+
+
 def in_python(scored, logprobs, settings, kl_coef):
     """The loss, one token at a time, from the papers' equations; and the advantages."""
     rows, n = jax.device_get(scored.rollout.rows), 9
@@ -65,16 +91,14 @@ def in_python(scored, logprobs, settings, kl_coef):
     tokens = {b: range(rows.prompt_lengths[b], rows.lengths[b]) for b in range(n) if rows.lengths[b]}
     if settings.missing_eos == "mask":
         tokens = {b: of for b, of in tokens.items() if scored.rollout.ended[b]}
-    reward, scores = {}, np.float64(scored.scores)
-    if settings.normalize_scores:  # of [1, -1] before, and these
-        seen = np.array([1.0, -1.0, *scores[list(tokens)]])
-        scores = (scores - seen.mean()) / np.sqrt(seen.var() + 1e-8)
-    if settings.score_clip:
-        scores = np.clip(scores, -settings.score_clip, settings.score_clip)
-    if settings.overlong_from:
-        for b, of in tokens.items():
-            beyond = (len(of) - settings.overlong_from) / settings.overlong_buffer
-            scores[b] -= settings.overlong_penalty * min(max(beyond, 0), 1)
+    reward, raw = {}, np.float64(scored.scores)
+    seen = [1.0, -1.0, *raw[list(tokens)]]  # [1, -1] before, and these
+    scores = {b: shaped(raw[b], seen, len(of), settings) for b, of in tokens.items()}
+    greedy = {}
+    if scored.greedy is not None:
+        of_greedy, raw = scored.greedy.rollout.rows, np.float64(scored.greedy.scores)
+        for p, length in enumerate(np.asarray(of_greedy.lengths - of_greedy.prompt_lengths)):
+            greedy[p] = shaped(raw[p], seen, length, settings)
     for b, of in tokens.items():
         for t in of:
             penalty = kl_coef * (old[b, t] - ref[b, t]) if settings.kl_term == "reward" else 0.0
@@ -88,6 +112,7 @@ def in_python(scored, logprobs, settings, kl_coef):
             "group": np.mean(group),
             "others": np.mean(others) if others else total[b],
             "batch": np.mean(list(total.values())),
+            "greedy": greedy.get(b // settings.group_size),
             "none": 0.0,
         }[settings.baseline]
         is_equal = settings.baseline in ("group", "others") and max(group) - min(group) < 1e-9
@@ -138,6 +163,8 @@ def in_python(scored, logprobs, settings, kl_coef):
 def test_loss_and_advantages_are_those_of_the_papers(name, seed):
     settings = CONFIGS[name]
     scored = scored_rollout(seed)
+    if settings.baseline == "greedy":
+        scored = scored._replace(greedy=greedy_rollout(scored, settings.group_size))
     rng = np.random.default_rng(9)
     logprobs = np.asarray(scored.old_logprobs) + rng.normal(0, 0.3, (9, T))
     aux = {"kl_coef": 0.3, "old_kl_coef": OLD_KL_COEF, "score_count": 2, "score_mean": 0, "score_var": 1}

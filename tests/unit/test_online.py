@@ -50,6 +50,26 @@ def test_the_next_prompts_are_on_the_mesh_before_the_policy_is():
     assert made.events[-3:] == ["prompts 8", "prompts 4", "rollout 4 'prompt 4'"]
 
 
+class Greedy(Recorded):
+    """Completes each prompt once."""
+
+    def collect(self, params, frozen, prompts, records, key):
+        self.events.append(f"greedy {prompts.index[0]} {[record.prompt for record in records]}")
+        return SimpleNamespace(scored="greedy", metrics=METRICS)
+
+
+def test_a_baselines_completions_are_of_each_prompt_once_and_count():
+    made, greedy = Judged(), Greedy()
+    batches = PromptBatches(made, tiny.mesh(), group_size=2)
+    found = OnPolicy(made, {}, made, batches, greedy=greedy)(
+        SimpleNamespace(params={}, aux={}), 4, jax.random.key(0)
+    )
+    assert greedy.events == ["greedy 4 ['prompt 4', 'prompt 5']"]
+    assert found.batch.greedy == "greedy"
+    np.testing.assert_array_equal(found.batch.scores, Judged.SCORES[0])
+    assert [found.metrics[name] for name in METRICS] == [20, 4, 2, 1]
+
+
 METRICS = {"perf/tokens": jnp.float32(10), "perf/rollout_seconds": 2.0, "perf/score_seconds": 1.0, "a": 1.0}
 
 
