@@ -94,6 +94,17 @@ def check_policy_loss(stage: StageConfig, path: PathOf) -> Iterator[str]:
             f"{path(section, 'old_kl_target')}: must be 0 where {section}.value_warmup is not, as the policy "
             f"then stands still and its weight would be halved, got {settings.old_kl_target:g}"
         )
+    if settings.early_stop_kl and settings.num_epochs * settings.num_minibatches == 1:
+        yield (
+            f"{path(section, 'early_stop_kl')}: must be 0 where a rollout has one optimiser step, before "
+            f"which the policy is the old one: {section}.num_epochs and num_minibatches are 1, got "
+            f"{settings.early_stop_kl:g}"
+        )
+    if settings.early_stop_kl and settings.surrogate == "kl" and settings.old_kl_target:
+        yield (
+            f"{path(section, 'early_stop_kl')}: must be 0 where {section}.old_kl_target is not, whose weight "
+            f"follows a last pass that may not be made, got {settings.early_stop_kl:g}"
+        )
     if settings.ratio == "sequence" and settings.aggregation != "sequence":
         yield (
             f"{path(section, 'aggregation')}: must be 'sequence' where {section}.ratio is 'sequence', as a "

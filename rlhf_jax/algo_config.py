@@ -365,6 +365,11 @@ class PolicyGradientConfig(ShapedRewardConfig):
     each the sum of its tokens over rollout.max_new_tokens (Dr. GRPO, arXiv:2503.20783)."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
+    early_stop_kl: NonNegativeFloat = 0.0
+    """The passes over a rollout end at the first minibatch before whose step the KL from old to new policy,
+    nats per token by k3, is above 1.5 of it: neither that step nor those behind it are made, the value
+    model's no more than the policy's. That is the target_kl of Spinning Up and Stable-Baselines3, factor
+    included. Schedules count the steps that are made; 0: all are."""
 
 
 @dataclass(frozen=True, kw_only=True)

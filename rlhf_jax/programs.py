@@ -17,7 +17,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from rlhf_jax.algo_config import OnlineConfig
+from rlhf_jax.algo_config import OnlineConfig, PolicyGradientConfig
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
 from rlhf_jax.config import StageConfig
@@ -213,6 +213,7 @@ def build_programs(
         num_microbatches=minibatch_rows // (settings.microbatch_size or minibatch_rows),
         rows_per_unit=1 if stage.data.packing else algorithm.rows_per_record,
         stochastic_rounding=stage.optimizer.stochastic_rounding,
+        max_kl=1.5 * settings.early_stop_kl if isinstance(settings, PolicyGradientConfig) else 0.0,
         layout=layout,
         constrain=constrain,
     )

@@ -69,6 +69,7 @@ def make_update(
     num_microbatches: int = 1,
     rows_per_unit: int = 1,
     stochastic_rounding: bool = True,
+    max_kl: float = 0.0,
     layout: RowLayout | None = None,
     constrain: Constrain = lambda batch: batch,
 ) -> Update:
@@ -93,6 +94,8 @@ def make_update(
         rows_per_unit: rows that belong together and are never parted; divides those of a microbatch. Where
             a layout has several sequences in a row, such a row is one.
         stochastic_rounding: how bfloat16 parameters and moments are rounded; float32 ones are not.
+        max_kl: a step before which policy/approx_kl of its minibatch is above this is not made, nor are those
+            behind it, which count as update/stopped; 0: all are made.
         layout: in what rows a minibatch is computed; None: in its own.
         constrain: puts the rows of a minibatch on the mesh.
     """
@@ -172,8 +175,9 @@ def make_update(
                 new_params[role] = optax.apply_updates(wide_params[role], updates)
             return rounded_like((new_params, new_opt_state), old, key if stochastic_rounding else None)
 
+        goes_on = approx_kl(metrics) <= max_kl if max_kl else True
         # Not a choice between old and new, for which a CPU would keep copies of the old.
-        params, opt_state = lax.cond(finite, step, lambda old: old, (params, opt_state))
+        params, opt_state = lax.cond(finite & goes_on, step, lambda old: old, (params, opt_state))
         one = jnp.float32(1)
         metrics = metrics | {f"loss/{name}": mean for name, mean in means.items()}
         metrics |= {f"{role}/grad_norm": Mean(norm, one) for role, norm in norms.items()}
@@ -191,6 +195,17 @@ def make_update(
             minibatch = constrain(jax.tree.map(lambda x: x[row_index], batch))
             return optimizer_step(carry, frozen, minibatch, key)
 
+        def unless_stopped(carry: Any, inputs: tuple[Array, Array]) -> Any:
+            """Makes a step, and no further one behind a minibatch whose KL is too large."""
+            goes_on, carry = carry
+            shapes = jax.eval_shape(minibatch_step, carry, inputs)[1]
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            carry, metrics = lax.cond(
+                goes_on, minibatch_step, lambda carry, _: (carry, nothing), carry, inputs
+            )
+            goes_on &= approx_kl(metrics) <= max_kl
+            return (goes_on, carry), metrics | {"update/stopped": Mean(jnp.float32(~goes_on), jnp.float32(1))}
+
         num_steps = num_epochs * num_minibatches
         rounding_keys = jax.random.split(keys.named(key, "rounding"), num_steps)
         carry = (state.params, state.opt_state)
@@ -202,7 +217,10 @@ def make_update(
             units = jax.vmap(lambda k: jax.random.permutation(k, rows // rows_per_unit))(epoch_keys)
             order = rows_per_unit * units[..., None] + jnp.arange(rows_per_unit)
             inputs = (order.reshape(num_steps, -1), rounding_keys)
-            carry, metrics = lax.scan(minibatch_step, carry, inputs)
+            if max_kl:
+                (_, carry), metrics = lax.scan(unless_stopped, (jnp.bool(True), carry), inputs)
+            else:
+                carry, metrics = lax.scan(minibatch_step, carry, inputs)
             first = jax.tree.map(lambda x: x[0], metrics)
             last = reduce_metrics(jax.tree.map(lambda x: x[-num_minibatches:], metrics))
             metrics = reduce_metrics(metrics)
@@ -210,7 +228,8 @@ def make_update(
             name: m for name, m in first.items() if isinstance(m, Max) and not name.startswith("not_finite")
         }
         metrics |= {f"{name}_first": maximum for name, maximum in maxima.items()}
-        metrics |= {f"{name}_last": last[name] for name in OF_LAST_PASS if name in last}
+        if not max_kl:  # else there may be none
+            metrics |= {f"{name}_last": last[name] for name in OF_LAST_PASS if name in last}
         params, opt_state = carry
         aux = jax.tree.map(
             lambda new, old: jnp.where(jnp.isfinite(new), new, old),
@@ -220,6 +239,13 @@ def make_update(
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state, aux=aux), metrics
 
     return update
+
+
+def approx_kl(metrics: Metrics) -> Array:
+    """Returns the mean KL from the old policy to the new one, nats per token."""
+    mean = metrics["policy/approx_kl"]
+    assert isinstance(mean, Mean)
+    return mean.value
 
 
 def split_rows(batch: Any, parts: int, rows_per_unit: int = 1) -> Any:

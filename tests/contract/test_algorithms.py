@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig, PolicyGradientConfig
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import JudgedRows, PolicyBatch, Rows, num_rows
+from rlhf_jax.batch import JudgedRows, PolicyBatch, Rollout, Rows, num_rows
 from rlhf_jax.config_types import RANKINGS, Kind
 from rlhf_jax.metrics import to_host
 from rlhf_jax.role_parts import role_parts
@@ -347,6 +347,28 @@ def test_garbage_outside_the_completions_changes_nothing(name, poison):
     there = {field: x for field in fields if (x := getattr(batch, field)) is not None}
     poisoned = batch._replace(**{field: jnp.where(kept, x, poison) for field, x in there.items()})
     assert_same(updated(name, poisoned), updated(name, batch))
+
+
+@pytest.mark.slow
+def test_devices_stop_at_the_same_step():
+    settings = {"batch_size": 8, "num_epochs": 4, "num_minibatches": 2, "early_stop_kl": 2e-3}
+    stage = tiny.stage("ppo", settings=settings)
+
+    def updated_on(mesh):
+        trained, frozen = tiny.roles("ppo", mesh)
+        programs, rows = tiny.programs(stage, mesh), tiny.rows()
+        rollout = Rollout(rows, jnp.ones(8, bool), jnp.zeros(rows.tokens.shape))
+        state = programs.init_state(trained)
+        scored, _ = programs.score(state.params, frozen, rollout)
+        batch, _ = programs.advantages(scored, state.aux)
+        state, metrics = programs.update(state, frozen, batch, jax.random.key(0))
+        return jax.device_get(state.params), to_host(metrics)
+
+    params, metrics = updated_on(tiny.mesh())
+    assert metrics["update/stopped"] in (2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8)
+    others, found = updated_on(tiny.mesh(data=2, fsdp=2, tensor=2))
+    assert found == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+    assert tiny.relative_difference(others, params) < 1e-4  # after steps of Adam, which divides by deviations
 
 
 HAVE_RATIOS = [name for name in ONLINE if issubclass(section(name), PolicyGradientConfig)]

@@ -650,6 +650,14 @@ FUNCTION = "rewards: {function: 'math:sin'}\n"
             "rollout.devices: must be 0 where remax.baseline is 'greedy', as its greedy completions are by",
         ),
         (
+            PPO_ONLY.replace("ppo", "grpo") + FUNCTION + "grpo: {early_stop_kl: 0.1}",
+            "grpo.early_stop_kl: must be 0 where a rollout has one optimiser step, before which the policy",
+        ),
+        (
+            PPO_ONLY + FUNCTION + "ppo: {early_stop_kl: 0.1, surrogate: kl, old_kl_target: 0.1}",
+            "ppo.early_stop_kl: must be 0 where ppo.old_kl_target is not, whose weight follows a last pass",
+        ),
+        (
             PPO_ONLY.replace("ppo", "rloo") + FUNCTION + "rloo: {num_minibatches: 3}",
             "rloo.num_minibatches: must divide batch_size * group_size, got 3 for 64; 1, 2, 4, 8, 16",
         ),

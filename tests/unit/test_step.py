@@ -140,6 +140,39 @@ def test_a_skipped_step_changes_no_bit_of_what_is_bfloat16(forward, rounding):
     assert {x.dtype for x in jax.tree.leaves(new[2:4])} == {jnp.dtype("bfloat16"), jnp.dtype("int32")}
 
 
+class Places(NamedTuple):
+    index: Array  # i32[B]
+
+
+@pytest.mark.parametrize("max_kl, num_moved", [(3.0, 4), (4.0, 6), (0.5, 2), (7.9, 8), (8.0, 8), (0.0, 8)])
+def test_no_step_is_made_behind_a_minibatch_whose_kl_is_too_large(max_kl, num_moved):
+    """Each point moves a weight of its own; the KL is the number of those that have moved before the step."""
+
+    def loss(forward, params, frozen, batch, settings):
+        w, all_of_them = params["policy"]["w"], jnp.ones(batch.index.shape, bool)
+        num_moved = jnp.full(batch.index.shape, jnp.sum(w != 0), jnp.float32)
+        kl = masked(num_moved, all_of_them)
+        return {"down": Term(masked(w[batch.index], all_of_them))}, {"policy/approx_kl": kl}
+
+    optimizers = {"policy": optax.adam(0.1)}
+    algorithm = ALGORITHM._replace(loss=loss)
+    plan = {"num_epochs": 2, "num_minibatches": 4, "max_kl": max_kl}
+    state = init_state({"policy": {"w": jnp.zeros(8)}}, optimizers, {})
+    update = make_update(algorithm, FORWARD, optimizers, None, **plan)
+    state, metrics = update(state, {}, Places(jnp.arange(8)), jax.random.key(0))
+    # The KL is 0, 2, 4, 6 in the first pass, 8 in the second.
+    num_steps = num_moved // 2 if max_kl and max_kl < 8 else 8
+    assert np.count_nonzero(state.params["policy"]["w"]) == num_moved
+    assert state.opt_state["policy"][0].count == num_steps
+    assert metrics["update/skipped"].total == 0
+    if max_kl:
+        assert metrics["update/stopped"].value == 1 - num_steps / 8
+        num_seen = min(num_steps + 1, 8)  # that of the minibatch which stopped the others is told
+        assert metrics["policy/approx_kl"].weight == 2 * num_seen
+        kls = [0, 2, 4, 6, 8, 8, 8, 8]
+        assert metrics["policy/approx_kl"].value == np.mean(kls[:num_seen])
+
+
 class Drift(NamedTuple):
     x: Array
 
