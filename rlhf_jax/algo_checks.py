@@ -39,9 +39,8 @@ def check_scores(stage: StageConfig, path: PathOf) -> Iterator[str]:
     if stage.reward_from and rewards.model_weight == 0:
         yield f"stages.{stage.name}.reward_from: would be ignored: {path('rewards', 'model_weight')} is 0"
     if isinstance(rewards.function, dict):
-        for spec, weight in rewards.function.items():
-            if weight == 0:
-                yield f"{path('rewards', 'function')}: {spec!r} would be ignored: its weight is 0"
+        if not stage.reward_from and not any(rewards.function.values()):
+            yield f"{path('rewards', 'function')}: gives no score: all weights are 0"
     elif rewards.function and rewards.function_weight == 0:
         yield f"{path('rewards', 'function')}: would be ignored: {path('rewards', 'function_weight')} is 0"
     if not stage.reward_from and not rewards.function:

@@ -365,7 +365,7 @@ class RewardsConfig:
     function: str | dict[str, FiniteFloat] = ""
     """Python function `package.module:name`, called as fn(prompts, completions, **columns) -> list[float]; or
     several and their weights: `{my_rewards:short: 0.5, my_rewards:polite: -1}`. Each is logged alone, as
-    reward/function/short."""
+    reward/function/short, and is no more than logged where its weight is 0."""
     function_weight: FiniteFloat = 1.0
     """Weight of the score of one function."""
     gold: str = ""

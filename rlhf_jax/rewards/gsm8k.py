@@ -37,6 +37,18 @@ def exact_answer(prompts: Sequence[str], completions: Sequence[str], answer: Seq
     return scores
 
 
+def no_answer(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """Returns 1.0 for each completion without a final answer in any form that `exact_answer` reads, else 0.0.
+
+    With weight 0 it counts them and is no part of the score.
+
+    Args:
+        prompts: not read; reward functions are given them.
+        completions: of the policy.
+    """
+    return [float(final_number(completion) is None) for completion in completions]
+
+
 def final_number(text: str) -> Decimal | None:
     """Returns the number of the last answer in a text; None where it has none."""
     found = list(_FORMS.finditer(text))

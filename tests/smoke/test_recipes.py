@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from tests.stand_in_hub import StandIn
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-RECIPES = [path for path in CONFIGS if re.fullmatch(r"(sft|reward_model|ppo)_[^_]+_[^_]+", path.stem)]
+RECIPES = [path for path in CONFIGS if re.fullmatch(r"(sft|reward_model|ppo|grpo)_[^_]+_[^_]+", path.stem)]
 FIELDS = ("Paper", "Settings", "Hardware", "Time", "Expected")
 
 
@@ -65,7 +65,7 @@ def test_a_recipe_says_what_it_is(path: Path):
     assert lines[-2:] == ["", f"  python -m rlhf_jax.train --config configs/{path.name}"]
     tree = read_tree(str(path))
     assert tree["run"]["dir"] == f"runs/{path.stem}"
-    assert tree["stages"][-1]["algorithm"] == re.match(r"(sft|reward_model|ppo)_", path.stem)[1]
+    assert tree["stages"][-1]["algorithm"] == re.match(r"(sft|reward_model|ppo|grpo)_", path.stem)[1]
 
 
 FAST = ("quickstart_hydra", "ppo_pythia-1b_tldr")

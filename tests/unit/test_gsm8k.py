@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from rlhf_jax.rewards.gsm8k import exact_answer, final_number
+from rlhf_jax.rewards.gsm8k import exact_answer, final_number, no_answer
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,10 @@ def test_the_last_answer_is_found(text, number):
 def test_equal_numbers_score_one_and_all_else_zero():
     completions = ["#### 3.0", "#### 4", "three", "#### 3,000"]
     assert exact_answer([""] * 4, completions, ["1 + 2\n#### 3"] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_completions_without_an_answer_are_counted():
+    assert no_answer([""] * 4, ["#### 3.0", "three", "", "A: 4"]) == [0.0, 1.0, 1.0, 0.0]
 
 
 def test_no_float_stands_between_large_numbers():

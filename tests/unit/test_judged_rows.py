@@ -391,9 +391,9 @@ def test_the_rows_of_a_ranking_are_not_known_yet(problems, batch_size):
 def test_several_functions_have_weights(problems):
     text = CHAIN + "rewards: {function: {'math:sin': 0.5, 'math:cos': -1}}\n"
     assert problems(text) == []
-    assert problems(text.replace("-1", "0")) == [
-        "rewards.function: 'math:cos' would be ignored: its weight is 0"
-    ]
+    assert problems(text.replace("-1", "0")) == []  # it is logged
+    of_none = text.replace("reward_from: reward", "").replace("-1", "0").replace("0.5", "0")
+    assert "rewards.function: gives no score: all weights are 0" in problems(of_none)
     (line,) = problems(text.replace("math:cos", "math:coss"))
     assert line == "rewards.function: reward function 'math:coss': math has no coss; did you mean 'cos'?"
     (line,) = problems(text.replace("}}", "}, function_weight: 2}"))
