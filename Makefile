@@ -10,7 +10,7 @@ help:
 	@echo "make quickstart   SFT -> reward model -> PPO on the embedded task, on the CPU, in a few minutes"
 	@echo "make test         the fast tests: unit, contract, parity, smoke"
 	@echo "make test-slow    the slow ones: faults, several processes"
-	@echo "make check        formatter, linter, type checker, import layers"
+	@echo "make check        formatter, linters, type checker, import layers"
 	@echo "make format       let ruff write what make check would complain about"
 	@echo "make hooks        run make check before every commit"
 
@@ -28,6 +28,7 @@ check: .venv/.test
 	$(PY) -m ruff check .
 	$(PY) -m pyright
 	.venv/bin/lint-imports
+	.venv/bin/shellcheck launch/*.sh
 
 format: .venv/.test
 	$(PY) -m ruff format .

@@ -1,0 +1,117 @@
+# shellcheck shell=bash disable=SC2034
+# TPU VMs through queued resources: v4, v5e, v5p, v6e. A backend has these functions:
+#   slice_state      sets STATE (ABSENT WAITING READY LOST FAILED DELETING) and STATE_TOLD
+#   create_slices, delete_slices
+#   on_hosts COMMAND   runs it on all hosts; @identity@ in it becomes what a process is to be told of itself
+#   on_host N COMMAND  runs it on host N, counted over all slices
+#   copy_to_hosts FILE DESTINATION
+#   list_resources   what is there and may cost money
+
+STATE='' STATE_TOLD=''
+
+in_zone=()
+ssh_flags=()
+backend_init() {
+  in_zone=("--project=$PROJECT" "--zone=$ZONE")
+  [[ $INTERNAL_IPS == no ]] || ssh_flags=(--tunnel-through-iap)
+}
+
+nodes() {
+  local slice
+  if [[ $SLICES -eq 1 ]]; then
+    echo "$NAME"
+  else
+    for ((slice = 0; slice < SLICES; slice++)); do echo "$NAME-$slice"; done
+  fi
+}
+
+slice_state() {
+  local node state
+  if ! ask_patiently gcloud compute tpus queued-resources describe "$NAME" "${in_zone[@]}" '--format=value(state.state)'; then
+    STATE=ABSENT STATE_TOLD='there is no queued resource'
+    return
+  fi
+  STATE_TOLD="queued resource $REPLY"
+  case $REPLY in
+    ACTIVE) STATE=READY ;;
+    FAILED) STATE=FAILED ;;
+    SUSPENDING | SUSPENDED) STATE=LOST ;;
+    DELETING) STATE=DELETING ;;
+    *) STATE=WAITING ;;
+  esac
+  [[ $STATE == READY ]] || return 0
+  for node in $(nodes); do
+    if ask_patiently gcloud compute tpus tpu-vm describe "$node" "${in_zone[@]}" '--format=value(state)'; then
+      state=$REPLY
+    else
+      state='GONE'
+    fi
+    STATE_TOLD+=", $node $state"
+    case $state in
+      READY) ;;
+      CREATING | STARTING | RESTARTING | REIMAGING | REPAIRING) [[ $STATE == LOST ]] || STATE=WAITING ;;
+      *) STATE=LOST ;;
+    esac
+  done
+}
+
+# told_of_failure: what Google Cloud says of a queued resource that failed.
+told_of_failure() {
+  ask gcloud compute tpus queued-resources describe "$NAME" "${in_zone[@]}" '--format=yaml(state)' || true
+  printf '%s' "$REPLY"
+}
+
+create_slices() {
+  local command=(gcloud compute tpus queued-resources create "$NAME" "${in_zone[@]}"
+    "--accelerator-type=$ACCELERATOR" "--runtime-version=$RUNTIME" "--labels=run=$NAME")
+  if [[ $SLICES -eq 1 ]]; then
+    command+=("--node-id=$NAME")
+  else
+    command+=("--node-count=$SLICES" "--node-prefix=$NAME")
+  fi
+  case $CAPACITY in
+    spot) command+=(--spot) ;;
+    reserved) command+=(--reserved) ;;
+  esac
+  [[ -z $RESERVATION ]] || command+=("--reservation-host-project=$RESERVATION")
+  [[ -z $SERVICE_ACCOUNT ]] || command+=("--service-account=$SERVICE_ACCOUNT")
+  command+=(--scopes=https://www.googleapis.com/auth/cloud-platform)
+  [[ -z $NETWORK ]] || command+=("--network=$NETWORK")
+  [[ -z $SUBNETWORK ]] || command+=("--subnetwork=$SUBNETWORK")
+  [[ $INTERNAL_IPS == no ]] || command+=(--internal-ips)
+  [[ -z $VALID_UNTIL ]] || command+=("--valid-until-duration=$VALID_UNTIL")
+  change "$EXISTS" "${command[@]}" --async
+}
+
+delete_slices() {
+  change "$ABSENT" gcloud compute tpus queued-resources delete "$NAME" "${in_zone[@]}" --force --quiet
+}
+
+on_hosts() {
+  local node code=0
+  for node in $(nodes); do
+    run gcloud compute tpus tpu-vm ssh "$node" "${in_zone[@]}" --worker=all --batch-size=all "${ssh_flags[@]}" \
+      "--command=${1//@identity@/}" </dev/null || code=$?
+  done
+  return "$code"
+}
+
+on_host() {
+  local node=$NAME
+  [[ $SLICES -eq 1 ]] || node=$NAME-$(($1 / HOSTS))
+  run gcloud compute tpus tpu-vm ssh "$node" "${in_zone[@]}" "--worker=$(($1 % HOSTS))" "${ssh_flags[@]}" \
+    "--command=$2" </dev/null
+}
+
+copy_to_hosts() {
+  local node
+  for node in $(nodes); do
+    run gcloud compute tpus tpu-vm scp "$1" "$node:$2" "${in_zone[@]}" --worker=all --batch-size=all \
+      "${ssh_flags[@]}" </dev/null || return
+  done
+}
+
+list_resources() {
+  run gcloud compute tpus queued-resources list "${in_zone[@]}"
+  run gcloud compute tpus tpu-vm list "${in_zone[@]}"
+}

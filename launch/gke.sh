@@ -1,0 +1,109 @@
+# shellcheck shell=bash
+# The same settings for Kubernetes: a JobSet, or a command for XPK.
+
+check_gke() {
+  [[ -n $IMAGE ]] || problem "IMAGE: needed for Kubernetes: an image with the code in /app and its packages"
+  [[ -n $TOPOLOGY || -z $GENERATION ]] || problem "TOPOLOGY: needed for $ACCELERATOR on Kubernetes, such as 2x2x4"
+}
+
+# quoted TEXT: as a YAML string.
+quoted() { printf "'%s'" "${1//\'/\'\'}"; }
+
+# manifest: prints a JobSet. The variables that let the processes find each other are set by GKE.
+manifest() {
+  local flags pair
+  read -ra flags <<<"$TRAIN_FLAGS"
+  cat <<YAML
+# kubectl apply -f FILE. A failed or preempted slice makes all of them start again, which goes on from the newest
+# checkpoint; exit code 2, a wrong configuration, ends the JobSet.
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $NAME
+  labels: {run: $NAME}
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: $MAX_RESTARTS
+    rules:
+      - action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+    - name: slice
+      replicas: $SLICES
+      template:
+        spec:
+          parallelism: $HOSTS
+          completions: $HOSTS
+          backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes: {containerName: train, operator: In, values: [2]}
+          template:
+            metadata:
+              labels: {run: $NAME}
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: 120
+              hostNetwork: true
+              dnsPolicy: ClusterFirstWithHostNet
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $GKE_ACCELERATOR
+                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+YAML
+  [[ $CAPACITY != spot ]] || cat <<YAML
+                cloud.google.com/gke-spot: 'true'
+YAML
+  cat <<YAML
+              containers:
+                - name: train
+                  image: $(quoted "$IMAGE")
+                  workingDir: /app
+                  command: [python, -m, rlhf_jax.train]
+                  args:
+YAML
+  for pair in --config "$CONFIG" --run.dir "$RUN_DIR" "${flags[@]}"; do
+    echo "                    - $(quoted "$pair")"
+  done
+  cat <<YAML
+                  ports: [{containerPort: 8471}, {containerPort: 8482}]
+                  resources: {limits: {google.com/tpu: $((CHIPS / HOSTS))}}
+YAML
+  if ((${#ENVIRONMENT[@]})); then
+    echo "                  env:"
+    for pair in "${ENVIRONMENT[@]}"; do
+      echo "                    - {name: ${pair%%=*}, value: $(quoted "${pair#*=}")}"
+    done
+  fi
+  [[ -z $GKE_SECRET ]] || echo "                  envFrom: [{secretRef: {name: $GKE_SECRET}}]"
+  [[ -z $GKE_CLAIM ]] || cat <<YAML
+                  volumeMounts: [{name: shared, mountPath: $(quoted "$SHARED_DIR")}]
+              volumes:
+                - {name: shared, persistentVolumeClaim: {claimName: $GKE_CLAIM}}
+YAML
+}
+
+# xpk: prints the commands for XPK; they make a cluster and start the run.
+xpk() {
+  local flags cluster workload pair type=$ACCELERATOR command
+  read -ra flags <<<"$TRAIN_FLAGS"
+  printf -v command ' %q' python -m rlhf_jax.train --config "$CONFIG" --run.dir "$RUN_DIR" "${flags[@]}"
+  cluster=(xpk cluster create "--cluster=$CLUSTER" "--tpu-type=$type" "--num-slices=$SLICES" "--project=$PROJECT" "--zone=$ZONE")
+  case $CAPACITY in
+    spot) cluster+=(--spot) ;;
+    on-demand) cluster+=(--on-demand) ;;
+    flex-start) cluster+=(--flex) ;;
+    reserved) cluster+=("--reservation=$RESERVATION") ;;
+  esac
+  workload=(xpk workload create "--cluster=$CLUSTER" "--workload=$NAME" "--tpu-type=$type" "--num-slices=$SLICES"
+    "--project=$PROJECT" "--zone=$ZONE" "--docker-image=$IMAGE" "--command=cd /app &&$command"
+    "--max-restarts=$MAX_RESTARTS" '--restart-on-exit-codes=1,87,130,134,137,143' --termination-grace-period-seconds=120)
+  for pair in "${ENVIRONMENT[@]}"; do
+    workload+=("--env=$pair")
+  done
+  [[ -z $SECRETS_FILE ]] || workload+=("--env-file=$SECRETS_FILE")
+  printf '%q ' "${cluster[@]}" && echo
+  printf '%q ' "${workload[@]}" && echo
+}

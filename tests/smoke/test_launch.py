@@ -1,0 +1,514 @@
+"""launch/tpu.sh against a gcloud that plays Google Cloud: calls, their order, exit codes."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.fake_cloud import Cloud, script
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).with_name("launch_golden")
+CREATE = ("queued-resources", "create")
+DELETE = ("queued-resources", "delete")
+# Stands for Python and the trainer: the first process saves every 0.1 s, STEPS times. It fails at the steps that
+# the lines of crash_at in the run directory name, each line once.
+TRAINER = r"""
+if [[ $1 == -c ]]; then echo "Python 3.12.0 jax 0.12 flax 0.12 libtpu None"; exit; fi
+while (($#)); do
+  case $1 in
+    --run.dir) run=$2; shift ;;
+    --steps) steps=$2; shift ;;
+    --exit) code=$2; shift ;;
+  esac
+  shift
+done
+echo "token ${HF_TOKEN:-none} wandb ${WANDB_API_KEY:-none} cache ${CACHE:-none} id ${RLHF_JAX_PROCESS_ID:-none}"
+[[ -z ${code:-} ]] || exit "$code"
+checkpoints=$run/sft/checkpoints
+mkdir -p "$checkpoints"
+trap 'echo "saved by a signal" >&2; exit 143' TERM
+step=0
+while :; do
+  while [[ -e $checkpoints/$step ]]; do step=$((step + 1)); done
+  if [[ -s $run/crash_at && $(head -n 1 "$run/crash_at") -eq $step ]]; then
+    sed -i 1d "$run/crash_at"
+    echo "crashes at $step" >&2
+    exit 1
+  fi
+  if ((step >= steps)); then exit 0; fi
+  if [[ $FAKE_HOST == *-w-0 ]]; then
+    mkdir -p "$checkpoints/$step" && touch "$checkpoints/$step/manifest.json"
+  fi
+  /bin/sleep 0.1
+done
+"""
+
+
+class Launch:
+    """The launcher in a repository of its own, with settings and a cloud."""
+
+    def __init__(self, directory: Path, **plot) -> None:
+        self.directory = directory
+        self.repository = directory / "repository"
+        self.run_dir = directory / "shared" / "run"
+        self.cloud = Cloud(directory / "cloud")
+        self.settings = {
+            "NAME": "tiny", "PROJECT": "my-project", "ZONE": "us-east5-b", "ACCELERATOR": "v5p-16",
+            "POLL_SECONDS": "0.1", "RESTART_SECONDS": "0", "MAX_IDLE_RESTARTS": "2",
+            "CONFIG": "configs/tiny.yaml", "RUN_DIR": self.run_dir, "VENV": directory / "venv",
+            "TRAIN_FLAGS": "--steps 3",
+        }  # fmt: skip
+        workers = plot.pop("workers", 2)
+        self.cloud.install(workers, directory / "bin", plot.pop("env", None), **plot)
+        script(directory / "venv" / "bin" / "python", TRAINER)
+        shutil.copytree(ROOT / "launch", self.repository / "launch")
+        for name in ("requirements.txt", ".python-version"):
+            shutil.copy(ROOT / name, self.repository)
+        (self.repository / "configs").mkdir()
+        (self.repository / "configs" / "tiny.yaml").write_text("{}\n")
+        self.git("init", "-q")
+        self.git("add", "-A")
+        self.git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "all")
+        (self.repository / "untracked_secret").touch()
+
+    def git(self, *words: str) -> None:
+        subprocess.run(["git", "-C", self.repository, *words], check=True)
+
+    def command(self, *words: str) -> list[str]:
+        path = self.directory / "settings.env"
+        path.write_text("".join(f"{name}={value}\n" for name, value in self.settings.items()))
+        return ["bash", str(self.repository / "launch" / "tpu.sh"), "--settings", str(path), *words]
+
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}"}
+
+    def start(self, *words: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            self.command(*words),
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __call__(self, *words: str, code: int = 0) -> str:
+        """Returns what the command wrote; it has to end with the code."""
+        done = self.start(*words)
+        text, _ = done.communicate(timeout=120)
+        assert done.returncode == code, text
+        return text
+
+    def log(self, host: str) -> str:
+        return (self.cloud.hosts / host / "rlhf_jax" / "tiny" / "log").read_text()
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self.run_dir.glob("sft/checkpoints/*"))
+
+    def until(self, condition) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def make_launch(tmp_path):
+    made = []
+
+    def make(**plot):
+        made.append(Launch(tmp_path, **plot))
+        return made[-1]
+
+    yield make
+    for launch in made:
+        launch.cloud.remove_all()
+
+
+@pytest.fixture(scope="module")
+def launch_without_calls(tmp_path_factory):
+    launch = Launch(tmp_path_factory.mktemp("quiet"))
+    yield launch
+    assert not launch.cloud.calls()
+
+
+@pytest.fixture
+def quiet_launch(launch_without_calls):
+    """Returns one that calls no gcloud, so that several tests may share it; each finds its settings new."""
+    before = dict(launch_without_calls.settings)
+    yield launch_without_calls
+    launch_without_calls.settings = before
+
+
+def test_from_nothing_to_done(make_launch):
+    """Created once, code verified, installed and started on each host; a second call finds all done."""
+    launch = make_launch(waits=3)
+    text = launch("watch")
+    assert "8 chips of 95 GB on 2 host(s), spot" in text
+    assert "the run is done" in text and "the slices stay, and cost money" in text
+    assert len(launch.cloud.calls(*CREATE)) == 1 and not launch.cloud.calls(*DELETE)
+    assert launch.steps() == [0, 1, 2]
+    order = [
+        " ".join(call[:4]) if call[1] == "tpus" else call
+        for call in launch.cloud.calls()
+        if "describe" not in call
+    ]
+    ssh, scp = "compute tpus tpu-vm ssh", "compute tpus tpu-vm scp"
+    assert order[:8] == ["compute tpus queued-resources create", ssh, scp, scp, ssh, ssh, ssh, ssh]
+    tracked = {path.name for path in (launch.cloud.hosts / "tiny-w-1/rlhf_jax/tiny").glob("code-*/*")}
+    assert {"launch", "configs", "requirements.txt"} <= tracked and "untracked_secret" not in tracked
+
+    again = launch("watch")
+    assert "tiny is there: queued resource ACTIVE" in again and "the run is done" in again
+    assert len(launch.cloud.calls(*CREATE)) == 1
+
+
+def test_a_quota_error_ends_it_and_says_what_to_do(make_launch):
+    launch = make_launch(
+        create_errors=["RESOURCE_EXHAUSTED: Quota limit 'TPUV5PPerProject' has been exceeded."]
+    )
+    text = launch("watch", code=3)
+    assert "TPUV5PPerProject" in text and "ask for more in the console" in text
+    assert len(launch.cloud.calls(*CREATE)) == 1 and not launch.cloud.calls("ssh")
+
+
+def test_a_request_that_fails_later_is_told_and_not_used_again(make_launch):
+    launch = make_launch(fails="Quota exceeded for quota metric TPUs")
+    assert "Quota exceeded for quota metric TPUs" in launch("up", code=3)
+    launch.cloud.plot(fails=None)
+    launch("up")
+    assert [call[2:4] for call in launch.cloud.calls() if call[3] in ("create", "delete")] == [
+        ["queued-resources", "create"],
+        ["queued-resources", "delete"],
+        ["queued-resources", "create"],
+    ]
+
+
+def test_waiting_for_long_ends_with_a_code_of_its_own_and_goes_on_later(make_launch):
+    launch = make_launch(waits=1000)
+    launch.settings["WAIT_SECONDS"] = "1"
+    assert "still so: queued resource WAITING_FOR_RESOURCES" in launch("up", code=4)
+    assert "still so" in launch("wait", code=4)
+    assert "not ready" in launch("ship", code=5)
+    assert len(launch.cloud.calls(*CREATE)) == 1 and not launch.cloud.calls(*DELETE)
+
+
+def test_what_another_made_meanwhile_is_used(make_launch):
+    """It is not there when one looks, and there already when one creates."""
+    launch = make_launch()
+    launch("create")
+    launch.cloud.plot(create_errors=["ALREADY_EXISTS: Resource 'tiny' already exists"])
+    state = launch.cloud.state()
+    launch.cloud.state_file.write_text('{"queued": {}, "groups": {}, "templates": [], "policies": []}')
+    watching = launch.start("create")
+    text, _ = watching.communicate(timeout=60)
+    assert watching.returncode == 0 and "that is so already" in text, text
+    assert state["queued"] and not launch.cloud.calls(*DELETE)
+
+
+@pytest.mark.slow
+def test_a_network_that_is_gone_for_a_while(make_launch):
+    launch = make_launch(outages=3, create_errors=["UNAVAILABLE: The service is currently unavailable."])
+    assert "once more" in launch("watch")
+    assert len(launch.cloud.calls(*CREATE)) == 2
+    launch.cloud.plot(outages=5)
+    assert "the network is down" in launch("status", code=3)
+
+
+def test_a_preempted_slice_is_made_again_and_the_run_goes_on(make_launch):
+    launch = make_launch()
+    launch.settings["TRAIN_FLAGS"] = "--steps 40"
+    watching = launch.start("watch")
+    launch.until(lambda: len(launch.steps()) >= 3)
+    launch.cloud.preempt("tiny", worker=1)
+    launch.until(lambda: launch.cloud.calls(*DELETE))
+    before = max(launch.steps())
+    launch.until(lambda: len(launch.steps()) > before + 3)
+    (launch.run_dir / "crash_at").write_text(f"{max(launch.steps()) + 4}\n")
+    text, _ = watching.communicate(timeout=60)
+    assert watching.returncode == 0, text
+    assert "lost: queued resource ACTIVE, tiny PREEMPTED; starts again" in text
+    verbs = [
+        call[3] for call in launch.cloud.calls() if call[2] == "queued-resources" and call[3] != "describe"
+    ]
+    assert verbs == ["create", "delete", "create"]
+    assert launch.steps() == list(range(40))
+    logs = [path.read_text() for path in (launch.directory / "shared" / "run.logs").iterdir()]
+    assert any("crashes at" in log and log.count("starts training") == 2 for log in logs)
+
+
+@pytest.mark.slow
+def test_preempted_again_and_again_without_a_checkpoint(make_launch):
+    launch = make_launch()
+    (launch.run_dir).mkdir(parents=True)
+    launch.settings["TRAIN_FLAGS"] = "--steps 0 --exit 0"
+    script(launch.directory / "venv" / "bin" / "python", "if [[ $1 == -c ]]; then exit; fi; /bin/sleep 60")
+    launch.settings["TEARDOWN_WHEN_DONE"] = "yes"
+    watching = launch.start("watch")
+    for count in (1, 2, 3):
+        launch.until(lambda count=count: len(launch.cloud.calls(*CREATE)) == count)
+        launch.until(lambda: launch.cloud.processes("tiny-w-1"))
+        launch.cloud.preempt("tiny", worker=1)
+    text, _ = watching.communicate(timeout=60)
+    assert watching.returncode == 6, text
+    assert "no new checkpoint after 2 restarts" in text
+    assert not launch.cloud.state()["queued"]  # TEARDOWN_WHEN_DONE
+    assert len(launch.cloud.calls(*CREATE)) == len(launch.cloud.calls(*DELETE)) == 3
+
+
+def test_a_host_that_fails_ssh_is_tried_again_and_named(make_launch):
+    launch = make_launch(unreachable={"tiny-w-1": 1})
+    assert "1 of 2 hosts answered; once more" in launch("up")
+    launch.cloud.plot(unreachable={"tiny-w-1": 1000})
+    text = launch("up", code=5)
+    assert "host 1 of slice 0 cannot be reached by ssh" in text and "host 0 of slice 0" not in text
+    assert len(launch.cloud.calls(*CREATE)) == 1
+
+
+@pytest.mark.slow
+def test_code_that_arrives_damaged_is_not_started(make_launch):
+    launch = make_launch()
+    script(
+        launch.directory / "cloud" / "bin" / "tar",
+        "echo must not be unpacked >&2; exit 1",
+    )
+    script(
+        launch.directory / "cloud" / "bin" / "sha256sum",
+        'if [[ $FAKE_HOST == *-w-1 ]]; then exit 1; fi; exec /usr/bin/sha256sum "$@"',
+    )
+    text = launch("up", code=5)
+    assert "@host tiny-w-1 failed: code.tar.gz has another checksum" in text
+    assert not launch.run_dir.exists()
+
+
+@pytest.mark.slow
+def test_a_failing_run_is_restarted_until_that_brings_nothing(make_launch):
+    """Crashes that come after new checkpoints do not count; three at one step do."""
+    launch = make_launch(workers=1)
+    launch.settings |= {"ACCELERATOR": "v5p-8", "TRAIN_FLAGS": "--steps 9"}
+    launch.run_dir.mkdir(parents=True)
+    (launch.run_dir / "crash_at").write_text("1\n2\n3\n4\n4\n4\n")
+    text = launch("watch", code=1)
+    assert "the run failed" in text
+    assert launch.steps() == [0, 1, 2, 3]
+    log = launch.log("tiny-w-0")
+    assert log.count("starts training") == 6 and "no new checkpoint after 2 restarts" in log
+    assert "failed code=1 restarts=5 progress=sft:3," in launch("status")
+    assert "the run is done" in launch("watch")  # with what made it fail gone
+
+
+@pytest.mark.slow
+def test_a_wrong_configuration_is_not_tried_again(make_launch):
+    launch = make_launch(workers=1)
+    launch.settings |= {"ACCELERATOR": "v5p-8", "TRAIN_FLAGS": "--exit 2"}
+    launch("watch", code=1)
+    assert launch.log("tiny-w-0").count("starts training") == 1
+
+
+def test_stop_saves_status_tells_and_start_goes_on(make_launch):
+    launch = make_launch()
+    launch.settings["TRAIN_FLAGS"] = "--steps 1000"
+    launch("up")
+    launch.until(lambda: len(launch.steps()) >= 2)
+    assert len(re.findall(r"@host tiny-w-\d running restarts=0 progress=sft:\d+,", launch("status"))) == 2
+    assert len(re.findall("@host tiny-w-. started before", "".join(launch("start")))) <= 2
+    watching = launch.start("watch")
+    launch.until(lambda: "running" in watching.stdout.readline())
+    text = launch("stop")
+    assert len(re.findall(r"@host tiny-w-\d stopped code=143 restarts=0", text)) == 2
+    assert watching.wait(60) == 143
+    for host in ("tiny-w-0", "tiny-w-1"):
+        assert not launch.cloud.processes(host)
+        assert launch.log(host).count("saved by a signal") == 1
+        assert launch.log(host).count("starts training") == 1
+    saved = max(launch.steps())
+    assert "saved by a signal" in launch("logs", "--host", "1", "-n", "5")
+    launch.settings["TRAIN_FLAGS"] = f"--steps {saved + 3}"
+    launch("watch")
+    assert max(launch.steps()) == saved + 2
+
+
+@pytest.mark.slow
+def test_a_supervisor_that_is_gone_is_started_again(make_launch):
+    """As after a reboot of the hosts, which keeps their disks."""
+    launch = make_launch()
+    launch.settings["TRAIN_FLAGS"] = "--steps 30"
+    watching = launch.start("watch")
+    launch.until(lambda: len(launch.steps()) >= 2)
+    for host in ("tiny-w-0", "tiny-w-1"):
+        for pid in launch.cloud.processes(host):
+            os.kill(pid, signal.SIGKILL)
+    text, _ = watching.communicate(timeout=60)
+    assert watching.returncode == 0 and "idle restarts=0" in text, text
+    assert len(launch.cloud.calls(*CREATE)) == 1 and launch.steps() == list(range(30))
+
+
+@pytest.mark.slow
+def test_two_slices_and_teardown(make_launch):
+    launch = make_launch()
+    launch.settings["SLICES"] = "2"
+    launch("watch")
+    (create,) = launch.cloud.calls(*CREATE)
+    assert "--node-count=2" in create and "--node-prefix=tiny" in create
+    assert {path.name for path in launch.cloud.hosts.iterdir()} == {
+        f"tiny-{slice}-w-{worker}" for slice in (0, 1) for worker in (0, 1)
+    }
+    text = launch("teardown")
+    assert "anything listed here may cost money" in text and text.count("Listed 0 items.") == 4
+    assert not launch.cloud.state()["queued"]
+    launch("teardown")  # nothing is there any more
+    assert len(launch.cloud.calls(*DELETE)) == 1
+
+
+def test_secrets_come_from_a_file_or_the_manager_and_are_on_no_command_line(make_launch):
+    launch = make_launch(workers=1)
+    secrets = launch.directory / "secrets.env"
+    secrets.write_text("HF_TOKEN=hf_of_the_file\n")
+    secrets.chmod(0o644)
+    launch.settings |= {"ACCELERATOR": "v5p-8", "SECRETS_FILE": secrets, "ENV_CACHE": "/some/where"}
+    launch.settings["SECRET_MANAGER"] = "WANDB_API_KEY:wandb"
+    assert "others may read" in launch("watch", code=2)
+    secrets.chmod(0o600)
+    (launch.directory / "cloud" / "bin" / "gcloud").symlink_to(launch.directory / "bin" / "gcloud")
+    launch("watch")
+    assert "token hf_of_the_file wandb value-of-wandb cache /some/where" in launch.log("tiny-w-0")
+    home = launch.cloud.hosts / "tiny-w-0" / "rlhf_jax" / "tiny"
+    assert (home / "secrets.env").stat().st_mode & 0o077 == 0 and home.stat().st_mode & 0o077 == 0
+    assert "hf_of_the_file" not in launch.cloud.calls_file.read_text()
+
+
+@pytest.mark.slow
+def test_packages_are_installed_once(make_launch):
+    launch = make_launch(workers=1)
+    del launch.settings["VENV"]
+    launch.settings["ACCELERATOR"] = "v5p-8"
+    stub = launch.directory / "venv" / "bin" / "python"
+    script(
+        launch.directory / "cloud" / "bin" / "uv",
+        f'echo "uv $*" >>"$HOME/uv"; for place; do :; done; [[ $1 != venv ]] || {{ mkdir -p "$place/bin" && '
+        f'cp {stub} "$place/bin/python"; }}',
+    )
+    launch("watch")
+    launch("install")
+    made, installed = (launch.cloud.hosts / "tiny-w-0" / "uv").read_text().splitlines()
+    assert re.match(r"uv venv --quiet --clear --python 3\.12 .*/rlhf_jax/venv-[0-9a-f]{12}$", made)
+    assert installed.endswith("requirements.txt jax[tpu]")
+
+
+@pytest.mark.slow
+def test_compute_engine(make_launch):
+    launch = make_launch()
+    launch.settings |= {"BACKEND": "gce", "TOPOLOGY": "2x2x2"}
+    launch("watch")
+    made = [call for call in launch.cloud.calls() if {"create", "resize"} & set(call)]
+    assert [call[1] for call in made] == ["instance-templates", "resource-policies", *["instance-groups"] * 2]
+    for index in (0, 1):
+        expected = rf"id {index}\b"
+        assert re.search(expected, launch.log(f"tiny-0-w-{index}"))
+    assert any("RLHF_JAX_COORDINATOR=tiny-0-w-0:8482" in " ".join(call) for call in launch.cloud.calls("ssh"))
+    launch("watch")
+    assert len([call for call in launch.cloud.calls() if "create" in call]) == 3
+    launch("teardown")
+    state = launch.cloud.state()
+    assert not (state["groups"] or state["templates"] or state["policies"])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"NAME": "Tiny"}, "NAME: expected lower-case"),
+        ({"SLICE": "2"}, "SLICE: there is no such setting"),
+        ({"ACCELERATOR": "v5p-4x4x4"}, "ACCELERATOR: expected v4-N"),
+        ({"ACCELERATOR": "v5p-12"}, "counts TensorCores, two to a chip: a multiple of 8"),
+        ({"ACCELERATOR": "v6e-12"}, "counts chips: 1, 4, 8"),
+        ({"ACCELERATOR": "tpu7x-2x2x1"}, "the Cloud TPU API does not offer tpu7x; set BACKEND=gce"),
+        ({"TOPOLOGY": "4x4x4"}, "TOPOLOGY: expected sizes whose product is the 8 chips of v5p-16"),
+        ({"BACKEND": "gce"}, "TOPOLOGY: needed"),
+        ({"BACKEND": "gce", "TOPOLOGY": "2x2x2", "CAPACITY": "flex-start"}, "MAX_RUN_DURATION: needed"),
+        ({"CAPACITY": "cheap"}, "CAPACITY: expected spot"),
+        ({"RUN_DIR": "runs/here"}, "RUN_DIR: expected an absolute path"),
+        (
+            {"SHARED_SOURCE": "gs://b", "SHARED_DIR": "/mnt/shared"},
+            "RUN_DIR: expected a path below SHARED_DIR",
+        ),
+        ({"ENV_HF_TOKEN": "hf_x"}, "a secret belongs in SECRETS_FILE"),
+        ({"CONFIG": "configs/absent.yaml"}, "git does not track configs/absent.yaml"),
+    ],
+)
+def test_wrong_settings_are_told_before_anything_is_made(quiet_launch, changes, words):
+    launch = quiet_launch
+    launch.settings |= changes
+    assert words in launch("--dry-run", "watch", code=2)
+
+
+CASES = {
+    "v6e_spot": {"ACCELERATOR": "v6e-8", "SHARED_DIR": "/shared", "SHARED_SOURCE": "gs://bucket"},
+    "v5e_two_slices": {"ACCELERATOR": "v5litepod-256", "SLICES": "2", "CAPACITY": "reserved",
+                       "INTERNAL_IPS": "yes", "VALID_UNTIL": "6h"},
+    "v5p_gce": {"ACCELERATOR": "v5p-16", "BACKEND": "gce", "TOPOLOGY": "2x2x2", "CAPACITY": "on-demand"},
+    "tpu7x_gce_two_slices": {"ACCELERATOR": "tpu7x-2x2x1", "BACKEND": "gce", "SLICES": "2",
+                             "IMAGE_FAMILY": "tpu7x", "CAPACITY": "flex-start", "MAX_RUN_DURATION": "7d"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_dry_run_prints_every_command_and_runs_none(quiet_launch, name):
+    """What is printed is meant to have changed? Delete the golden file, run this, read the difference."""
+    launch = quiet_launch
+    launch.settings |= {"RUN_DIR": "/shared/run", "VENV": "", "ENV_CACHE": "/shared/cache"} | CASES[name]
+    text = "".join(
+        f"$ {verb}\n{launch('--dry-run', verb)}" for verb in ("watch", "status", "stop", "teardown")
+    )
+    text = re.sub(r"\b[0-9a-f]{40}\b", "TREE", text)
+    text = re.sub(r"/\S*/launch\.\w{6}/", "SCRATCH/", text).replace(str(launch.directory), "HERE")
+    path = GOLDEN / f"{name}.txt"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        pytest.fail(f"{path.name} was missing, and is written now")
+    assert text == path.read_text()
+
+
+def test_kubernetes(quiet_launch):
+    launch = quiet_launch
+    launch.settings |= {
+        "SLICES": "2", "TOPOLOGY": "2x2x2", "IMAGE": "registry/image:1", "CLUSTER": "mine",
+        "GKE_SECRET": "keys", "GKE_CLAIM": "claim", "SHARED_DIR": "/shared", "ENV_CACHE": "it's",
+        "TRAIN_FLAGS": "--ppo.kl_coef 0.1",
+    }  # fmt: skip
+    manifest = yaml.safe_load(launch("manifest"))
+    (slices,) = manifest["spec"]["replicatedJobs"]
+    job = slices["template"]["spec"]
+    assert (slices["replicas"], job["parallelism"], job["completions"], job["backoffLimit"]) == (2, 2, 2, 0)
+    pod = job["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+        "cloud.google.com/gke-tpu-topology": "2x2x2",
+        "cloud.google.com/gke-spot": "true",
+    }
+    (container,) = pod["containers"]
+    assert container["args"] == [
+        "--config", "configs/tiny.yaml", "--run.dir", str(launch.run_dir), "--ppo.kl_coef", "0.1"
+    ]  # fmt: skip
+    assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+    assert container["env"] == [{"name": "CACHE", "value": "it's"}]
+    assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "claim"}
+    cluster, workload = launch("xpk").splitlines()
+    assert "--num-slices=2" in cluster and "--spot" in cluster
+    assert "--tpu-type=v5p-16" in workload and "--workload=tiny" in workload
+
+
+def test_the_example_has_every_setting(tmp_path):
+    example = (ROOT / "launch" / "example.env").read_text()
+    names = re.search(r"^SETTINGS=\((.*?)\)", (ROOT / "launch" / "settings.sh").read_text(), re.S | re.M)
+    assert names
+    for name in names.group(1).split():
+        assert re.search(rf"^(# )?{name}=", example, re.M), name
