@@ -69,8 +69,8 @@ ask_patiently() {
   refused "$ERROR" || exit
 }
 
-# change FINE COMMAND...: tells and runs a command that makes or deletes something. An error that matches FINE is none: what
-# was to be done is done already; what may pass is tried again. Status 3: it was refused, and it is told why.
+# change FINE COMMAND...: tells and runs a command that makes or deletes something. An error that matches FINE is
+# none: it is so already; what may pass is tried again. Status 3: it was refused, and it is told why.
 change() {
   local fine=$1 code attempt error
   shift
@@ -78,7 +78,7 @@ change() {
     told "$@"
     return 0
   fi
-  for attempt in 1 2 3; do
+  for ((attempt = 1; attempt <= PATIENCE; attempt++)); do
     told "$@" >&2
     code=0
     "$@" >&2 2>"$SCRATCH/error" || code=$?
@@ -88,7 +88,7 @@ change() {
       say "launch: that is so already"
       return 0
     fi
-    [[ $attempt -lt 3 && $error =~ UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|[Tt]imed\ out|[Cc]onnection ]] || break
+    [[ $error =~ UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|[Tt]imed\ out|[Cc]onnection ]] || break
     say "launch: $error; once more"
     sleep "$POLL_SECONDS"
   done

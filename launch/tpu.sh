@@ -92,6 +92,7 @@ with_slices() {
   "$@"
 }
 
+trap 'say "launch: interrupted; slices and run go on, and cost money, until teardown"; exit 130' INT TERM
 case $VERB in
   create | teardown | costs | watch) "$VERB" ;;
   up)

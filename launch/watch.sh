@@ -66,8 +66,8 @@ watch() {
     code=0
     up || code=$?
     if [[ $code -eq 5 ]]; then
-      slice_state # hosts that do not answer may be gone
-      [[ $STATE == READY ]] && ended 5 "not all hosts could be prepared; what they said is above"
+      slice_state
+      [[ $STATE == READY ]] || code=7 # no wonder that they do not answer
     fi
     [[ $DRY_RUN == no ]] || return 0
     [[ $code -ne 0 ]] || follow || code=$?
@@ -80,10 +80,11 @@ watch() {
       idle=0 before=$progress
     fi
     if ((idle >= MAX_IDLE_RESTARTS)); then
+      [[ $code -ne 5 ]] || ended 5 "not all hosts could be prepared; what they said is above"
       ended 6 "no new checkpoint after $idle restarts (MAX_IDLE_RESTARTS), the newest is $progress: gives up"
     fi
     idle=$((idle + 1))
-    say "launch: $(date +%H:%M:%S) lost: $STATE_TOLD; starts again from the newest checkpoint, as far as known $progress"
+    say "launch: $(date +%H:%M:%S) not running: $STATE_TOLD; goes on from the newest checkpoint, as far as known $progress"
   done
 }
 
@@ -132,9 +133,9 @@ follow() {
 # ended CODE TEXT: the end of watch.
 ended() {
   say "launch: $2"
-  if [[ $TEARDOWN_WHEN_DONE == yes && $1 -ne 143 ]]; then
+  if [[ $TEARDOWN_WHEN_DONE == yes && $1 =~ ^(0|1|6)$ ]]; then
     teardown || exit
-  elif [[ $1 -ne 143 || $STATE == READY ]]; then
+  else
     say "launch: the slices stay, and cost money, until 'teardown'"
   fi
   exit "$1"

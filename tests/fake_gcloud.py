@@ -103,10 +103,15 @@ class Gcloud:
         return [f"{node}-w-{i}" for i in range(self.plot["workers"]) if worker in ("all", str(i))]
 
     def ssh_node(self) -> int:
-        return self.ssh(self.workers(self.words[-1]))
+        node = self.words[-1]
+        return self.ssh(self.workers(node)) if self.is_ready(node) else error(f"{node} is not READY")
 
     def scp_node(self) -> int:
-        return self.scp(self.workers(self.words[-1].partition(":")[0]))
+        node = self.words[-1].partition(":")[0]
+        return self.scp(self.workers(node)) if self.is_ready(node) else error(f"{node} is not READY")
+
+    def is_ready(self, node: str) -> bool:
+        return any(queued["nodes"].get(node) == "READY" for queued in self.state["queued"].values())
 
     def reachable(self, host: str) -> bool:
         left = self.plot.get("unreachable", {}).get(host, 0)

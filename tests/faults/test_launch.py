@@ -84,7 +84,7 @@ def test_a_run_survives_that_one_of_its_hosts_is_taken_away(tmp_path, cloud):
     text = output.read_text()
     assert watching.returncode == 0, told(output, cloud)
 
-    assert "lost: queued resource ACTIVE, rehearsal PREEMPTED" in text
+    assert "not running: queued resource ACTIVE, rehearsal PREEMPTED" in text
     verbs = [call[3] for call in cloud.calls("queued-resources") if call[3] in ("create", "delete")]
     assert verbs == ["create", "delete", "create", "delete"]
     assert (run / "sft" / "result.json").stat().st_mtime_ns == sft_done

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("launch_golden")
 CREATE = ("queued-resources", "create")
 DELETE = ("queued-resources", "delete")
-# Stands for Python and the trainer: the first process saves every 0.1 s, STEPS times. It fails at the steps that
-# the lines of crash_at in the run directory name, each line once.
+# Stands for Python and the trainer: the first process saves every 0.1 s, STEPS times. It fails at the steps
+# that the lines of crash_at in the run directory name, each line once.
 TRAINER = r"""
 if [[ $1 == -c ]]; then echo "Python 3.12.0 jax 0.12 flax 0.12 libtpu None"; exit; fi
 while (($#)); do
@@ -29,7 +29,8 @@ while (($#)); do
   esac
   shift
 done
-echo "token ${HF_TOKEN:-none} wandb ${WANDB_API_KEY:-none} cache ${CACHE:-none} id ${RLHF_JAX_PROCESS_ID:-none}"
+echo "token ${HF_TOKEN:-none} wandb ${WANDB_API_KEY:-none} cache ${CACHE:-none}"
+echo "id ${RLHF_JAX_PROCESS_ID:-none}"
 [[ -z ${code:-} ]] || exit "$code"
 checkpoints=$run/sft/checkpoints
 mkdir -p "$checkpoints"
@@ -234,7 +235,7 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(make_launch):
     (launch.run_dir / "crash_at").write_text(f"{max(launch.steps()) + 4}\n")
     text, _ = watching.communicate(timeout=60)
     assert watching.returncode == 0, text
-    assert "lost: queued resource ACTIVE, tiny PREEMPTED; starts again" in text
+    assert "not running: queued resource ACTIVE, tiny PREEMPTED; goes on" in text
     verbs = [
         call[3] for call in launch.cloud.calls() if call[2] == "queued-resources" and call[3] != "describe"
     ]
@@ -333,6 +334,21 @@ def test_stop_saves_status_tells_and_start_goes_on(make_launch):
     launch.settings["TRAIN_FLAGS"] = f"--steps {saved + 3}"
     launch("watch")
     assert max(launch.steps()) == saved + 2
+
+
+@pytest.mark.slow
+def test_other_code_does_not_replace_what_runs(make_launch):
+    launch = make_launch()
+    launch.settings |= {"TRAIN_FLAGS": "--steps 1000", "TEARDOWN_WHEN_DONE": "yes"}
+    launch("up")
+    (launch.repository / "configs" / "tiny.yaml").write_text("{}  # changed\n")
+    assert "is not there: ship it" in launch("start", code=5)
+    assert "another version of the code is running; stop it first" in launch("watch", code=5)
+    assert launch.cloud.state()["queued"] and launch.log("tiny-w-1").count("starts training") == 1
+    launch("stop")
+    launch.settings["TRAIN_FLAGS"] = "--steps 1"
+    assert "tracked files that are not committed are shipped as they are" in launch("watch")
+    assert not launch.cloud.state()["queued"]
 
 
 @pytest.mark.slow
