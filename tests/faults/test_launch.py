@@ -61,7 +61,7 @@ def test_a_run_survives_that_one_of_its_hosts_is_taken_away(tmp_path, cloud):
     settings = {
         "NAME": "rehearsal", "PROJECT": "my-project", "ZONE": "us-east5-b", "ACCELERATOR": "v5p-16",
         "CONFIG": "configs/short.yaml", "RUN_DIR": run, "VENV": sys.prefix,
-        "TRAIN_FLAGS": "--checkpoint.every 1 --reward_model.num_steps 60 --distributed.heartbeat_timeout 20",
+        "TRAIN_FLAGS": "--checkpoint.every 1 --reward_model.num_steps 25 --distributed.heartbeat_timeout 20",
         "POLL_SECONDS": "1", "RESTART_SECONDS": "1", "TEARDOWN_WHEN_DONE": "yes",
     }  # fmt: skip
     path = tmp_path / "settings.env"
@@ -91,7 +91,7 @@ def test_a_run_survives_that_one_of_its_hosts_is_taken_away(tmp_path, cloud):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     counts = Counter((line["stage"], line["step"]) for line in lines)
     assert counts == Counter(
-        {("sft", s) for s in range(7)} | {("reward", s) for s in range(61)} | {("ppo", s) for s in range(5)}
+        {("sft", s) for s in range(7)} | {("reward", s) for s in range(26)} | {("ppo", s) for s in range(5)}
     )
     logs = "".join(log.read_text() for log in (tmp_path / "shared" / "run.logs").glob("*.log"))
     assert re.search(r"\[reward\] goes on after step \d+\n", logs)
