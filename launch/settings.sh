@@ -52,6 +52,9 @@ set_setting() {
     problem "$1 is given twice"
   fi
   SEEN+="$1 "
+  if [[ $2 =~ (^|[^A-Za-z0-9])(hf_|ghp_)[A-Za-z0-9]{20} ]]; then
+    problem "$1: a token belongs in SECRETS_FILE or SECRET_MANAGER, not in the settings"
+  fi
   if [[ $1 == ENV_?* ]]; then
     if [[ $1 =~ (TOKEN|SECRET|PASSWORD|KEY)$ ]]; then
       problem "$1: a secret belongs in SECRETS_FILE or SECRET_MANAGER, not in the settings"

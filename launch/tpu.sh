@@ -68,7 +68,7 @@ esac
 if [[ -n $SECRETS_FILE ]]; then
   if [[ ! -r $SECRETS_FILE ]]; then
     problem "SECRETS_FILE: $SECRETS_FILE cannot be read"
-  elif [[ -n $(find "$SECRETS_FILE" -perm /077 2>/dev/null) ]]; then
+  elif [[ $(ls -dL -l "$SECRETS_FILE") != ????------* ]]; then
     problem "SECRETS_FILE: others may read $SECRETS_FILE; chmod 600 it"
   elif git -C "$(dirname "$SECRETS_FILE")" ls-files --error-unmatch "$(basename "$SECRETS_FILE")" >/dev/null 2>&1; then
     problem "SECRETS_FILE: git tracks $SECRETS_FILE, so it would be shipped with the code"

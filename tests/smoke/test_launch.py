@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import yaml
 from tests.fake_cloud import Cloud, script
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="hosts of TPUs run Linux")
 GOLDEN = Path(__file__).with_name("launch_golden")
 CREATE = ("queued-resources", "create")
 DELETE = ("queued-resources", "delete")
@@ -225,7 +227,7 @@ def test_a_network_that_is_gone_for_a_while(make_launch):
 
 def test_a_preempted_slice_is_made_again_and_the_run_goes_on(make_launch):
     launch = make_launch()
-    launch.settings["TRAIN_FLAGS"] = "--steps 40"
+    launch.settings["TRAIN_FLAGS"] = "--steps 25"
     watching = launch.start("watch")
     launch.until(lambda: len(launch.steps()) >= 3)
     launch.cloud.preempt("tiny", worker=1)
@@ -240,7 +242,7 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(make_launch):
         call[3] for call in launch.cloud.calls() if call[2] == "queued-resources" and call[3] != "describe"
     ]
     assert verbs == ["create", "delete", "create"]
-    assert launch.steps() == list(range(40))
+    assert launch.steps() == list(range(25))
     logs = [path.read_text() for path in (launch.directory / "shared" / "run.logs").iterdir()]
     assert any("crashes at" in log and log.count("starts training") == 2 for log in logs)
 
@@ -455,6 +457,7 @@ def test_compute_engine(make_launch):
             "RUN_DIR: expected a path below SHARED_DIR",
         ),
         ({"ENV_HF_TOKEN": "hf_x"}, "a secret belongs in SECRETS_FILE"),
+        ({"TRAIN_FLAGS": f"--hub.token hf_{'x' * 30}"}, "TRAIN_FLAGS: a token belongs in SECRETS_FILE"),
         ({"CONFIG": "configs/absent.yaml"}, "git does not track configs/absent.yaml"),
     ],
 )
