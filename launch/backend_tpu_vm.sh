@@ -88,27 +88,18 @@ delete_slices() {
 }
 
 on_hosts() {
-  local node code=0
-  for node in $(nodes); do
-    run gcloud compute tpus tpu-vm ssh "$node" "${in_zone[@]}" --worker=all --batch-size=all "${ssh_flags[@]}" \
-      "--command=${1//@identity@/}" </dev/null || code=$?
-  done
-  return "$code"
+  run gcloud compute tpus queued-resources ssh "$NAME" "${in_zone[@]}" --node=all --worker=all "${ssh_flags[@]}" \
+    "--command=${1//@identity@/}" </dev/null
 }
 
 on_host() {
-  local node=$NAME
-  [[ $SLICES -eq 1 ]] || node=$NAME-$(($1 / HOSTS))
-  run gcloud compute tpus tpu-vm ssh "$node" "${in_zone[@]}" "--worker=$(($1 % HOSTS))" "${ssh_flags[@]}" \
-    "--command=$2" </dev/null
+  run gcloud compute tpus queued-resources ssh "$NAME" "${in_zone[@]}" "--node=$(($1 / HOSTS))" \
+    "--worker=$(($1 % HOSTS))" "${ssh_flags[@]}" "--command=$2" </dev/null
 }
 
 copy_to_hosts() {
-  local node
-  for node in $(nodes); do
-    run gcloud compute tpus tpu-vm scp "$1" "$node:$2" "${in_zone[@]}" --worker=all --batch-size=all \
-      "${ssh_flags[@]}" </dev/null || return
-  done
+  run gcloud compute tpus queued-resources scp "$1" "$NAME:$2" "${in_zone[@]}" --node=all --worker=all \
+    "${ssh_flags[@]}" </dev/null
 }
 
 list_resources() {

@@ -5,6 +5,9 @@ DRY_RUN=no
 
 say() { printf '%s\n' "$*" >&2; }
 
+# stamp: the time and a blank; nothing in a dry run, whose output does not change with it.
+stamp() { [[ $DRY_RUN == yes ]] || date '+%H:%M:%S '; }
+
 # die CODE TEXT...
 die() {
   local code=$1
@@ -63,7 +66,7 @@ ask_patiently() {
     ask "$@" && return 0
     [[ $ERROR =~ $ABSENT ]] && return 1
     [[ $ERROR =~ $DENIED ]] && break
-    say "launch: $(date +%H:%M:%S) no answer from Google Cloud: $ERROR"
+    say "launch: $(stamp)no answer from Google Cloud: $ERROR"
     sleep "$POLL_SECONDS"
   done
   refused "$ERROR" || exit

@@ -10,7 +10,8 @@ every_host() {
   local attempts=$1 command=$2 attempt=0 answers failed
   while :; do
     attempt=$((attempt + 1))
-    on_hosts "$command" >"$SCRATCH/answers" || true # what counts is which hosts have answered
+    # What counts is which hosts have answered; what ssh says of connections is told only if one has not.
+    on_hosts "$command" >"$SCRATCH/answers" 2>"$SCRATCH/said" || true
     if [[ $DRY_RUN == yes ]]; then
       cat "$SCRATCH/answers"
       return 0
@@ -24,6 +25,7 @@ every_host() {
 $failed}; once more"
     sleep "$POLL_SECONDS"
   done
+  tail -n 100 "$SCRATCH/said" >&2
   [[ -z $failed ]] || say "$failed"
   ((answers >= $(num_hosts))) || name_unreachable
   return 5
@@ -64,6 +66,7 @@ ship() {
   if [[ $DRY_RUN == no ]]; then
     sums=$(checksum "$ARCHIVE")
   fi
+  say "launch: $(stamp)ships code $TREE"
   every_host 3 "mkdir -p -m 700 $job && echo \"@host \$(hostname) ready\"" || return
   copied "$ARCHIVE" "$job/code.tar.gz" || return
   copied "$SETTINGS_FILE" "$job/settings.env" || return
@@ -100,8 +103,14 @@ running() {
 else echo \"@host \$(hostname) idle progress=unknown\"; fi"
 }
 
-install() { every_host 3 "$(remote install)"; }
-start() { every_host 3 "$(remote start@identity@)"; }
+install() {
+  say "launch: $(stamp)installs"
+  every_host 3 "$(remote install)"
+}
+start() {
+  say "launch: $(stamp)starts"
+  every_host 3 "$(remote start@identity@)"
+}
 status() { every_host "${1:-3}" "$(running status)"; }
 stop() { every_host 3 "$(running stop)"; }
 

@@ -22,7 +22,7 @@ wait_while() {
   local since=$SECONDS last=''
   while [[ $STATE == "$1" ]]; do
     if [[ $STATE_TOLD != "$last" ]]; then
-      say "launch: $(date +%H:%M:%S) $STATE_TOLD"
+      say "launch: $(stamp)$STATE_TOLD"
       last=$STATE_TOLD
     fi
     ((SECONDS - since < WAIT_SECONDS)) ||
@@ -84,7 +84,7 @@ watch() {
       ended 6 "no new checkpoint after $idle restarts (MAX_IDLE_RESTARTS), the newest is $progress: gives up"
     fi
     idle=$((idle + 1))
-    say "launch: $(date +%H:%M:%S) not running: $STATE_TOLD; goes on from the newest checkpoint, as far as known $progress"
+    say "launch: $(stamp)not running: $STATE_TOLD; goes on from the newest checkpoint, as far as known $progress"
   done
 }
 

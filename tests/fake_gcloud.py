@@ -23,8 +23,8 @@ class Gcloud:
             ("compute", "tpus", "queued-resources", "create"): self.create_queued,
             ("compute", "tpus", "queued-resources", "delete"): self.delete_queued,
             ("compute", "tpus", "tpu-vm", "describe"): self.describe_node,
-            ("compute", "tpus", "tpu-vm", "ssh"): self.ssh_node,
-            ("compute", "tpus", "tpu-vm", "scp"): self.scp_node,
+            ("compute", "tpus", "queued-resources", "ssh"): self.ssh_queued,
+            ("compute", "tpus", "queued-resources", "scp"): self.scp_queued,
             ("compute", "instance-templates", "create"): lambda: self.make("templates"),
             ("compute", "instance-templates", "delete"): lambda: self.unmake("templates"),
             ("compute", "resource-policies", "create", "workload-policy"): lambda: self.make("policies"),
@@ -98,20 +98,27 @@ class Gcloud:
         print(next(filter(None, found)))
         return 0
 
-    def workers(self, node: str) -> list[str]:
-        worker = self.flags.get("worker", "0")
-        return [f"{node}-w-{i}" for i in range(self.plot["workers"]) if worker in ("all", str(i))]
+    def workers(self, name: str) -> list[str] | None:
+        """Returns the hosts that --node and --worker name; None where their slices are not there."""
+        queued = self.state["queued"].get(name, {"nodes": {}})
+        node, worker = self.flags["node"], self.flags["worker"]
+        chosen = [state for i, state in enumerate(queued["nodes"].items()) if node in ("all", str(i))]
+        if not chosen or any(state != "READY" for _, state in chosen):
+            return None
+        return [
+            f"{name}-w-{i}"
+            for name, _ in chosen
+            for i in range(self.plot["workers"])
+            if worker in ("all", str(i))
+        ]
 
-    def ssh_node(self) -> int:
-        node = self.words[-1]
-        return self.ssh(self.workers(node)) if self.is_ready(node) else error(f"{node} is not READY")
+    def ssh_queued(self) -> int:
+        hosts = self.workers(self.words[-1])
+        return error("not all nodes are READY") if hosts is None else self.ssh(hosts)
 
-    def scp_node(self) -> int:
-        node = self.words[-1].partition(":")[0]
-        return self.scp(self.workers(node)) if self.is_ready(node) else error(f"{node} is not READY")
-
-    def is_ready(self, node: str) -> bool:
-        return any(queued["nodes"].get(node) == "READY" for queued in self.state["queued"].values())
+    def scp_queued(self) -> int:
+        hosts = self.workers(self.words[-1].partition(":")[0])
+        return error("not all nodes are READY") if hosts is None else self.scp(hosts)
 
     def reachable(self, host: str) -> bool:
         left = self.plot.get("unreachable", {}).get(host, 0)

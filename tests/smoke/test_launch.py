@@ -163,7 +163,7 @@ def test_from_nothing_to_done(make_launch):
         for call in launch.cloud.calls()
         if "describe" not in call
     ]
-    ssh, scp = "compute tpus tpu-vm ssh", "compute tpus tpu-vm scp"
+    ssh, scp = "compute tpus queued-resources ssh", "compute tpus queued-resources scp"
     assert order[:8] == ["compute tpus queued-resources create", ssh, scp, scp, ssh, ssh, ssh, ssh]
     tracked = {path.name for path in (launch.cloud.hosts / "tiny-w-1/rlhf_jax/tiny").glob("code-*/*")}
     assert {"launch", "configs", "requirements.txt"} <= tracked and "untracked_secret" not in tracked
@@ -238,9 +238,7 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(make_launch):
     text, _ = watching.communicate(timeout=60)
     assert watching.returncode == 0, text
     assert "not running: queued resource ACTIVE, tiny PREEMPTED; goes on" in text
-    verbs = [
-        call[3] for call in launch.cloud.calls() if call[2] == "queued-resources" and call[3] != "describe"
-    ]
+    verbs = [call[3] for call in launch.cloud.calls("queued-resources") if call[3] in ("create", "delete")]
     assert verbs == ["create", "delete", "create"]
     assert launch.steps() == list(range(25))
     logs = [path.read_text() for path in (launch.directory / "shared" / "run.logs").iterdir()]
