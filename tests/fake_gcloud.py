@@ -3,6 +3,7 @@
 It imports little, as a test calls it dozens of times.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -131,12 +132,16 @@ class Gcloud:
         sys.stdout.flush()
         pids = [self.bash(host) for host in hosts if self.reachable(host)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, 9)  # what is left of the connection's own session ends with it
         return max(codes) if len(codes) == len(hosts) else 255
 
     def bash(self, host: str) -> int:
         """Returns the process of a command on a host."""
         pid = os.fork()
         if pid == 0:
+            os.setsid()
             os.chdir(self.home(host))
             os.execvpe("bash", ["bash", "-c", self.flags["command"]], self.environment(host))
         return pid

@@ -274,18 +274,14 @@ def test_a_host_that_fails_ssh_is_tried_again_and_named(make_launch):
 
 
 @pytest.mark.slow
-def test_code_that_arrives_damaged_is_not_started(make_launch):
+def test_code_that_arrives_damaged_is_not_unpacked(make_launch):
     launch = make_launch()
-    script(
-        launch.directory / "cloud" / "bin" / "tar",
-        "echo must not be unpacked >&2; exit 1",
-    )
-    script(
-        launch.directory / "cloud" / "bin" / "sha256sum",
-        'if [[ $FAKE_HOST == *-w-1 ]]; then exit 1; fi; exec /usr/bin/sha256sum "$@"',
-    )
+    on_hosts = launch.directory / "cloud" / "bin"
+    script(on_hosts / "tar", 'touch "$HOME/unpacks"; exec /usr/bin/tar "$@"')
+    script(on_hosts / "sha256sum", '[[ $FAKE_HOST != *-w-1 ]] && exec /usr/bin/sha256sum "$@"')
     text = launch("up", code=5)
     assert "@host tiny-w-1 failed: code.tar.gz has another checksum" in text
+    assert {path.parent.name for path in launch.cloud.hosts.glob("*/unpacks")} == {"tiny-w-0"}
     assert not launch.run_dir.exists()
 
 
