@@ -68,12 +68,14 @@ def test_a_public_data_set_runs_with_nothing_but_a_configuration(name, test_data
         steps = [line for line in lines if line["stage"] == "grpo" and line["step"] > 0]
         assert len(steps) == 2
         for line in steps:
-            assert line["reward/score"] == line["reward/exact_answer"]
-            assert 0 <= line["reward/no_answer"] <= 1 - line["reward/exact_answer"]
+            assert line["reward/score"] == line["reward/function/exact_answer"]
+            assert 0 <= line["reward/function/no_answer"] <= 1 - line["reward/function/exact_answer"]
         samples = (tmp_path / "run" / "samples" / "grpo-000002.jsonl").read_text().splitlines()
         completions = [json.loads(sample)["completion"] for sample in samples]
         assert len(completions) == 32
-        assert steps[-1]["eval/reward/no_answer"] == pytest.approx(np.mean(no_answer([], completions)))
+        assert steps[-1]["eval/reward/function/no_answer"] == pytest.approx(
+            np.mean(no_answer([], completions))
+        )
     if name.startswith("gsm8k"):
         assert summary["sft"]["eval_perplexity_after"] < summary["sft"]["eval_perplexity_before"]
         assert summary[stages[-1]["name"]]["score_after"] is not None
