@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig, PolicyGradientConfig
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig, ShapedRewardConfig
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import JudgedRows, PolicyBatch, Rollout, Rows, num_rows
 from rlhf_jax.config_types import RANKINGS, Kind
@@ -75,7 +75,7 @@ def online_batch(name: str, rows: Rows) -> PolicyBatch:
 
     Of what was chosen of the samples, a part only fills up; pairs have the reference's log-probabilities.
     """
-    if not issubclass(section(name), PolicyGradientConfig):
+    if not issubclass(section(name), ShapedRewardConfig):
         is_there = jnp.arange(8) // 2 != 1
         prompt_lengths, lengths = (jnp.where(is_there, x, 0) for x in (rows.prompt_lengths, rows.lengths))
         ref_logprobs = jnp.linspace(-9, -40, 8) if name == "online_dpo" else None
@@ -371,7 +371,7 @@ def test_devices_stop_at_the_same_step():
     assert tiny.relative_difference(others, params) < 1e-4  # after steps of Adam, which divides by deviations
 
 
-HAVE_RATIOS = [name for name in ONLINE if issubclass(section(name), PolicyGradientConfig)]
+HAVE_RATIOS = [name for name in ONLINE if issubclass(section(name), ShapedRewardConfig)]
 
 
 @pytest.mark.parametrize("name", slow_but(("ppo",), HAVE_RATIOS))
