@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from jax.stages import Lowered
 
 from rlhf_jax.algo_config import ReferenceConfig
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import Params, Prompts, Rollout
+from rlhf_jax.batch import Params, Prompts, Rollout, TrainState
 from rlhf_jax.config import StageConfig
 from rlhf_jax.data.examples import Batch
 from rlhf_jax.data.loader import Loader
@@ -27,8 +27,41 @@ from rlhf_jax.sharding import batch_sharding, placed_structs, replicated, stage_
 from rlhf_jax.stage import stage_programs
 
 
-def lower_stage(plan: Plan, mesh: Mesh) -> tuple[dict[str, Lowered], tuple[int, int]]:
-    """Returns the programs of a planned stage, see `lower_programs`, and the shape of its first batch."""
+class Call(NamedTuple):
+    """A program, and placed shape structs of what it is called with."""
+
+    program: Any
+    """Of jax.jit."""
+    resident: tuple[Any, ...]
+    """The first arguments: parameters and state, which live all the while."""
+    own: tuple[Any, ...]
+    """The others, which are made for the call."""
+
+    def lower(self) -> Lowered:
+        """Returns the program, lowered; nothing is compiled, computed or held."""
+        return self.program.lower(*self.resident, *self.own)
+
+
+class StageCalls(NamedTuple):
+    """What a step of a stage runs."""
+
+    calls: dict[str, Call]
+    """Online: rollout_start, rollout, score, advantages, update; offline: evaluate, update."""
+    state: TrainState
+    frozen: Params
+    """Placed shape structs, as the programs are given them."""
+    batch_shape: tuple[int, ...]
+    """Of the first array of a batch: rows, length."""
+
+
+def lower_stage(plan: Plan, mesh: Mesh) -> tuple[dict[str, Lowered], tuple[int, ...]]:
+    """Returns the programs of a planned stage, lowered, and the shape of its first batch."""
+    of = stage_calls(plan, mesh)
+    return {name: call.lower() for name, call in of.calls.items()}, of.batch_shape
+
+
+def stage_calls(plan: Plan, mesh: Mesh) -> StageCalls:
+    """Returns what a step of a planned stage runs, on a mesh over all devices."""
     mesh, _ = stage_meshes(plan.stage, mesh)
     model, programs = stage_programs(plan, mesh)
     settings = plan.stage.settings
@@ -37,16 +70,21 @@ def lower_stage(plan: Plan, mesh: Mesh) -> tuple[dict[str, Lowered], tuple[int, 
         blank = np.zeros((len(examples), examples.rows_per_record), np.float32)
         examples = dataclasses.replace(examples, ref_logprobs=blank)
     batch, _ = Loader[Any, Any](examples, settings.batch_size, plan.stage.run.seed).batch(0)
-    lowered = lower_programs(programs, plan.stage, plan.parts(), model, mesh, batch)
-    return lowered, np.shape(jax.tree.leaves(batch)[0])
+    return calls_of(programs, plan.stage, plan.parts(), model, mesh, batch)
 
 
 def lower_programs(
     built: Programs, stage: StageConfig, parts: Parts, model: Model, mesh: Mesh, batch: Batch
 ) -> dict[str, Lowered]:
-    """Returns what a step of a stage runs, by name, lowered; nothing is compiled, computed or held.
+    """Returns what a step of a stage runs, by name, lowered; see `calls_of`."""
+    calls = calls_of(built, stage, parts, model, mesh, batch).calls
+    return {name: call.lower() for name, call in calls.items()}
 
-    Online: rollout_start, rollout, score, advantages, update; offline: evaluate, update.
+
+def calls_of(
+    built: Programs, stage: StageConfig, parts: Parts, model: Model, mesh: Mesh, batch: Batch
+) -> StageCalls:
+    """Returns what a step of a stage runs.
 
     Args:
         built: the stage's programs.
@@ -65,41 +103,36 @@ def lower_programs(
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     state = programs.init_state.eval_shape(trained)
     learned = rows(batch)
-    lowered: dict[str, Lowered] = {}
+    calls: dict[str, Call] = {}
     if stage.is_online:
-        lowered, rollout = lower_rollout(built, model, mesh, trained, frozen, learned)
-        lowered["score"] = programs.score.lower(trained, frozen, rollout)
+        calls, rollout = rollout_calls(built, model, mesh, trained, frozen, learned)
+        calls["score"] = Call(programs.score, (trained, frozen), (rollout,))
         scored = rows(programs.score.eval_shape(trained, frozen, rollout)[0])
         scores = ShapeDtypeStruct(rollout.ended.shape, np.float32, sharding=batch_sharding(mesh))
         scored = scored._replace(scores=scores)
-        lowered["advantages"] = programs.advantages.lower(scored, state.aux)
+        calls["advantages"] = Call(programs.advantages, (), (scored, state.aux))
         learned = rows(programs.advantages.eval_shape(scored, state.aux)[0])
     else:
-        lowered["evaluate"] = programs.evaluate.lower(trained, frozen, learned)
-    lowered["update"] = programs.update.lower(state, frozen, learned, key)
-    return lowered
+        calls["evaluate"] = Call(programs.evaluate, (trained, frozen), (learned,))
+    calls["update"] = Call(programs.update, (state, frozen), (learned, key))
+    return StageCalls(calls, state, frozen, np.shape(jax.tree.leaves(batch)[0]))
 
 
-def lower_rollout(
+def rollout_calls(
     built: Programs, model: Model, mesh: Mesh, trained: Params, frozen: Params, prompts: Prompts
-) -> tuple[dict[str, Lowered], Rollout]:
-    """Returns the programs of a rollout, lowered, and the placed shapes of what it gives.
-
-    Args:
-        built, model, mesh: as for `lower_programs`.
-        trained, frozen, prompts: placed shape structs.
-    """
+) -> tuple[dict[str, Call], Rollout]:
+    """Returns the programs of a rollout, and the placed shapes of what it gives; trained ... are placed."""
     start, run, _, finish, _ = cast(Any, built.rollout)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     weights, slots = start.eval_shape(trained, frozen, prompts)
     weights_at = weight_shardings(model, mesh, policy_parts(trained, frozen))
     weights, slots = placed_structs((weights, slots), (weights_at, slot_shardings(mesh, slots)))
-    lowered = {
-        "rollout_start": start.lower(trained, frozen, prompts),
-        "rollout": run.lower(weights, prompts, key, slots),
+    calls = {
+        "rollout_start": Call(start, (trained, frozen), (prompts,)),
+        "rollout": Call(run, (), (weights, prompts, key, slots)),
     }
     rollout = finish.eval_shape(prompts, slots.done)
-    return lowered, jax.tree.map(lambda x: _placed(x, batch_sharding(mesh)), rollout)
+    return calls, jax.tree.map(lambda x: _placed(x, batch_sharding(mesh)), rollout)
 
 
 def abstract_roles(stage: StageConfig, parts: Parts, model: Model, mesh: Mesh) -> tuple[Params, Params]:

@@ -244,7 +244,7 @@ def _plan(
         functions={spec: function for spec, function in functions.items() if function},
         gold=gold,
         external=external,
-        reward_is_whole=_reward_is_whole(stage, where, earlier),
+        reward_is_whole=reward_is_whole(stage, where, earlier),
     )
     attempt(_check_text, plan, earlier)
     return None if problems else plan
@@ -275,7 +275,7 @@ def _check_base(stage: StageConfig, where: Origins, lora: Lora, earlier: dict[st
         )
 
 
-def _reward_is_whole(stage: StageConfig, where: Origins, earlier: dict[str, Plan]) -> bool:
+def reward_is_whole(stage: StageConfig, where: Origins, earlier: dict[str, Plan]) -> bool:
     if stage.reward_from in earlier:
         return earlier[stage.reward_from].stage.lora.rank == 0
     return reward_adapter_info(where.reward) is None

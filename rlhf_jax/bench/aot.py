@@ -1,6 +1,5 @@
-"""Compiles a stage's programs for TPUs that are not there, and prints what they need of each chip.
+"""Compiles a stage of a benchmark's shape for TPUs that are not there, and prints what each chip needs.
 
-    python -m rlhf_jax.bench.aot --topology v5p:4x4x2 --config FILE [--ppo.batch_size 64 ...]
     python -m rlhf_jax.bench.aot --topology v5e:4x4 --shape 1b --algorithm sft --rows 32 --length 2048
         --mesh.fsdp 16 --model.dtype bfloat16 --model.remat full
 
@@ -9,7 +8,7 @@ each program: bytes of arguments (and of those the ones whose memory the outputs
 temporaries, per chip; collectives, with the largest array of each kind, and Pallas kernels, each counted once
 where it stands in a loop.
 
-Without --config a stage is made of a shape of the benchmarks; dotted flags then set options of its sections.
+Dotted flags set options of the stage's sections. rlhf_jax.preflight does it for configurations.
 """
 
 from __future__ import annotations
@@ -18,17 +17,14 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
@@ -36,15 +32,12 @@ from rlhf_jax import algo_config, config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Prompts, Rows, UnpairedRows
 from rlhf_jax.bench.harness import NEVER, SHAPES, commit, make_architecture, make_stage
-from rlhf_jax.command_line import read_config
-from rlhf_jax.lowering import lower_programs, lower_stage
-from rlhf_jax.models import hub
+from rlhf_jax.chips import described_devices, read_topology
+from rlhf_jax.lowering import lower_programs
 from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.plan import check_mesh, plan_stages
 from rlhf_jax.programs import build_programs, rows_per_unit
 from rlhf_jax.role_parts import role_parts
-from rlhf_jax.run_tokenizer import prepare_tokenizer
-from rlhf_jax.sharding import axis_rules, make_mesh
+from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage import stage_model
 
 COLLECTIVES = re.compile(
@@ -54,18 +47,6 @@ COLLECTIVES = re.compile(
 ARRAY = re.compile(r"[a-z]+(\d+)\w*\[([\d,]*)\]")  # such as bf16[8,128]
 KERNELS = re.compile(r'%([\w-]+?)(?:\.\d+)* = .* custom-call\(.*custom_call_target="tpu_custom_call"')
 MEMORY = ("argument", "alias", "output", "temp", "host_argument", "host_output", "host_temp")
-
-
-def tpu_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
-    """Returns descriptions of the chips of a TPU topology such as v5p:4x4x2, to make a mesh of.
-
-    JAX then computes on the CPU in this process, whatever else there is.
-    """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    jax.config.update("jax_platforms", "cpu")
-    options = {"num_slices": num_slices} if num_slices > 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
 def figures(lowered: Lowered) -> dict[str, Any]:
@@ -129,26 +110,13 @@ def lower_shape(
     return lower_programs(programs, stage, role_parts(stage, algorithm), model, mesh, batch)
 
 
-def lower_config(argv: list[str], devices: Sequence[Any]) -> Iterator[tuple[str, Mesh, dict[str, Lowered]]]:
-    """Yields name, mesh and programs of the stages of a configuration; nothing is written."""
-    wanted = read_config(argv, runs=False)
-    fetched, _ = hub.fetch_models(wanted, {})
-    plans = plan_stages(fetched, prepare_tokenizer(fetched))
-    mesh = make_mesh(wanted.stages[0].mesh, devices)
-    with axis_rules(wanted.stages[0].mesh.axes):
-        check_mesh(plans, mesh)
-        for plan in plans:
-            yield plan.stage.name, mesh, lower_stage(plan, mesh)[0]
-
-
 def main() -> None:
-    """Prints a line for each program of each stage."""
+    """Prints a line for each program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--topology", required=True, help="such as v5p:4x4x2 (of each slice)")
     parser.add_argument("--slices", type=int, default=1)
-    parser.add_argument("--config", default="")
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--layers", type=int, default=0, help="0: those of the shape")
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="sft")
@@ -157,26 +125,18 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=512, help="tokens of a completion, of ppo")
     parser.add_argument("--programs", nargs="*", default=[], help="these alone, such as update")
     args, flags = parser.parse_known_args()
-    devices = tpu_devices(args.topology, args.slices)
-    if args.config:
-        stages = lower_config(["--config", args.config, *flags], devices)
-        what: dict[str, Any] = {"config": args.config}
-    else:
-        stage = stage_of_shape(args, flags)
-        mesh = make_mesh(stage.mesh, devices)
-        architecture = make_architecture(args.shape, args.length)
-        if args.layers:
-            architecture = dataclasses.replace(architecture, num_layers=args.layers)
-        stages = [(stage.name, mesh, lower_shape(stage, architecture, args.length, mesh))]
-        what = {"shape": args.shape, "layers": architecture.num_layers, "rows": args.rows}
-        what |= {"length": args.length}
+    stage = stage_of_shape(args, flags)
+    mesh = make_mesh(stage.mesh, described_devices(read_topology(args.topology, args.slices)))
+    architecture = make_architecture(args.shape, args.length)
+    if args.layers:
+        architecture = dataclasses.replace(architecture, num_layers=args.layers)
+    what = {"shape": args.shape, "layers": architecture.num_layers, "rows": args.rows, "length": args.length}
     what |= {"topology": args.topology, "flags": flags}
-    for name, mesh, programs in stages:
-        sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
-        for program, lowered in programs.items():
-            if not args.programs or program in args.programs:
-                line = {"bench": "aot", "commit": commit(), **what, "mesh": sizes, "stage": name}
-                print(json.dumps(line | {"program": program} | figures(lowered)), flush=True)
+    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    for program, lowered in lower_shape(stage, architecture, args.length, mesh).items():
+        if not args.programs or program in args.programs:
+            line = {"bench": "aot", "commit": commit(), **what, "mesh": sizes, "stage": stage.name}
+            print(json.dumps(line | {"program": program} | figures(lowered)), flush=True)
 
 
 if __name__ == "__main__":

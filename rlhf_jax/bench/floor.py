@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.roofline import layer_shapes
 
 FORWARD = "mk,kn->mn"
 BACKWARD = ("mn,kn->mk", "mk,mn->kn")
@@ -44,10 +45,7 @@ def trunk_products(architecture: Architecture, tokens: float, *, trained: bool) 
         tokens: of all rows.
         trained: the backward pass as well.
     """
-    width, mlp = architecture.hidden_size, architecture.mlp_size
-    queries, keys = (n * architecture.head_dim for n in (architecture.num_heads, architecture.num_kv_heads))
-    shapes = [(width, queries), (width, keys), (width, keys), (queries, width), (width, mlp), (mlp, width)]
-    shapes += [(width, mlp)] * architecture.gated
+    shapes = layer_shapes(architecture)
     equations = (FORWARD, *BACKWARD) if trained else (FORWARD,)
     found: Counter[Product] = Counter()
     for equation in equations:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -30,13 +29,15 @@ from jax.sharding import Mesh
 from rlhf_jax import config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params, Prompts, TrainState
-from rlhf_jax.bench.aot import stage_of_shape, tpu_devices
+from rlhf_jax.bench.aot import stage_of_shape
 from rlhf_jax.bench.harness import NEVER, SHAPES, commit, make_architecture
+from rlhf_jax.chips import described_devices, read_topology
 from rlhf_jax.lowering import abstract_roles, lower_programs
 from rlhf_jax.programs import Programs, build_programs
 from rlhf_jax.role_parts import role_parts
-from rlhf_jax.sharding import HOST_MEMORY, make_mesh, place_rows
+from rlhf_jax.sharding import make_mesh, place_rows
 from rlhf_jax.stage import stage_model
+from rlhf_jax.stage_report import bytes_of_device
 
 MODES = ("separate", "trunk", "hydra")
 PROGRAMS = ("rollout", "score", "update")
@@ -56,7 +57,7 @@ def measure(
     built = build_programs(stage, algorithm, model, mesh, new, NEVER, length - new)
     trained, frozen = abstract_roles(stage, parts, model, mesh)
     state = cast(Any, built.init_state).eval_shape(trained)
-    found = {"state": of_one_device(state), "frozen": of_one_device(frozen)}
+    found = {"state": bytes_of_device(state), "frozen": bytes_of_device(frozen)}
     most = 0
     for name, lowered in lower_programs(built, stage, parts, model, mesh, prompts).items():
         if (group := name.removesuffix("_start")) in programs:
@@ -90,21 +91,12 @@ def iterate(built: Programs, trained: Params, frozen: Params, prompts: Prompts, 
     return {"live_init": before, "live_update": live_bytes()}
 
 
-def of_one_device(tree: Any) -> int:
-    """Returns the bytes that each of its devices has of arrays or shape structs with shardings.
-
-    What waits in the host's memory is not counted.
-    """
-    there = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST_MEMORY]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in there)
-
-
 def live_bytes() -> int:
     """Returns the bytes of all live arrays on the device that has most of them."""
     of_device: Counter[Any] = Counter()
     # By their shardings: to look at a shard makes an array of it, which lives.
     for array in jax.live_arrays():
-        of_device.update(dict.fromkeys(array.sharding.device_set, of_one_device(array)))
+        of_device.update(dict.fromkeys(array.sharding.device_set, bytes_of_device(array)))
     return max(of_device.values(), default=0)
 
 
@@ -123,7 +115,7 @@ def main() -> None:
     parser.add_argument("--programs", nargs="*", choices=PROGRAMS, default=PROGRAMS)
     args, flags = parser.parse_known_args()
     args.algorithm = "ppo"
-    devices = tpu_devices(args.topology) if args.topology else jax.devices()
+    devices = described_devices(read_topology(args.topology)) if args.topology else jax.devices()
     first = None
     for sharing in args.sharing:
         own = ["--model.sharing", sharing, *(["--lora.rank", str(args.rank)] if sharing == "hydra" else [])]

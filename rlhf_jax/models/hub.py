@@ -24,6 +24,7 @@ COMMITS = "hub.json"
 QUIET_SECONDS = 2.0
 # What is downloaded. No pickles, which run code when they are opened; no Python; nothing below a directory.
 _TOKENIZER = ("*.json", "*.jinja", "*.txt", "*.model")
+_CONFIGS = ("config.json", "adapter_config.json")
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "adapter_model.safetensors")
 
 
@@ -69,12 +70,26 @@ def local_directory(name: str, *, weights: bool = True, commit: str = "") -> Pat
     return directory
 
 
-def fetch_models(config: Config, commits: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
+def config_directory(name: str, commit: str = "") -> Path:
+    """Returns a directory with what tells a model's architecture; of the hub a copy of that alone.
+
+    See `local_directory`.
+    """
+    if not is_hub(name):
+        return Path(name)
+    repository, revision = split_name(name)
+    return _download(name, repository, commit or revision, _CONFIGS)
+
+
+def fetch_models(
+    config: Config, commits: Mapping[str, str], *, configs_only: bool = False
+) -> tuple[Config, dict[str, str]]:
     """Returns the configuration with directories instead of names of the hub, and {name: commit} of these.
 
     Args:
         config: `model.path`, `lora.path`, `tokenizer.path`, `from` and `reward_from` may be names of the hub.
         commits: of names that were fetched before: a run goes on with what it began with.
+        configs_only: of models that are started from their architectures alone; tokenizers stay as they are.
 
     Raises:
         ValueError: a line for each model that cannot be had; see `local_directory`.
@@ -85,7 +100,8 @@ def fetch_models(config: Config, commits: Mapping[str, str]) -> tuple[Config, di
         wanted.setdefault(stage.lora.path, ("lora.path", True))
         wanted.setdefault(stage.start_from, (f"stages.{stage.name}.from", True))
         wanted.setdefault(stage.reward_from, (f"stages.{stage.name}.reward_from", True))
-    wanted.setdefault(config.stages[0].tokenizer.path, ("tokenizer.path", False))
+    if not configs_only or not config.stages[0].model.path:
+        wanted.setdefault(config.stages[0].tokenizer.path, ("tokenizer.path", False))
 
     directories: dict[str, Path] = {}
     problems: list[str] = []
@@ -93,7 +109,11 @@ def fetch_models(config: Config, commits: Mapping[str, str]) -> tuple[Config, di
         if not is_hub(name):
             continue
         try:
-            directories[name] = local_directory(name, weights=weights, commit=commits.get(name, ""))
+            commit = commits.get(name, "")
+            if configs_only and weights:
+                directories[name] = config_directory(name, commit)
+            else:
+                directories[name] = local_directory(name, weights=weights, commit=commit)
         except ValueError as error:
             problems.append(f"{place}: {error}")
     if problems:

@@ -16,7 +16,7 @@ import pytest
 from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import PolicyBatch, Prompts, Rollout, Rows
-from rlhf_jax.lowering import lower_rollout
+from rlhf_jax.lowering import rollout_calls
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.programs import TokenIds, build_programs
 from rlhf_jax.role_parts import role_shardings
@@ -81,8 +81,8 @@ def compiled(name: str, program: str, chunk: int, layout: dict[str, int] | None 
     key = jax.random.key(0)
     if program == "rollout":
         prompts = Prompts(jnp.zeros((num_rows, 5), jnp.int32), integers, integers)
-        lowered, _ = lower_rollout(programs, model, mesh, trained, frozen, rows_of(prompts))
-        return lowered["rollout"].compile()
+        calls, _ = rollout_calls(programs, model, mesh, trained, frozen, rows_of(prompts))
+        return calls["rollout"].lower().compile()
     if program == "score":
         rollout = Rollout(rows, jnp.zeros((num_rows,), bool), numbers)
         return programs.score.lower(trained, frozen, rows_of(rollout)).compile()

@@ -159,14 +159,6 @@ def test_a_rollout_has_one_cache_and_gathers_nothing(topology):
     assert line["largest_collective_bytes"].get("all-gather", 0) <= queue  # no weights, no logits
 
 
-def test_stages_of_a_configuration_compile_for_a_tpu():
-    flags = ("--config", "configs/quickstart.yaml", "--programs", "evaluate", "advantages")
-    lines = run_aot(*flags, "--mesh.data", "4")
-    assert [(line["stage"], line["program"]) for line in lines] == [
-        ("sft", "evaluate"), ("reward", "evaluate"), ("ppo", "advantages"),
-    ]  # fmt: skip
-
-
 def test_memory_of_roles_that_share_a_base():
     """What the compiler is told to keep is what lives; adapters and their moments are a small part of it."""
     flags = (

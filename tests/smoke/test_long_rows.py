@@ -6,8 +6,9 @@ from functools import cache
 import pytest
 
 from rlhf_jax import algo_config, config
-from rlhf_jax.bench.aot import figures, lower_shape, tpu_devices
+from rlhf_jax.bench.aot import figures, lower_shape
 from rlhf_jax.bench.harness import make_stage
+from rlhf_jax.chips import described_devices, read_topology
 from rlhf_jax.sharding import make_mesh
 from tests import tiny
 
@@ -36,7 +37,7 @@ def update(remat):
         model=config.ModelConfig(dtype="bfloat16", remat=remat, logprob_chunk=8192),
         mesh=config.MeshConfig(data=1, fsdp=2, sequence=4),
     )
-    mesh = make_mesh(stage.mesh, tpu_devices("v5e:2x4"))
+    mesh = make_mesh(stage.mesh, described_devices(read_topology("v5e:2x4")))
     return figures(lower_shape(stage, ARCHITECTURE, LENGTH, mesh)["update"])
 
 

@@ -1,0 +1,222 @@
+"""The least time that a step of a stage can take on a TPU: operations and bytes against the chip's rates.
+
+An estimate, made without compiling: of matrix products with weights and of attention, at the lengths that the
+options allow, each array read or written once for each product. Norms, sampling and the like are left out,
+and so is all overhead. What chips send each other comes from the compiled programs, see hlo.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from rlhf_jax.algo_config import OnlineConfig
+from rlhf_jax.algos.algorithm import Algorithm
+from rlhf_jax.chips import Chip
+from rlhf_jax.config import StageConfig
+from rlhf_jax.hlo import Collective
+from rlhf_jax.models.architecture import Architecture
+from rlhf_jax.models.row_attention import FLASH_LENGTH
+from rlhf_jax.programs import rows_per_unit
+
+Bound = Literal["matrix", "memory", "network"]
+ROW_AXES = ("slice", "data", "fsdp", "expert")
+"""Axes of the mesh that divide rows."""
+BETWEEN_SLICES = "slice"
+
+
+class Work(NamedTuple):
+    """What a chip does."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    """Of its memory, read and written."""
+
+    def __add__(self, other: Work) -> Work:  # type: ignore[override]
+        """Returns both."""
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def times(self, count: float) -> Work:
+        """Returns so many of it."""
+        return Work(self.flops * count, self.bytes * count)
+
+
+class Phase(NamedTuple):
+    """The least seconds of a part of a step, by what they are spent on; they may pass at the same time."""
+
+    work: Work
+    sent: float
+    """Bytes that a chip sends to others."""
+    matrix: float
+    memory: float
+    network: float
+
+    @property
+    def seconds(self) -> float:
+        """Returns the longest of the three."""
+        return max(self.matrix, self.memory, self.network)
+
+    @property
+    def bound(self) -> Bound:
+        """Returns what is the longest of the three."""
+        return max(("matrix", "memory", "network"), key=lambda name: getattr(self, name))
+
+
+def layer_shapes(architecture: Architecture) -> list[tuple[int, int]]:
+    """Returns inputs and outputs of the matrices of a block that a token meets, of its experts too."""
+    width, mlp = architecture.hidden_size, architecture.mlp_size
+    queries, keys = (n * architecture.head_dim for n in (architecture.num_heads, architecture.num_kv_heads))
+    of_mlp = [(width, mlp)] * (1 + architecture.gated) + [(mlp, width)]
+    experts = max(architecture.experts_per_token, 1)
+    return [(width, queries), (width, keys), (width, keys), (queries, width), *of_mlp * experts]
+
+
+class _Model(NamedTuple):
+    """A model on a mesh: what one of its chips does of a pass."""
+
+    architecture: Architecture
+    tensor: int
+    size: int
+    """Bytes of a number."""
+    holds_scores: bool
+    """Attention writes the scores of all pairs of tokens."""
+
+    def products(self, tokens: float, shapes: Iterable[tuple[int, int]]) -> Work:
+        """Returns products of a chip's tokens with weights, which tensor divides, and so their wider side."""
+        work = Work()
+        for k, n in shapes:
+            weights = k * n / self.tensor
+            arrays = min(k, n) + max(k, n) / self.tensor
+            work += Work(2 * tokens * weights, self.size * (weights + tokens * arrays))
+        return work
+
+    def trunk(self, tokens: float, length: float) -> Work:
+        """Returns the forward pass of a chip's tokens, each of which sees half of the length on average."""
+        of = self.architecture
+        heads, kv_heads = (
+            of.num_heads * of.head_dim / self.tensor,
+            of.num_kv_heads * of.head_dim / self.tensor,
+        )
+        attention = Work(2 * tokens * length * heads, 2 * self.size * tokens * (heads + kv_heads))
+        if self.holds_scores:
+            attention += Work(0.0, 4 * 4 * tokens * length * of.num_heads / self.tensor)
+        return (self.products(tokens, layer_shapes(of)) + attention).times(of.num_layers)
+
+    def head(self, columns: float) -> Work:
+        """Returns the LM head's product."""
+        return self.products(columns, [(self.architecture.hidden_size, self.architecture.vocab_size)])
+
+    def decode_step(self, rows: float, seen: float) -> Work:
+        """Returns a token of each of a chip's rows, which have so many before them."""
+        of = self.architecture
+        cached = rows * seen * of.head_dim / self.tensor
+        attention = Work(4 * cached * of.num_heads, 2 * self.size * cached * of.num_kv_heads)
+        blocks = (self.products(rows, layer_shapes(of)) + attention).times(of.num_layers)
+        return blocks + self.head(rows)
+
+
+def phase_works(
+    stage: StageConfig,
+    algorithm: Algorithm,
+    architecture: Architecture,
+    mesh_shape: Mapping[str, int],
+    state_bytes: float,
+) -> dict[str, Work]:
+    """Returns what a chip does in each phase of a step: rollout, score and update, or update alone.
+
+    Args:
+        stage: the stage.
+        algorithm: of the stage.
+        architecture: of all roles.
+        mesh_shape: sizes of its axes.
+        state_bytes: of the train state on a chip.
+    """
+    settings = stage.settings
+    row_parts, tensor = math.prod(mesh_shape[axis] for axis in ROW_AXES), mesh_shape["tensor"]
+    parts = row_parts * mesh_shape["sequence"]
+    new = stage.rollout.max_new_tokens if stage.is_online else 0
+    prompt = stage.data.max_prompt_length
+    length = prompt + new if stage.is_online else stage.data.max_length
+    rows = settings.rows_per_update * rows_per_unit(stage, algorithm)
+    columns = new if stage.is_online else length
+    holds_scores = stage.model.attention == "xla" or (
+        stage.model.attention == "auto" and length < FLASH_LENGTH
+    )
+    model = _Model(architecture, tensor, jnp.dtype(stage.model.dtype).itemsize, holds_scores)
+
+    def forward(role: str, share: float = 1.0) -> Work:
+        """Returns a pass of a role over a share of the rows."""
+        is_shared = role == "value" and stage.model.sharing == "trunk"
+        trunk = Work() if is_shared else model.trunk(rows * share * length / parts, length)
+        has_words = role in ("policy", "reference")
+        return trunk + (model.head(rows * share * columns / parts) if has_words else Work())
+
+    reads = algorithm.reads(settings)
+    works: dict[str, Work] = {}
+    if isinstance(settings, OnlineConfig):
+        prompts = settings.batch_size
+        decoding = model._replace(holds_scores=False)
+        sampled = settings.rows_per_rollout
+        slots = min(stage.rollout.slots or sampled, sampled)
+        steps = new * math.ceil(sampled / slots)
+        decoded = decoding.decode_step(slots / row_parts, prompt + new / 2).times(steps)
+        works["rollout"] = model.trunk(prompts * prompt / row_parts, prompt) + decoded
+        works["score"] = sum((forward(role, sampled / rows) for role in (*algorithm.trains, *reads)), Work())
+    num_minibatches = settings.num_minibatches
+    rows_of_one = rows // num_minibatches
+    pieces = max(
+        rows_of_one // (settings.microbatch_size * rows_per_unit(stage, algorithm) or rows_of_one), 1
+    )
+    share = 1 / num_minibatches / pieces
+    # Forward, and backward for inputs and weights; frozen weights have no gradient.
+    passes = 2 + (stage.lora.rank == 0) + (stage.model.remat in ("full", "offload"))
+    of_piece = sum((forward(role, share).times(passes) for role in algorithm.trains), Work())
+    if not stage.is_online:
+        of_piece += sum((forward(role, share) for role in reads), Work())
+        if algorithm.minibatch_stats is not None:
+            of_piece += sum((forward(role, share) for role in (*algorithm.trains, *reads)), Work())
+    optimizer = Work(0.0, 2 * state_bytes)
+    of_minibatch = of_piece.times(pieces) + optimizer
+    works["update"] = of_minibatch.times(settings.num_epochs * num_minibatches)
+    return works
+
+
+def phases_of(
+    works: Mapping[str, Work], chip: Chip, collectives: Mapping[str, Sequence[Collective]], stage: StageConfig
+) -> dict[str, Phase]:
+    """Returns the least time of each phase.
+
+    Args:
+        works: of `phase_works`, on a chip.
+        chip: that does it.
+        collectives: of the program of each phase, where it was compiled.
+        stage: says how often the loop of a rollout goes round: of those in it the one that sends least is
+            that of tokens.
+    """
+    flops, memory = chip.bf16_flops / chip.devices, chip.hbm_rate / chip.devices
+    found = {}
+    for name, work in works.items():
+        sent = seconds = 0.0
+        for one, count in _counted(collectives.get(name, ()), stage):
+            sent += one.sent * count
+            # An axis is taken to be a ring along a dimension of the torus: two links of each chip.
+            rate = chip.network_rate if BETWEEN_SLICES in one.axes else 2 * chip.link_rate
+            seconds += one.sent * count / rate
+        found[name] = Phase(work, sent, work.flops / flops, work.bytes / memory, seconds)
+    return found
+
+
+def _counted(collectives: Sequence[Collective], stage: StageConfig) -> Iterable[tuple[Collective, int]]:
+    """Yields collectives, each with how often it is done beyond what the program tells."""
+    sums: dict[str, int] = {}
+    for one in collectives:
+        if one.loop:
+            sums[one.loop] = sums.get(one.loop, 0) + one.sent
+    of_tokens = min(sums, key=lambda loop: sums[loop], default="")
+    sampled = getattr(stage.settings, "rows_per_rollout", 1)
+    steps = stage.rollout.max_new_tokens * math.ceil(sampled / (stage.rollout.slots or sampled))
+    for one in collectives:
+        yield one, steps if one.loop and one.loop == of_tokens else 1

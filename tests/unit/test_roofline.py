@@ -1,0 +1,111 @@
+"""The least time of a step: operations and bytes against counts by hand."""
+
+import dataclasses
+
+import pytest
+
+from rlhf_jax import algo_config, config
+from rlhf_jax.algos.registry import ALGORITHMS
+from rlhf_jax.bench.harness import make_architecture, make_stage
+from rlhf_jax.chips import CHIPS
+from rlhf_jax.hlo import Collective
+from rlhf_jax.roofline import Work, layer_shapes, phase_works, phases_of
+
+ONE = dict.fromkeys(config.MeshConfig().sizes, 1)
+TINY = make_architecture("tiny", 64)  # width 32, 2 layers, 4 heads of 8, 2 of keys, mlp 64, 512 words
+BLOCKS = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64)
+HEAD = 32 * 512
+ROWS, LENGTH = 8, 64
+
+
+def sft(**options):
+    return make_stage(
+        "sft",
+        settings=algo_config.SFTConfig(batch_size=ROWS),
+        data=config.DataConfig(max_length=LENGTH),
+        model=config.ModelConfig(**options),
+    )
+
+
+def flops(stage, sizes=ONE, architecture=TINY):
+    works = phase_works(stage, ALGORITHMS[stage.algorithm], architecture, ONE | dict(sizes), 0.0)
+    return {name: work.flops for name, work in works.items()}
+
+
+def attention(rows, length):
+    """Returns the operations of the products with queries and scores, of which half are masked."""
+    return 2 * rows * 2 * length * length * 32
+
+
+def test_a_training_step_is_six_operations_for_each_weight_and_token():
+    tokens = ROWS * LENGTH
+    expected = 3 * (2 * (BLOCKS + HEAD) * tokens + attention(ROWS, LENGTH))
+    assert flops(sft())["update"] == pytest.approx(expected)
+    assert flops(sft(remat="full"))["update"] == pytest.approx(expected * 4 / 3)
+
+
+def test_weights_that_are_frozen_have_no_gradient():
+    stage = dataclasses.replace(sft(), lora=config.LoraConfig(rank=4))
+    assert flops(stage)["update"] == pytest.approx(flops(sft())["update"] * 2 / 3)
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "sequence", "tensor"])
+def test_every_axis_divides_the_work(axis):
+    assert flops(sft(), {axis: 2})["update"] == pytest.approx(flops(sft())["update"] / 2)
+
+
+def test_a_step_of_ppo():
+    """Each prompt once and each token by itself; four models judge; two learn, four times."""
+    settings = algo_config.PPOConfig(batch_size=ROWS, num_epochs=4, num_minibatches=2)
+    stage = make_stage(
+        "ppo",
+        settings=settings,
+        data=config.DataConfig(max_prompt_length=16),
+        rollout=config.RolloutConfig(max_new_tokens=48),
+    )
+    found = flops(stage)
+    trunk = 2 * BLOCKS * ROWS * 64 + attention(ROWS, 64)
+    head = 2 * HEAD * ROWS * 48
+    assert found["score"] == pytest.approx(4 * trunk + 2 * head)
+    assert found["update"] == pytest.approx(4 * 3 * (2 * trunk + head))
+    decoded = ROWS * 48 * (2 * (BLOCKS + HEAD) + 2 * 4 * (16 + 24) * 32)
+    assert found["rollout"] == pytest.approx(decoded + 2 * BLOCKS * ROWS * 16 + attention(ROWS, 16))
+
+
+def test_matrices_of_experts_are_those_that_a_token_meets():
+    experts = dataclasses.replace(TINY, num_experts=8, experts_per_token=2)
+    assert len(layer_shapes(experts)) == 4 + 2 * 3
+
+
+def test_decoding_a_row_is_bound_by_memory_and_much_training_by_products():
+    chip = CHIPS["v5e"]
+    architecture = make_architecture("1b", 2048)
+    one = make_stage(
+        "grpo",
+        settings=algo_config.GRPOConfig(batch_size=8, group_size=8, kl_coef=0.04),
+        model=config.ModelConfig(dtype="bfloat16", attention="flash"),
+        data=config.DataConfig(max_prompt_length=512),
+        rollout=config.RolloutConfig(max_new_tokens=512),
+    )
+    works = phase_works(one, ALGORITHMS["grpo"], architecture, ONE, 0.0)
+    phases = phases_of(works, chip, {}, one)
+    assert (phases["rollout"].bound, phases["update"].bound) == ("memory", "matrix")
+
+
+def test_what_is_sent_takes_its_time_by_axis_and_loop():
+    """Within a slice two links, between slices the network; a decode loop goes round for each token."""
+    stage = make_stage(
+        "ppo",
+        settings=algo_config.PPOConfig(batch_size=8),
+        rollout=config.RolloutConfig(max_new_tokens=10),
+    )
+    chip = CHIPS["v5e"]
+    near = Collective("all-reduce", ("fsdp",), 2, 1000, 1)
+    far = near._replace(axes=("slice", "data"))
+    collectives = {
+        "update": [near, far],
+        "rollout": [near._replace(loop="tokens"), near._replace(size=5000, loop="prompts")],
+    }
+    found = phases_of({"update": Work(), "rollout": Work()}, chip, collectives, stage)
+    assert found["update"].network == pytest.approx(1000 / (2 * 50e9) + 1000 / 3.125e9)
+    assert found["rollout"].sent == 10 * 1000 + 5000
