@@ -40,7 +40,7 @@ def test_every_problem_in_one_message(refused, config):
         "--config", config, "--gae_lambda", "1e-5", "--mesh.tensor", "3", "--ppo.kl_horizon=5"
     ) == [
         f"rlhf_jax: 9 problems in {config}:",
-        "  --gae_lambda: no such flag; did you mean --ppo.gae_lambda?",
+        "  --gae_lambda: no such flag; did you mean --ppo.gae_lambda or --trpo.gae_lambda?",
         "  sft.batch_sise: no such option; did you mean 'batch_size'?",
         "  ppo.clip_eps: expected a number, got 'high'",
         "  ppo.gamma: expected a number, got null",
