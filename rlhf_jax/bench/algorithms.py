@@ -2,10 +2,12 @@
 
 For each seed one SFT model and one reward model are trained. Each algorithm trains that SFT model until so
 many completions have gone through its update: a pair is two, and a rollout counts once for each pass over
-it. Then every policy completes the same held-out prompts at temperature 1. Prints a table in Markdown.
+it. Then every policy completes the same held-out prompts at temperature 1. Prints a table in Markdown, of the
+algorithms that were asked for.
 
-What is done is kept in --dir: the same command goes on there, and begins a run anew that was not finished,
-that failed, or whose settings have changed.
+What is done is kept in --dir: the same command goes on there, with the run of the SFT and the reward model
+where that was interrupted. An algorithm's run begins anew that was not finished or that failed, and any run
+whose settings have changed, for which those of the SFT and the reward model count as well.
 """
 
 from __future__ import annotations
@@ -88,35 +90,62 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that subprocess.run ends its process too
-    failed = {} if args.table else run_all(args)
-    print(render(read_results(args.dir)))
+    chain, options = read_tree(args.config), read_tree(args.settings)
+    shared = shared_tree(chain)
+    trees = {name: algorithm_tree(name, chain, options, args.completions) for name in args.algorithms}
+    failed = {} if args.table else run_all(args.dir, args.seeds, shared, trees)
+    results, others = read_results(args.dir, settings_of(shared, trees))
+    print(render(results))
+    if others:
+        print(f"left out, made with other settings: {', '.join(others)}", file=sys.stderr)
     for (name, seed), error in failed.items():
         print(f"{name}, seed {seed} failed: {error}", file=sys.stderr)
     if failed:
         sys.exit(1)
 
 
-def run_all(args: argparse.Namespace) -> dict[tuple[str, int], str]:
-    """Returns the errors of runs that failed; trains and measures all that is not there yet."""
-    chain, settings = read_tree(args.config), read_tree(args.settings)
-    trees = {name: algorithm_tree(name, chain, settings, args.completions) for name in args.algorithms}
-    stages = {stage["algorithm"]: stage["name"] for stage in chain["stages"]}
+def run_all(
+    directory: Path, seeds: Sequence[int], shared: Mapping[str, Any], trees: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple[str, int], str]:
+    """Returns the errors of runs that failed, by algorithm and seed; trains and measures what is not there.
+
+    Args:
+        directory: of the runs and the results.
+        seeds: of each algorithm.
+        shared: of `shared_tree`.
+        trees: of `algorithm_tree`, by algorithm.
+    """
+    stages = {stage["algorithm"]: stage["name"] for stage in shared["stages"]}
+    settings = settings_of(shared, trees)
     failed = {}
-    for seed in args.seeds:
-        shared = args.dir / SHARED / str(seed)
-        sft, reward = shared / stages["sft"], shared / stages["reward_model"]
+    for seed in seeds:
+        run = directory / SHARED / str(seed)
+        sft, reward = run / stages["sft"], run / stages["reward_model"]
         try:
-            _sft(args.dir, sft, seed, chain)
+            _sft(directory, sft, seed, shared, settings["sft"])
         except Failed as error:
             failed["sft", seed] = str(error)
             continue
         for name, tree in trees.items():
             try:
-                _algorithm(args.dir, sft, reward, seed, name, tree)
+                _algorithm(directory, sft, reward, seed, name, tree, settings[name])
             except Failed as error:
                 failed[name, seed] = str(error)
                 print(f"{name}, seed {seed} failed: {error}", file=sys.stderr, flush=True)
     return failed
+
+
+def shared_tree(chain: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the configuration of the run of the SFT and the reward model, without what the seed decides."""
+    names = ("sft", "reward_model")
+    tree = {key: of for key, of in chain.items() if key in names or key not in ALGORITHM_SECTIONS}
+    return tree | {"stages": [stage for stage in chain["stages"] if stage["algorithm"] in names]}
+
+
+def settings_of(shared: Mapping[str, Any], trees: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Returns all that a result depends on beside its seed, of the SFT model and each algorithm's policy."""
+    settings = {name: to_json({"shared": shared, "tree": tree}) for name, tree in trees.items()}
+    return {"sft": to_json({"shared": shared})} | settings
 
 
 def algorithm_tree(
@@ -158,22 +187,21 @@ def completions_per_update(settings: AlgorithmConfig) -> int:
     return settings.rows_per_update * (2 if settings.records == "preference" else 1)
 
 
-def _sft(directory: Path, sft: Path, seed: int, chain: Mapping[str, Any]) -> None:
+def _sft(directory: Path, sft: Path, seed: int, tree: Mapping[str, Any], settings: str) -> None:
     """Trains and measures the SFT model of a seed, and trains the reward model, in one run."""
-    path, settings = _result_path(directory, "sft", seed), to_json(chain)
+    path = _result_path(directory, "sft", seed)
     if is_done(path, settings):
         return
-    shared = ("sft", "reward_model")
-    tree = {key: of for key, of in chain.items() if key in shared or key not in ALGORITHM_SECTIONS}
-    train(sft.parent, tree | {"stages": [of for of in chain["stages"] if of["algorithm"] in shared]}, seed)
+    path.unlink(missing_ok=True)  # what it tells of is about to be gone
+    train(sft.parent, tree, seed)
     _write(path, settings, measure(sft, sft, seed))
 
 
 def _algorithm(
-    directory: Path, sft: Path, reward: Path, seed: int, name: str, tree: Mapping[str, Any]
+    directory: Path, sft: Path, reward: Path, seed: int, name: str, tree: Mapping[str, Any], settings: str
 ) -> None:
     """Trains and measures an algorithm's policy."""
-    path, settings = _result_path(directory, name, seed), to_json(tree)
+    path = _result_path(directory, name, seed)
     if is_done(path, settings):
         return
     run = directory / name / str(seed)
@@ -188,7 +216,8 @@ def _algorithm(
 def train(run: Path, tree: Mapping[str, Any], seed: int) -> float:
     """Returns the processor seconds of a run, which it trains.
 
-    Common options that no stage of it reads are left out.
+    A run there of the same configuration goes on, one of another is begun anew. Common options that no stage
+    reads are left out.
 
     Raises:
         Failed: it did not end well.
@@ -197,8 +226,10 @@ def train(run: Path, tree: Mapping[str, Any], seed: int) -> float:
     for owner, section, option in ignored(resolve(tree)):
         if not owner:
             tree[section] = {key: value for key, value in tree[section].items() if key != option}
-    config, log = run.with_suffix(".yaml"), run.with_suffix(".log")
-    replace_file(config, strict_yaml.dump(tree))
+    config, log, text = run.with_suffix(".yaml"), run.with_suffix(".log"), strict_yaml.dump(tree)
+    if not config.is_file() or config.read_text("utf-8") != text:
+        shutil.rmtree(run, ignore_errors=True)
+        replace_file(config, text)
     print(f"training {run}", file=sys.stderr, flush=True)
     before = _seconds_of_children()
     with log.open("w") as out:
@@ -275,14 +306,25 @@ def _write(path: Path, settings: str, measured: Measured) -> None:
     replace_file(path, to_json({"settings": settings, **measured._asdict()}) + "\n")
 
 
-def read_results(directory: Path) -> Results:
-    """Returns all results of a directory."""
+def read_results(directory: Path, settings: Mapping[str, str]) -> tuple[Results, list[str]]:
+    """Returns the results of a directory that were made with these settings, and the names of the others.
+
+    Args:
+        directory: of `run_all`.
+        settings: by algorithm; of others nothing is read.
+    """
     results: dict[str, dict[int, Measured]] = {}
+    others = []
     for path in sorted((directory / "results").glob("*.json")):
         name, _, seed = path.stem.rpartition("-")
+        if name not in settings:
+            continue
+        if not is_done(path, settings[name]):
+            others.append(path.stem)
+            continue
         stored = json.loads(path.read_text("utf-8"))
         results.setdefault(name, {})[int(seed)] = Measured(**{key: stored[key] for key in Measured._fields})
-    return results
+    return results, others
 
 
 class Gain(NamedTuple):

@@ -1,12 +1,26 @@
 """The table that compares algorithms: equal budgets, and the arithmetic of its figures."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
-from rlhf_jax.bench.algorithms import POLICIES, Measured, algorithm_tree, completions_per_update, gain, render
+from rlhf_jax.bench import algorithms
+from rlhf_jax.bench.algorithms import (
+    POLICIES,
+    Failed,
+    Measured,
+    algorithm_tree,
+    completions_per_update,
+    gain,
+    read_results,
+    render,
+    run_all,
+    settings_of,
+    shared_tree,
+)
 from rlhf_jax.command_line import read_tree
 from rlhf_jax.config_file import resolve
 from tests.conftest import ROOT
@@ -61,6 +75,69 @@ def test_settings_of_an_algorithm_go_over_those_of_its_kind():
         algorithm_tree("dpo", chain, settings, 81)
     with pytest.raises(ValueError, match="settings of dpoo: no such algorithm"):
         algorithm_tree("dpo", chain, settings | {"algorithms": {"dpoo": {}}}, 80)
+
+
+def chain_with(**of_sft):
+    names = {"sft": "sft", "reward": "reward_model", "ppo": "ppo"}
+    stages = [{"name": name, "algorithm": algorithm} for name, algorithm in names.items()]
+    return {"stages": stages, "model": {"num_layers": 1}, "sft": of_sft, "ppo": {"kl_coef": 0.1}}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Returns what is trained, for which nothing is: the runs' names, each time one is begun or goes on."""
+    names = []
+    monkeypatch.setattr(algorithms, "train", lambda run, tree, seed: names.append(run.parent.name) or 1.0)
+    monkeypatch.setattr(algorithms, "measure", lambda policy, sft, seed: measured(1.0, 2.0))
+    return names
+
+
+def run(directory, chain, completions=64):
+    """Returns (failed, results, the others) of DPO and KTO after they were asked for."""
+    options = {"offline": {}, "algorithms": {}}
+    trees = {name: algorithm_tree(name, chain, options, completions) for name in ("dpo", "kto")}
+    shared = shared_tree(chain)
+    failed = run_all(directory, [0], shared, trees)
+    return failed, *read_results(directory, settings_of(shared, trees))
+
+
+def test_nothing_is_kept_of_another_sft_model_or_another_budget(trained, tmp_path):
+    for chain, completions, expected in (
+        (chain_with(num_steps=1), 64, ["shared", "dpo", "kto"]),
+        (chain_with(num_steps=1), 64, []),
+        (chain_with(num_steps=1) | {"ppo": {"kl_coef": 0.2}}, 64, []),  # of which nothing is read
+        (chain_with(num_steps=1), 128, ["dpo", "kto"]),
+        (chain_with(num_steps=2), 128, ["shared", "dpo", "kto"]),
+        (chain_with(num_steps=1), 128, ["shared", "dpo", "kto"]),
+    ):
+        trained.clear()
+        failed, results, others = run(tmp_path, chain, completions)
+        assert (failed, trained, others) == ({}, expected, [])
+        assert {name: set(of) for name, of in results.items()} == {key: {0} for key in ("sft", "dpo", "kto")}
+
+
+def test_an_sft_model_that_was_begun_anew_and_not_finished_is_not_the_old_one(trained, tmp_path, monkeypatch):
+    def fails(*_):
+        raise Failed("no room")
+
+    run(tmp_path, chain_with(num_steps=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(algorithms, "train", fails)
+        failed, results, others = run(tmp_path, chain_with(num_steps=2))
+    assert (failed, results, others) == ({("sft", 0): "no room"}, {}, ["dpo-0", "kto-0"])
+    trained.clear()
+    assert run(tmp_path, chain_with(num_steps=1))[0] == {}
+    assert trained == ["shared"]
+
+
+def test_a_run_goes_on_where_its_configuration_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(algorithms.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    begun = tmp_path / "0" / "begun"
+    for steps, seed, goes_on in ((1, 0, False), (1, 0, True), (2, 0, False), (2, 0, True), (2, 1, False)):
+        algorithms.train(begun.parent, shared_tree(chain_with(num_steps=steps)), seed)
+        assert begun.exists() == goes_on
+        begun.parent.mkdir(exist_ok=True)
+        begun.touch()
 
 
 def test_a_gain_is_paired_with_the_same_prompts_and_seed():
