@@ -130,6 +130,7 @@ class Scorer:
         """
         options = policy.stage.model
         self._requests, self._axes, self._external = requests, policy.stage.mesh.axes, None
+        self._tokenizer = policy.tokenizer
         with axis_rules(self._axes):
             mesh = make_mesh(policy.stage.mesh)
             parts = traced_on(mesh, num_parts)("batch")
@@ -146,9 +147,12 @@ class Scorer:
         self._judge = Judge(policy.stage.rewards, functions, has_model=reward.model is not None)
 
     def __call__(self, completions: Sequence[Completion]) -> np.ndarray:
-        """Returns the combined score of each completion, f32."""
+        """Returns the combined score of each completion, f32. Texts have stop strings, as in training."""
         requests, numbers = self._requests, [completion.prompt_index for completion in completions]
-        records, texts = [requests.records[number] for number in numbers], [of.text for of in completions]
+        records = [requests.records[number] for number in numbers]
+        texts = self._tokenizer.batch_decode(
+            [of.tokens for of in completions], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         learned = jnp.zeros(self._num_rows)
         if self._external is not None:
             ids = [requests.ids[number] + of.tokens for number, of in zip(numbers, completions, strict=True)]

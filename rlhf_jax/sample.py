@@ -156,7 +156,7 @@ def _sampled(args: argparse.Namespace, flags: list[str]) -> int:
         if args.out:
             lines.append(line)
         if not (args.json or args.out):
-            for text in shown(completion, group_size, in_colour=console.is_terminal):
+            for text in shown(found, group_size, in_colour=console.is_terminal):
                 console.print(text)
     distributed.wait_for_all("done")
     if not distributed.is_first():
@@ -226,19 +226,21 @@ def as_json(completion: Completion, *, with_logprobs: bool) -> dict[str, Any]:
     return told | of_tokens if with_logprobs else told
 
 
-def shown(completion: Completion, group_size: int, *, in_colour: bool) -> Iterator[Text]:
+def shown(found: Completion | Best, group_size: int, *, in_colour: bool) -> Iterator[Text]:
     """Yields what is printed of a completion: a title, then its text behind the prompt's.
 
     Args:
-        completion: to be shown.
+        found: the completion to be shown, with its score where it is the best of its group.
         group_size: of each prompt.
         in_colour: a colour tells the completion from the prompt; otherwise brackets do.
     """
+    completion = found.completion if isinstance(found, Best) else found
+    score = f", score {found.score:.4g}" if isinstance(found, Best) else ""
     sample = f", completion {completion.sample_index + 1}" if group_size > 1 else ""
     end = "ended" if completion.ended else "cut at its length"
     title = (
         f"-- prompt {completion.prompt_index + 1}{sample}: {len(completion.tokens)} tokens, {end}, "
-        f"mean logprob {completion.mean_logprob:.2f}"
+        f"mean logprob {completion.mean_logprob:.2f}{score}"
     )
     yield Text(title, style="dim" if in_colour else "")
     prompt = completion.prompt

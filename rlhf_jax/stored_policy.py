@@ -41,19 +41,19 @@ UNREAD = (
     "data.train",
     "distributed.save_timeout",
     "distributed.step_timeout",
-    "model.attention",
     "model.logprob_chunk",
     "model.param_dtype",
-    "model.frozen_dtype",
-    "model.frozen_memory",
     "model.sharing",
     "model.remat",
+    "model.unroll",
     "rewards.gold",
     "rollout.devices",
     "rollout.importance",
     "rollout.importance_cap",
 )
 """Options of these sections that it does not read."""
+OF_REWARD_MODEL = ("model.attention", "model.frozen_dtype", "model.frozen_memory")
+"""Options that only a reward model needs."""
 OF_FILES = ("data.cache_dir", "data.columns", "data.format", "data.prompt_tokens")
 """Options that only a file of prompts needs."""
 LIMIT = "max_new_tokens"
@@ -122,7 +122,7 @@ def read_options(
         },
         "rollout": {"steps_per_call": STEPS, "slots": SLOTS},
     }
-    unread = UNREAD if data else (*UNREAD, *OF_FILES)
+    unread = (*UNREAD, *(() if data else OF_FILES), *(() if reward_from else OF_REWARD_MODEL))
     of_rollout = [f"--rollout.{name}={json.dumps(value)}" for name, value in rollout.items()]
     return command_line.read_stage(tree, [*flags, *of_rollout], sections=SECTIONS, unread=unread)
 

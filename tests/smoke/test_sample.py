@@ -13,6 +13,7 @@ import pytest
 
 from rlhf_jax import sample
 from rlhf_jax import sampler as sampler_module
+from rlhf_jax.best_of import Best, Scorer, find_reward
 from rlhf_jax.config import RolloutConfig
 from rlhf_jax.data.chat import chat_encoder
 from rlhf_jax.data.collate import collate_prompts
@@ -24,8 +25,8 @@ from rlhf_jax.models.transformer import make_model
 from rlhf_jax.rollout.generate import generate, run_to_end
 from rlhf_jax.rollout.sampling import read_sampling
 from rlhf_jax.rollout.stops import StopStrings, StopWatch
-from rlhf_jax.sample import Sampler
-from rlhf_jax.stored_policy import find_policy, read_prompts
+from rlhf_jax.sample import Completion, Sampler, shown
+from rlhf_jax.stored_policy import find_policy, read_options, read_prompts
 
 C, CONTEXT = 12, 40
 HERE = "tests.smoke.test_sample"
@@ -164,6 +165,32 @@ def test_the_best_of_a_group_is_told(directory, sampler, tmp_path, capsys):
     assert "best of 4" in err and "at most 0.6363 nats per completion" in err
 
 
+def test_a_function_is_given_the_text_with_the_stop_string_as_in_training(directory):
+    policy = find_policy(directory, ["--rewards.function", f"{HERE}:vowels"], max_new_tokens=C)
+    requests = read_prompts(policy, TEXTS[:1])
+    tokens = [*TOKENIZER("books on", add_special_tokens=False)["input_ids"], IDS["eos"]]
+    cut = Completion(TEXTS[0], "b", tokens, [-1.0] * len(tokens), True, 0, 0)  # at "oo"
+    score = Scorer(policy, requests, find_reward(policy, requests), 2)
+    assert score([cut, cut]).tolist() == [3, 3]
+
+
+def test_the_score_of_the_best_is_in_its_title():
+    of_one = Completion("a", "b", [1], [-1.0], True, 0, 2)
+    title, _ = shown(Best(of_one, 1.25, 0.5), 4, in_colour=False)
+    assert title.plain == "-- prompt 1, completion 3: 1 tokens, ended, mean logprob -1.00, score 1.25"
+    title, _ = shown(of_one, 4, in_colour=False)
+    assert title.plain.endswith("mean logprob -1.00")
+
+
+@pytest.mark.parametrize("option", ["attention=xla", "frozen_dtype=bfloat16", "frozen_memory=host"])
+def test_what_a_reward_model_reads_is_refused_without_one(option):
+    flag = f"--model.{option}"
+    name, _, value = option.partition("=")
+    assert getattr(read_options("a", [flag], reward_from="b").model, name) == value
+    with pytest.raises(ValueError, match=f"--model.{name}: is not read here"):
+        read_options("a", [flag])
+
+
 def test_stop_strings_cut_at_any_number_of_slots_and_steps(sampler, other, uncut):
     """Against the rule itself, told on completions that nothing cut."""
     letters = [letter for letter in ascii_lowercase for of in uncut if letter in of.text[1:-1]]
@@ -281,6 +308,7 @@ def test_conversations_are_what_training_makes_of_them(directory):
         (["--prompt", "a", "--rollout.temperature", "0"], "must be > 0, got 0"),
         (["--prompt", "a", "--ppo.gamma", "1"], "--ppo.gamma: is not read here"),
         (["--prompt", "a", "--data.format", "text"], "--data.format: is not read here"),
+        (["--prompt", "a", "--model.unroll", "2"], "--model.unroll: is not read here"),
         (["--prompt", "a", "--rollout.stop_tokens", "[nix]"], "'nix' is not in the tokenizer's vocabulary"),
         (["--prompt", "a", "--rollout.stop_strings", "a"], "expected a list of strings, got 'a'"),
         (["--prompt", "a", "--greedy", "--rollout.top_k", "3"], "rollout.top_k: would be ignored"),
