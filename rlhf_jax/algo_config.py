@@ -262,14 +262,16 @@ class OnlineConfig:
     num_epochs: PositiveInt = 4
     """Passes over a rollout."""
     num_minibatches: PositiveInt = 4
-    """Optimiser steps of one pass; divides the completions, batch_size * group_size."""
+    """Optimiser steps of one pass; divides the completions that are learned: all batch_size * group_size, of
+    raft batch_size * num_kept, of online_dpo the batch_size pairs."""
     microbatch_size: Count = 0
-    """Rows of one forward and backward pass; 0: a whole minibatch. Divides its rows, batch_size * group_size
-    / num_minibatches / sequences_per_row."""
+    """Rows of one forward and backward pass; 0: a whole minibatch. Divides its rows, the completions that are
+    learned / num_minibatches / sequences_per_row; even where they are pairs and each has its own row."""
     sequences_per_row: PositiveInt = 1
     """Completions, with their prompts, that share a row in scoring and update and do not see each other: less
-    padding, the same loss. Divides batch_size * group_size / num_minibatches. Attention is over rows so many
-    times longer, which costs more where no kernel skips what is not seen, as cuDNN's does not."""
+    padding, the same loss. Divides batch_size * group_size, and the completions of a minibatch; 1 or
+    even where they are pairs. Attention is over rows so many times longer, which costs more where no kernel
+    skips what is not seen, as cuDNN's does not."""
     length_buckets: PositiveInt = 1
     """Different lengths of rows in scoring and update, or fewer: those of a minibatch have the least in which
     all fit. Both programs are compiled for each, all at the start."""
@@ -579,7 +581,8 @@ class OnlineDPOConfig(PairLossConfig, OnlineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RAFTConfig(OnlineConfig):
-    """Rejection-sampling fine-tuning, or expert iteration: SFT on the best of what the policy samples.
+    """Rejection-sampling fine-tuning, or expert iteration: SFT on the best of what the policy samples, of the
+    log-probabilities at rollout.temperature.
 
     Source: arXiv:2304.06767; arXiv:2307.09288 section 3.2.3; with a threshold, ReST, arXiv:2308.08998.
     """

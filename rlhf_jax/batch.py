@@ -164,10 +164,8 @@ class Scored(NamedTuple):
     ref_logprobs: Array | None  # f32[B, T], nats, by the frozen reference; None where the stage has none
     values: Array | None  # f32[B, T], the state before token t; None without a value model
     scores: Array  # f32[B], the judges' combined verdict
-    greedy: Scored | None = (
-        None  # each prompt's greedy completion, of which only the score is known; None where
-    )
-    # nothing reads it
+    # Each prompt's greedy completion, of which only the score is known; None where nothing reads it.
+    greedy: Scored | None = None
 
 
 class PolicyBatch(NamedTuple):

@@ -181,7 +181,8 @@ def make_update(
         one = jnp.float32(1)
         metrics = metrics | {f"loss/{name}": mean for name, mean in means.items()}
         metrics |= {f"{role}/grad_norm": Mean(norm, one) for role, norm in norms.items()}
-        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)  # of the steps that were made
+        # Of the steps that were made, and the minibatch before whose step max_kl ended them.
+        metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
         metrics |= {
             f"not_finite/{name}": Max(jnp.float32(~jnp.isfinite(x))) for name, x in quantities.items()
         }
