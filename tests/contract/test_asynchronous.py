@@ -34,10 +34,10 @@ ROOT, NUM_ITERATIONS = jax.random.key(5), 4
 class Setting:
     """Programs and parts of a stage that trains on two devices, and with `devices` samples on two others."""
 
-    def __init__(self, devices, rate=0.02, sharing="separate"):
-        settings = {"num_iterations": NUM_ITERATIONS, "num_epochs": 2, "num_minibatches": 2}
+    def __init__(self, devices, rate=0.02, sharing="separate", algorithm="ppo", **options):
+        settings = {"num_iterations": NUM_ITERATIONS, "num_epochs": 2, "num_minibatches": 2} | options
         self.stage = tiny.stage(
-            "ppo",
+            algorithm,
             sharing,
             settings=settings,
             mesh={"data": -1},
@@ -53,24 +53,33 @@ class Setting:
             has_model=True,
         )
         self.collector = Collector(self.programs, judge, Numbers(), self.mesh, leaves_out=False)
+        of_greedy = self.programs._replace(
+            rollout=self.programs.greedy_rollout, score=self.programs.greedy_score
+        )
+        self.greedy_collector = Collector(of_greedy, judge, Numbers(), self.mesh, leaves_out=False)
         self.loader = Loader(examples("prompt_only"), 8, 0)
         self.elsewhere = tiny.programs(self.stage, self.sampling)
 
     def roles(self):
         """Returns (trained, frozen) anew: what is trained is donated."""
-        return tiny.roles("ppo", self.mesh, self.stage.model.sharing)
+        return tiny.roles(self.stage.algorithm, self.mesh, self.stage.model.sharing)
+
+    def batches(self, mesh):
+        return PromptBatches(self.loader, mesh, self.stage.settings.group_size)
 
     def source(self, frozen):
+        algorithm = ALGORITHMS[self.stage.algorithm]
         if not self.stage.rollout.devices:
-            batches = PromptBatches(self.loader, self.mesh)
-            return OnPolicy(self.programs, frozen, self.collector, batches)
-        parts, model = role_parts(self.stage, ALGORITHMS["ppo"]), tiny.model(self.stage)
+            greedy = self.greedy_collector if algorithm.reads_greedy(self.stage.settings) else None
+            batches = self.batches(self.mesh)
+            return OnPolicy(self.programs, frozen, self.collector, batches, greedy=greedy)
+        parts, model = role_parts(self.stage, algorithm), tiny.model(self.stage)
         base = {role: tree for role, tree in frozen.items() if role == "base"}
         at = {role: part_shardings(model, self.sampling, parts[role]) for role in ("policy", *base)}
         sampler = RolloutWorker(
             self.elsewhere.rollout, self.programs.to_decode, at, base, self.sampling, self.mesh
         )
-        batches = PromptBatches(self.loader, self.sampling)
+        batches = self.batches(self.sampling)
         return Asynchronous(self.programs, frozen, self.collector, batches, sampler, ROOT, NUM_ITERATIONS)
 
     def train(self, directory, stop=None):
@@ -78,8 +87,8 @@ class Setting:
         run = RunConfig(dir=str(directory))
         stage = dataclasses.replace(self.stage, run=run, checkpoint=CheckpointConfig(every=100))
         with (
-            Checkpointer(directory / "ppo" / "checkpoints", keep=9) as checkpointer,
-            MetricWriter(directory, "ppo", tensorboard=False) as writer,
+            Checkpointer(directory / stage.name / "checkpoints", keep=9) as checkpointer,
+            MetricWriter(directory, stage.name, tensorboard=False) as writer,
         ):
             trained, frozen = self.roles()
             source = self.source(frozen)
@@ -128,12 +137,10 @@ def whole(tmp_path_factory):
     return setting(2).train(directory), directory
 
 
-@pytest.mark.slow
-def test_each_rollout_is_of_the_policy_before_the_last_update(whole):
-    """Against a loop by hand, which samples on the training devices, in turn."""
-    made = setting(2)
+def by_hand(made):
+    """Returns the last state of a loop that samples on the training devices in turn, and all metrics."""
     trained, frozen = made.roles()
-    state, batches = made.programs.init_state(trained), PromptBatches(made.loader, made.mesh)
+    state, batches, told = made.programs.init_state(trained), made.batches(made.mesh), []
 
     def rollout(number):
         key = keys.named(keys.at_iteration(ROOT, number), "rollout")
@@ -145,13 +152,45 @@ def test_each_rollout_is_of_the_policy_before_the_last_update(whole):
         records = batches(8 * number).records
         scored = made.collector.judge(state.params, frozen, now, records, 0.0).scored
         batch, metrics = made.programs.advantages(scored, state.aux)
-        same = metrics["policy/importance"].value == pytest.approx(1, abs=1e-4)
-        assert same == (number == 0)  # the first is on-policy
+        told.append(metrics)
         key = keys.named(keys.at_iteration(ROOT, number), "update")
         state, _ = made.programs.update(state, frozen, batch, key)
         state, now = at_position(state, 8 * (number + 1)), following
+    return state, told
+
+
+@pytest.mark.slow
+def test_each_rollout_is_of_the_policy_before_the_last_update(whole):
+    state, told = by_hand(setting(2))
+    same = [metrics["policy/importance"].value == pytest.approx(1, abs=1e-4) for metrics in told]
+    assert same == [True, False, False, False]  # the first is on-policy
     assert tiny.relative_difference(whole[0].params, state.params) < 1e-5
     assert whole[0].position == state.position and whole[0].ahead is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["online_dpo", "raft"])
+def test_what_is_chosen_of_samples_is_of_the_policy_before_the_last_update(algorithm, tmp_path):
+    made = setting(2, algorithm=algorithm, group_size=2)
+    found, (state, _) = made.train(tmp_path), by_hand(made)
+    assert tiny.relative_difference(found.params, state.params) < 1e-5
+    start = jax.device_get(made.roles()[0])
+    assert tiny.relative_difference(found.params, start) > 0.01
+    assert found.position == state.position and found.ahead is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm, options", [("remax", {}), ("trpo", {}), ("raft", {"group_size": 2})])
+def test_an_interrupted_run_on_policy_is_the_uninterrupted_one(algorithm, options, tmp_path):
+    """Bit for bit: with greedy completions in each iteration, and where no optimiser steps the policy."""
+    made, parted = setting(0, algorithm=algorithm, **options), tmp_path / "parted"
+    expected = made.train(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        made.train(parted, 2)
+    state = made.train(parted)
+    assert [x.tobytes() for x in jax.tree.leaves(state)] == [x.tobytes() for x in jax.tree.leaves(expected)]
+    assert lines(parted) == lines(tmp_path / "whole")
+    assert bool(jax.tree.leaves(state.opt_state.get("policy"))) == (algorithm != "trpo")
 
 
 @pytest.mark.slow

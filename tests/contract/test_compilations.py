@@ -30,9 +30,13 @@ PACKED = ["--ppo.sequences_per_row", "2", "--ppo.length_buckets", "3"]
 ELSEWHERE = ["--rollout.devices", "4", "--rollout.stop_strings", "[e]"]
 
 
-@pytest.mark.parametrize("flags", [[], PACKED, ELSEWHERE], ids=["rows of one", "packed", "asynchronous"])
-def test_nothing_is_compiled_after_the_second_iteration(flags, tmp_path, caplog):
-    (tmp_path / "run.yaml").write_text(RUN.format(dir=tmp_path / "run"))
+@pytest.mark.parametrize(
+    "algorithm, flags",
+    [("ppo", []), ("ppo", PACKED), ("ppo", ELSEWHERE), ("remax", [])],
+    ids=["rows of one", "packed", "asynchronous", "two rollouts"],
+)
+def test_nothing_is_compiled_after_the_second_iteration(algorithm, flags, tmp_path, caplog):
+    (tmp_path / "run.yaml").write_text(RUN.replace("ppo", algorithm).format(dir=tmp_path / "run"))
     config, _ = read_command_line(["--config", str(tmp_path / "run.yaml"), *flags])
     (plan,) = plan_stages(config, prepare_tokenizer(config))
     with caplog.at_level(logging.WARNING):
