@@ -196,6 +196,9 @@ def check_batches(stage: StageConfig, path: PathOf) -> Iterator[str]:
     unit = devices // math.gcd(devices, per_record)  # how many rows a ranking is the data tell
     if size % unit == 0:  # of groups the prompts are dealt as well
         option, size, text = "batch_size", settings.batch_size, f"{settings.batch_size}"
+    if size % unit == 0 and isinstance(settings, OnlineConfig) and settings.sequences_per_row > 1:
+        size = settings.rows_per_rollout // settings.sequences_per_row  # more than are learned are scored
+        text = f"batch_size * group_size / sequences_per_row = {size}"
     if size % unit:
         shown = " * ".join(f"mesh.{axis} {parts}" for axis, parts in over.items())
         yield f"{path(section, option)}: must fill the mesh with a multiple of {unit} ({shown}), got {text}"

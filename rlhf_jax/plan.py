@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.algo_config import RewardModelConfig, SFTConfig
+from rlhf_jax.algo_config import OnlineConfig, RewardModelConfig, SFTConfig
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import load_info
@@ -96,11 +96,15 @@ class Plan(NamedTuple):
         of_minibatch = f"{settings.update_rows} / num_minibatches" + " / sequences_per_row" * (
             sequences_per_row > 1
         )
-        return {
+        counts = {
             "batch_size": per_unit * settings.batch_size,
             of_minibatch: per_unit * minibatch,
             "microbatch_size": per_unit * (settings.microbatch_size or minibatch),
         }
+        if isinstance(settings, OnlineConfig) and sequences_per_row > 1:
+            scored = "batch_size * group_size / sequences_per_row"  # more than are learned, maybe
+            counts[scored] = settings.rows_per_rollout // sequences_per_row
+        return counts
 
 
 def plan_stages(config: Config, tokenizer: Tokenizer) -> list[Plan]:

@@ -156,6 +156,12 @@ rewards: {function: 'math:sin'}
             "raft: {num_kept: 8}",
             "raft.num_kept: must be less than group_size = 8 where raft.keep is 'best', as all completions",
         ),
+        (
+            "raft",
+            "mesh: {data: 8}\nraft: {batch_size: 8, group_size: 3, num_kept: 2, sequences_per_row: 2}",
+            "raft.batch_size: must fill the mesh with a multiple of 8 (mesh.data 8), got batch_size * "
+            "group_size / sequences_per_row = 12",
+        ),
         ("raft", "raft: {threshold: 0.5}", "raft.threshold: would be ignored: raft.keep is 'best'"),
         (
             "raft",

@@ -1,5 +1,6 @@
 """Stages planned without data: rows of the greatest lengths that the options allow."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 
 from rlhf_jax.command_line import read_config
 from rlhf_jax.data.loader import Loader
+from rlhf_jax.plan import check_mesh
 from rlhf_jax.programs import rows_per_unit
 from rlhf_jax.shape_plan import shape_plans
-from tests import tiny_hub
+from tests import tiny, tiny_hub
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs" / "smoke").glob("*.yaml"))
@@ -44,6 +46,17 @@ def test_of_a_model_its_configuration_is_enough(tmp_path: Path):
         plan.stage.data.max_prompt_length if plan.stage.is_online else plan.stage.data.max_length
         for plan in plans
     ]
+
+
+@pytest.mark.parametrize("batch_size", [8, 16])
+def test_packed_rows_of_what_is_only_scored_divide_over_the_mesh_as_well(batch_size: int):
+    """Of 24 samples 16 are learned: 8 packed rows, but 12 are scored."""
+    sizes = {"batch_size": batch_size, "group_size": 3, "num_kept": 2, "sequences_per_row": 2}
+    flags = [text for name, size in sizes.items() for text in (f"--raft.{name}", str(size))]
+    plans = plans_of(ROOT / "configs" / "smoke" / "raft.yaml", "--mesh.data", "-1", *flags)
+    told = r"^raft\.batch_size \* group_size / sequences_per_row is 12; it must be a multiple of 8"
+    with pytest.raises(ValueError, match=told) if batch_size == 8 else contextlib.nullcontext():
+        check_mesh(plans, tiny.mesh(data=8))
 
 
 def test_rows_that_do_not_fit_a_model_are_told(tmp_path: Path):
