@@ -49,13 +49,15 @@ def summary_of(directory):
 
 
 def test_smoke_configs(tmp_path):
-    """All in one process, which starts up once."""
+    """All in one process, which starts up once; with them that of sft, from which they start."""
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_THE_OTHER, tmp_path, *NAMES],
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, tmp_path, "sft", *NAMES],
         env=variables, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    sft = summary_of(tmp_path / "sft")["sft"]
+    assert sft["eval_perplexity_after"] < sft["eval_perplexity_before"]
     for name in NAMES:
         found = summary_of(tmp_path / name)[name]
         assert found["eval_loss_after"] < found["eval_loss_before"], name
