@@ -164,8 +164,7 @@ class Scored(NamedTuple):
     ref_logprobs: Array | None  # f32[B, T], nats, by the frozen reference; None where the stage has none
     values: Array | None  # f32[B, T], the state before token t; None without a value model
     scores: Array  # f32[B], the judges' combined verdict
-    # Each prompt's greedy completion, of which only the score is known; None where nothing reads it.
-    greedy: Scored | None = None
+    greedy: Scored | None = None  # each prompt's greedy completion, only scored; None where nothing reads it
 
 
 class PolicyBatch(NamedTuple):

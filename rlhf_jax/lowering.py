@@ -46,7 +46,8 @@ class StageCalls(NamedTuple):
     """What a step of a stage runs."""
 
     calls: dict[str, Call]
-    """Online: rollout_start, rollout, score, advantages, update; offline: evaluate, update."""
+    """Online: rollout_start, rollout, score, advantages, update, and greedy_ of the first three where greedy
+    completions are read; offline: evaluate, update."""
     state: TrainState
     frozen: Params
     """Placed shape structs, as the programs are given them."""
@@ -99,6 +100,10 @@ def calls_of(
     def rows(tree: Any) -> Any:
         return jax.tree.map(lambda x: _placed(x, batch_sharding(mesh)), tree)
 
+    def judged(scored: Any) -> Any:
+        count = scored.rollout.ended.shape
+        return rows(scored._replace(scores=ShapeDtypeStruct(count, np.float32)))
+
     trained, frozen = abstract_roles(stage, parts, model, mesh)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     state = programs.init_state.eval_shape(trained)
@@ -107,9 +112,14 @@ def calls_of(
     if stage.is_online:
         calls, rollout = rollout_calls(built, model, mesh, trained, frozen, learned)
         calls["score"] = Call(programs.score, (trained, frozen), (rollout,))
-        scored = rows(programs.score.eval_shape(trained, frozen, rollout)[0])
-        scores = ShapeDtypeStruct(rollout.ended.shape, np.float32, sharding=batch_sharding(mesh))
-        scored = scored._replace(scores=scores)
+        scored = judged(programs.score.eval_shape(trained, frozen, rollout)[0])
+        if ALGORITHMS[stage.algorithm].reads_greedy(stage.settings):
+            of_greedy = built._replace(rollout=built.greedy_rollout)
+            greedy_calls, rollout = rollout_calls(of_greedy, model, mesh, trained, frozen, learned)
+            calls |= {f"greedy_{name}": call for name, call in greedy_calls.items()}
+            calls["greedy_score"] = Call(programs.greedy_score, (trained, frozen), (rollout,))
+            greedy = judged(programs.greedy_score.eval_shape(trained, frozen, rollout)[0])
+            scored = scored._replace(greedy=greedy)
         calls["advantages"] = Call(programs.advantages, (), (scored, state.aux))
         learned = rows(programs.advantages.eval_shape(scored, state.aux)[0])
     else:
