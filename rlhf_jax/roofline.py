@@ -125,14 +125,15 @@ def phase_works(
     mesh_shape: Mapping[str, int],
     state_bytes: float,
 ) -> dict[str, Work]:
-    """Returns what a chip does in each phase of a step: rollout, score and update, or update alone.
+    """Returns what a chip does in each phase of a step: update, online rollout and score before it, and
+    greedy_ of both where greedy completions are read.
 
     Args:
         stage: the stage.
         algorithm: of the stage.
         architecture: of all roles.
         mesh_shape: sizes of its axes.
-        state_bytes: of the train state on a chip.
+        state_bytes: of what optimisers step on a chip: parameters and moments.
     """
     settings = stage.settings
     row_parts, tensor = math.prod(mesh_shape[axis] for axis in ROW_AXES), mesh_shape["tensor"]
@@ -142,9 +143,8 @@ def phase_works(
     length = prompt + new if stage.is_online else stage.data.max_length
     rows = settings.rows_per_update * rows_per_unit(stage, algorithm)
     columns = new if stage.is_online else length
-    holds_scores = stage.model.attention == "xla" or (
-        stage.model.attention == "auto" and length < FLASH_LENGTH
-    )
+    is_short = stage.model.attention == "auto" and length < FLASH_LENGTH
+    holds_scores = stage.model.attention == "xla" or is_short or settings.forward_mode
     model = _Model(architecture, tensor, jnp.dtype(stage.model.dtype).itemsize, holds_scores)
 
     def forward(role: str, share: float = 1.0) -> Work:
@@ -159,12 +159,19 @@ def phase_works(
     if isinstance(settings, OnlineConfig):
         prompts = settings.batch_size
         decoding = model._replace(holds_scores=False)
+
+        def rollout(sampled: int) -> Work:
+            slots = min(stage.rollout.slots or sampled, sampled)
+            of_token = decoding.decode_step(slots / row_parts, prompt + new / 2)
+            of_prompts = model.trunk(prompts * prompt / row_parts, prompt)
+            return of_prompts + of_token.times(_decode_steps(stage, sampled))
+
         sampled = settings.rows_per_rollout
-        slots = min(stage.rollout.slots or sampled, sampled)
-        steps = new * math.ceil(sampled / slots)
-        decoded = decoding.decode_step(slots / row_parts, prompt + new / 2).times(steps)
-        works["rollout"] = model.trunk(prompts * prompt / row_parts, prompt) + decoded
+        works["rollout"] = rollout(sampled)
         works["score"] = sum((forward(role, sampled / rows) for role in (*algorithm.trains, *reads)), Work())
+        if algorithm.reads_greedy(settings):
+            works["greedy_rollout"] = rollout(prompts)
+            works["greedy_score"] = forward("reward", prompts / rows)
     num_minibatches = settings.num_minibatches
     rows_of_one = rows // num_minibatches
     pieces = max(
@@ -172,8 +179,10 @@ def phase_works(
     )
     share = 1 / num_minibatches / pieces
     # Forward, and backward for inputs and weights; frozen weights have no gradient.
-    passes = 2 + (stage.lora.rank == 0) + (stage.model.remat in ("full", "offload"))
-    of_piece = sum((forward(role, share).times(passes) for role in algorithm.trains), Work())
+    backward = 1 + (stage.lora.rank == 0)
+    passes = 1 + backward + (stage.model.remat in ("full", "offload"))
+    stepped = [role for role in algorithm.trains if role not in algorithm.without_optimizer]
+    of_piece = sum((forward(role, share).times(passes) for role in stepped), Work())
     if not stage.is_online:
         of_piece += sum((forward(role, share) for role in reads), Work())
         if algorithm.minibatch_stats is not None:
@@ -181,6 +190,13 @@ def phase_works(
     optimizer = Work(0.0, 2 * state_bytes)
     of_minibatch = of_piece.times(pieces) + optimizer
     works["update"] = of_minibatch.times(settings.num_epochs * num_minibatches)
+    for role in algorithm.without_optimizer:
+        # Once over the batch: a gradient; one product with the Fisher matrix, for which a derivative along a
+        # direction comes first, as much as a backward pass; such a derivative for the length of the step; one
+        # trial, of the new policy beside the old one.
+        gradient, product, length_of_step, trial = passes, passes + backward, 1 + backward, 2
+        of_batch = forward(role, share).times(pieces * num_minibatches)
+        works["update"] += of_batch.times(gradient + product + length_of_step + trial)
     return works
 
 
@@ -194,13 +210,17 @@ def phases_of(
         chip: that does it.
         collectives: of the program of each phase, where it was compiled.
         stage: says how often the loop of a rollout goes round: of those in it the one that sends least is
-            that of tokens.
+            that of tokens. Other loops of unknown length go round once.
     """
     flops, memory = chip.bf16_flops / chip.devices, chip.hbm_rate / chip.devices
+    steps, settings = {}, stage.settings
+    if isinstance(settings, OnlineConfig):
+        sampled = {"rollout": settings.rows_per_rollout, "greedy_rollout": settings.batch_size}
+        steps = {name: _decode_steps(stage, count) for name, count in sampled.items()}
     found = {}
     for name, work in works.items():
         sent = seconds = 0.0
-        for one, count in _counted(collectives.get(name, ()), stage):
+        for one, count in _counted(collectives.get(name, ()), steps.get(name, 1)):
             sent += one.sent * count
             # An axis is taken to be a ring along a dimension of the torus: two links of each chip.
             rate = chip.network_rate if BETWEEN_SLICES in one.axes else 2 * chip.link_rate
@@ -209,14 +229,17 @@ def phases_of(
     return found
 
 
-def _counted(collectives: Sequence[Collective], stage: StageConfig) -> Iterable[tuple[Collective, int]]:
-    """Yields collectives, each with how often it is done beyond what the program tells."""
+def _decode_steps(stage: StageConfig, sampled: int) -> int:
+    """Returns the most steps of decoding so many completions."""
+    return stage.rollout.max_new_tokens * math.ceil(sampled / (stage.rollout.slots or sampled))
+
+
+def _counted(collectives: Sequence[Collective], steps: int) -> Iterable[tuple[Collective, int]]:
+    """Yields collectives, each with how often it is done beyond what the program tells; of decoding steps."""
     sums: dict[str, int] = {}
     for one in collectives:
         if one.loop:
             sums[one.loop] = sums.get(one.loop, 0) + one.sent
     of_tokens = min(sums, key=lambda loop: sums[loop], default="")
-    sampled = getattr(stage.settings, "rows_per_rollout", 1)
-    steps = stage.rollout.max_new_tokens * math.ceil(sampled / (stage.rollout.slots or sampled))
     for one in collectives:
         yield one, steps if one.loop and one.loop == of_tokens else 1

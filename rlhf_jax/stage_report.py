@@ -127,8 +127,12 @@ def report_stage(
             programs.append(_compiled(name, calls[name], mesh, total, on_host))
             told(programs[-1])
     collectives = {program.name: program.collectives for program in programs}
-    sizes = dict(mesh.shape)
-    works = phase_works(plan.stage, plan.algorithm, plan.architecture, sizes, bytes_of_device(of.state))
+    sizes, algorithm = dict(mesh.shape), plan.algorithm
+    stepped = {
+        role: tree for role, tree in of.state.params.items() if role not in algorithm.without_optimizer
+    }
+    stepped_bytes = bytes_of_device((stepped, of.state.opt_state))
+    works = phase_works(plan.stage, algorithm, plan.architecture, sizes, stepped_bytes)
     return StageReport(
         plan.stage.name, sizes, resident, programs, phases_of(works, chip, collectives, plan.stage)
     )

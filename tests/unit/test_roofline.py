@@ -1,6 +1,7 @@
 """The least time of a step: operations and bytes against counts by hand."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.bench.harness import make_architecture, make_stage
 from rlhf_jax.chips import CHIPS
 from rlhf_jax.hlo import Collective
+from rlhf_jax.models.row_attention import FLASH_LENGTH
 from rlhf_jax.roofline import Work, layer_shapes, phase_works, phases_of
 
 ONE = dict.fromkeys(config.MeshConfig().sizes, 1)
@@ -72,6 +74,49 @@ def test_a_step_of_ppo():
     assert found["rollout"] == pytest.approx(decoded + 2 * BLOCKS * ROWS * 16 + attention(ROWS, 16))
 
 
+def ppo_and_trpo(**data):
+    sections = {"data": config.DataConfig(**data), "rollout": config.RolloutConfig(max_new_tokens=48)}
+    options: dict[str, Any] = {"batch_size": ROWS, "num_epochs": 4, "num_minibatches": 2}
+    settings = algo_config.PPOConfig(**options), algo_config.TRPOConfig(**options)
+    return [
+        make_stage(name, settings=of, **sections) for name, of in zip(("ppo", "trpo"), settings, strict=True)
+    ]
+
+
+def test_a_step_of_trpo():
+    """The value model as in PPO; the policy once: 3 passes of a gradient, 5 of a product, 3 for the length of
+    the step, and of two policies that are compared one each.
+    """
+    ppo, trpo = map(flops, ppo_and_trpo(max_prompt_length=16))
+    trunk = 2 * BLOCKS * ROWS * 64 + attention(ROWS, 64)
+    head = 2 * HEAD * ROWS * 48
+    assert trpo["update"] == pytest.approx(4 * 3 * trunk + (3 + 5 + 3 + 2) * (trunk + head))
+    assert trpo | {"update": ppo["update"]} == ppo
+
+
+def test_no_kernel_has_the_derivatives_of_trpo():
+    """So that the scores of all pairs of tokens are written, however long the rows."""
+    sizes = {"max_prompt_length": FLASH_LENGTH}
+    ppo, trpo = (phase_works(of, ALGORITHMS[of.algorithm], TINY, ONE, 0.0) for of in ppo_and_trpo(**sizes))
+    length = FLASH_LENGTH + 48
+    written = 4 * 2 * 4 * 4 * ROWS * length * length * 4  # models, layers, bytes and times, pairs, heads
+    assert trpo["score"].bytes - ppo["score"].bytes == pytest.approx(written)
+
+
+def test_greedy_completions_are_one_of_each_prompt():
+    """And no model but that of the reward looks at them."""
+    settings = algo_config.ReMaxConfig(batch_size=ROWS, group_size=4)
+    rollout = config.RolloutConfig(max_new_tokens=48)
+    stage = make_stage(
+        "remax", settings=settings, data=config.DataConfig(max_prompt_length=16), rollout=rollout
+    )
+    found = flops(stage)
+    trunk = 2 * BLOCKS * ROWS * 64 + attention(ROWS, 64)
+    assert found["greedy_score"] == pytest.approx(trunk)
+    decoded = ROWS * 48 * (2 * (BLOCKS + HEAD) + 2 * 4 * (16 + 24) * 32)
+    assert found["rollout"] - found["greedy_rollout"] == pytest.approx(3 * decoded)
+
+
 def test_matrices_of_experts_are_those_that_a_token_meets():
     experts = dataclasses.replace(TINY, num_experts=8, experts_per_token=2)
     assert len(layer_shapes(experts)) == 4 + 2 * 3
@@ -93,11 +138,15 @@ def test_decoding_a_row_is_bound_by_memory_and_much_training_by_products():
 
 
 def test_what_is_sent_takes_its_time_by_axis_and_loop():
-    """Within a slice two links, between slices the network; a decode loop goes round for each token."""
+    """Within a slice two links, between slices the network; a decode loop goes round for each token.
+
+    Eight greedy completions are sampled at once, the sixteen others in two halves; a loop of another kind, as
+    that of conjugate gradients, goes round once at least.
+    """
     stage = make_stage(
-        "ppo",
-        settings=algo_config.PPOConfig(batch_size=8),
-        rollout=config.RolloutConfig(max_new_tokens=10),
+        "remax",
+        settings=algo_config.ReMaxConfig(batch_size=8, group_size=2),
+        rollout=config.RolloutConfig(max_new_tokens=10, slots=8),
     )
     chip = CHIPS["v5e"]
     near = Collective("all-reduce", ("fsdp",), 2, 1000, 1)
@@ -105,7 +154,11 @@ def test_what_is_sent_takes_its_time_by_axis_and_loop():
     collectives = {
         "update": [near, far],
         "rollout": [near._replace(loop="tokens"), near._replace(size=5000, loop="prompts")],
+        "score": [near._replace(loop="products")],
     }
-    found = phases_of({"update": Work(), "rollout": Work()}, chip, collectives, stage)
+    collectives["greedy_rollout"] = collectives["rollout"]
+    found = phases_of(dict.fromkeys(collectives, Work()), chip, collectives, stage)
     assert found["update"].network == pytest.approx(1000 / (2 * 50e9) + 1000 / 3.125e9)
-    assert found["rollout"].sent == 10 * 1000 + 5000
+    assert found["rollout"].sent == 2 * 10 * 1000 + 5000
+    assert found["greedy_rollout"].sent == 10 * 1000 + 5000
+    assert found["score"].sent == 1000
