@@ -15,6 +15,7 @@ from rlhf_jax.algo_config import (
     ReferenceConfig,
     RewardModelConfig,
     ShapedRewardConfig,
+    TRPOConfig,
 )
 from rlhf_jax.config import PROMPTLESS_FORMATS, StageConfig
 from rlhf_jax.config_types import COMPARISONS
@@ -188,6 +189,9 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
                 reasons[f"rollout.{key}"] = f"the loss of {stage.algorithm} has no ratio to be corrected"
     if isinstance(settings, RAFTConfig) and settings.keep == "best":
         reasons[f"{stage.algorithm}.threshold"] = f"{stage.algorithm}.keep is 'best'"
+    if isinstance(settings, TRPOConfig) and settings.line_search_steps == 1:
+        section = stage.algorithm
+        reasons[f"{section}.line_search_factor"] = f"{section}.line_search_steps is 1: no step is tried again"
     if isinstance(settings, ShapedRewardConfig):
         section = stage.algorithm
         if settings.kl_controller == "fixed":

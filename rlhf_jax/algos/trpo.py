@@ -130,7 +130,13 @@ def natural_step(
         "policy/cg_residual": _once(residual),
         "policy/cg_iterations": _once(found.num_iterations),
     }
-    quantities = {"grad_norm": grad_norm, "curvature": curvature, "step_norm": step_norm}
+    # A product that is not finite leaves x as it was: the residual alone tells.
+    quantities = {
+        "grad_norm": grad_norm,
+        "cg_residual": residual,
+        "curvature": curvature,
+        "step_norm": step_norm,
+    }
     bad = {f"not_finite/policy/{name}": ~jnp.isfinite(x) for name, x in quantities.items()}
     is_finite = ~jnp.any(jnp.stack(list(bad.values())))
     return Direction(move, is_finite, metrics | {name: Max(jnp.float32(x)) for name, x in bad.items()})
@@ -204,10 +210,9 @@ def line_search(
         "policy/surrogate_gain": _once(jnp.where(taken, last.gain, 0.0)),
         "policy/approx_kl": _once(jnp.where(taken, last.kl, 0.0)),
         "policy/line_search_steps": _once(last.number),
-        "policy/line_search_failed": Mean(
-            jnp.float32(direction.is_finite & ~taken), jnp.float32(direction.is_finite)
-        ),
+        "policy/line_search_failed": _once(~taken),
     }
+    metrics = {name: _counted(metric, direction.is_finite) for name, metric in metrics.items()}
     ratios = jax.tree.map(lambda x: jnp.where(taken, x, 0.0), last.ratios)
     return new, metrics | ratios
 

@@ -223,6 +223,11 @@ def test_options_of_an_algorithm_are_checked(problems, monkeypatch, algorithm, o
         ),
         ("trpo: {kl_target: 6}", [], "trpo.kl_target: would be ignored: trpo.kl_controller is 'fixed'"),
         ("ppo: {clip_eps: 0.1}", [], "ppo.clip_eps: would be ignored: no stage runs ppo"),
+        (
+            "trpo: {line_search_steps: 1, line_search_factor: 0.5}",
+            [],
+            "trpo.line_search_factor: would be ignored: trpo.line_search_steps is 1: no step is tried again",
+        ),
         ("trpo: {clip_eps: 0.1}", [], "trpo.clip_eps: no such option; did you mean 'value_clip_eps'?"),
     ],
 )

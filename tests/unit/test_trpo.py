@@ -196,10 +196,10 @@ def test_where_no_step_is_taken_the_policy_stays_and_it_is_counted():
 # The whole update, with a value model that is one number
 
 
-def update(batch, settings):
+def update(batch, settings, **parts):
     """Returns the state before and after an update of the bandit, and the metrics."""
     forward = BANDIT._replace(
-        values=lambda params, frozen, rows: jnp.broadcast_to(params["value"]["v"], rows.tokens.shape)
+        values=lambda params, frozen, rows: jnp.broadcast_to(params["value"]["v"], rows.tokens.shape), **parts
     )
     optimizers = {"policy": optax.identity(), "value": optax.sgd(0.1)}
     state = init_state(BANDIT_POLICY | {"value": {"v": jnp.float32(0.5)}}, optimizers, {"kl_coef": 0.0})
@@ -208,6 +208,7 @@ def update(batch, settings):
     return state, new, to_host(metrics)
 
 
+OF_THE_SEARCH = ("approx_kl", "surrogate_gain", "line_search_steps", "line_search_failed")
 SETTINGS = TRPOConfig(delta=0.01, num_epochs=2, num_minibatches=1, value_clip_eps=10.0)
 
 
@@ -230,10 +231,25 @@ def test_what_is_not_finite_is_skipped_and_counted(bad):
         assert np.array_equal(a, b)
     assert metrics["update/skipped"] == pytest.approx(1 / 3)  # of the policy's step and two of the value
     assert metrics["not_finite/policy/grad_norm"] == 1 and metrics["not_finite/loss/value"] == 0
+    assert all(np.isnan(metrics[f"policy/{name}"]) for name in OF_THE_SEARCH)
     assert new.params["value"]["v"] < old.params["value"]["v"]
     _, new, metrics = update(batch._replace(returns=batch.returns.at[2, 1].set(bad)), SETTINGS)
     assert new.params["value"]["v"] == 0.5 and metrics["update/skipped"] == pytest.approx(2 / 3)
     assert metrics["policy/approx_kl"] > 0.005
+
+
+@pytest.mark.slow
+def test_a_product_that_is_not_finite_is_no_failed_search():
+    """It leaves conjugate gradients at x = 0, whose length is a number."""
+
+    def fisher(params, move, frozen, rows):
+        return jnp.full(rows.tokens.shape, jnp.nan) * jnp.square(move["lm_head"]).sum()
+
+    old, new, metrics = update(bandit_batch(), SETTINGS, fisher=fisher)
+    assert np.array_equal(old.params["policy"]["lm_head"], new.params["policy"]["lm_head"])
+    assert metrics["update/skipped"] == pytest.approx(1 / 3)
+    assert metrics["not_finite/policy/cg_residual"] == 1 and metrics["not_finite/policy/grad_norm"] == 0
+    assert all(np.isnan(metrics[f"policy/{name}"]) for name in OF_THE_SEARCH)
 
 
 @pytest.mark.slow
