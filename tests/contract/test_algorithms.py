@@ -330,7 +330,13 @@ def test_a_reference_computed_beforehand_changes_nothing(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "poison"), [("ppo", 1e6), ("ppo", np.nan), pytest.param("gspo", np.nan, marks=pytest.mark.slow)]
+    ("name", "poison"),
+    [
+        ("ppo", 1e6),
+        ("ppo", np.nan),
+        pytest.param("gspo", np.nan, marks=pytest.mark.slow),
+        pytest.param("trpo", np.nan, marks=pytest.mark.slow),
+    ],
 )
 def test_garbage_outside_the_completions_changes_nothing(name, poison):
     batch = batch_of(name)

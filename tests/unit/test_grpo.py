@@ -37,6 +37,9 @@ CONFIGS = {
     "remax": ReMaxConfig(),
     "remax of groups": ReMaxConfig(group_size=G, normalize_scores=True, score_clip=0.8),
     "remax, overlong": ReMaxConfig(overlong_from=3, overlong_buffer=2, missing_eos="mask"),
+    "remax, subtract": ReMaxConfig(missing_eos="subtract", missing_eos_value=0.7),
+    "remax of groups, subtract": ReMaxConfig(group_size=G, missing_eos="subtract", score_clip=0.8),
+    "remax of groups, scaled": ReMaxConfig(group_size=G, scale="group", kl_term="k3", credit="completion"),
     "kl": GRPOConfig(group_size=G, surrogate="kl", normalize_scores=True, score_clip=0.8),
     "dual clip": GRPOConfig(group_size=G, dual_clip=1.1, missing_eos="mask"),
     "overlong": GRPOConfig(group_size=G, overlong_from=3, overlong_buffer=2, overlong_penalty=0.5),
@@ -63,21 +66,26 @@ def scored_rollout(seed):
 
 
 def greedy_rollout(scored, group_size):
-    """Greedy completions of the same prompts: those of row b are 1, 2, 3, 1, ... tokens more than 2."""
+    """Greedy completions of the same prompts: those of row b are 1, 2, 3, 1, ... tokens more than 2; every
+    second one has no EOS.
+    """
     rows = jax.tree.map(lambda x: x[::group_size], scored.rollout.rows)
     count = len(rows.lengths)
     lengths = jnp.where(rows.sequence_mask, rows.prompt_lengths + 3 + jnp.arange(count) % 3, 0)
     scores = jnp.float32(np.random.default_rng(5).normal(size=count))
-    rollout = Rollout(rows._replace(lengths=lengths), rows.sequence_mask, scored.old_logprobs[::group_size])
+    ended = rows.sequence_mask & (jnp.arange(count) % 2 > 0)
+    rollout = Rollout(rows._replace(lengths=lengths), ended, scored.old_logprobs[::group_size])
     return Scored(rollout, rollout.sampler_logprobs, None, None, scores)
 
 
-def shaped(score, seen, length, settings):
+def shaped(score, seen, length, ended, settings):
     """A score that becomes a reward; `seen` are those by which it is normalised."""
     if settings.normalize_scores:
         score = (score - np.mean(seen)) / np.sqrt(np.var(seen) + 1e-8)
     if settings.score_clip:
         score = np.clip(score, -settings.score_clip, settings.score_clip)
+    if settings.missing_eos == "subtract" and not ended:
+        score -= settings.missing_eos_value
     if settings.overlong_from:
         beyond = (length - settings.overlong_from) / settings.overlong_buffer
         score -= settings.overlong_penalty * min(max(beyond, 0), 1)
@@ -93,12 +101,14 @@ def in_python(scored, logprobs, settings, kl_coef):
         tokens = {b: of for b, of in tokens.items() if scored.rollout.ended[b]}
     reward, raw = {}, np.float64(scored.scores)
     seen = [1.0, -1.0, *raw[list(tokens)]]  # [1, -1] before, and these
-    scores = {b: shaped(raw[b], seen, len(of), settings) for b, of in tokens.items()}
+    ended = scored.rollout.ended
+    scores = {b: shaped(raw[b], seen, len(of), ended[b], settings) for b, of in tokens.items()}
     greedy = {}
     if scored.greedy is not None:
         of_greedy, raw = scored.greedy.rollout.rows, np.float64(scored.greedy.scores)
+        ended = scored.greedy.rollout.ended
         for p, length in enumerate(np.asarray(of_greedy.lengths - of_greedy.prompt_lengths)):
-            greedy[p] = shaped(raw[p], seen, length, settings)
+            greedy[p] = shaped(raw[p], seen, length, ended[p], settings)
     for b, of in tokens.items():
         for t in of:
             penalty = kl_coef * (old[b, t] - ref[b, t]) if settings.kl_term == "reward" else 0.0
@@ -115,13 +125,12 @@ def in_python(scored, logprobs, settings, kl_coef):
             "greedy": greedy.get(b // settings.group_size),
             "none": 0.0,
         }[settings.baseline]
-        is_equal = settings.baseline in ("group", "others") and max(group) - min(group) < 1e-9
+        compares = settings.baseline in ("group", "others") and settings.credit == "completion"
+        is_equal = max(group) - min(group) < 1e-9 and (compares or settings.scale == "group")
         for t in of:
             gain = total[b] if settings.credit == "completion" else sum(reward[b, k] for k in of if k >= t)
             scale = np.std(group, ddof=1) + 1e-4 if settings.scale == "group" else 1.0
-            advantage[b, t] = (
-                0.0 if is_equal and settings.credit == "completion" else (gain - baseline) / scale
-            )
+            advantage[b, t] = 0.0 if is_equal else (gain - baseline) / scale
     if settings.scale == "batch":
         every = list(advantage.values())
         advantage = {at: (a - np.mean(every)) / np.sqrt(np.var(every) + 1e-8) for at, a in advantage.items()}
