@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf_jax.algo_config import (
-    CDPOConfig,
+from rlhf_jax.config import StageConfig
+from rlhf_jax.config_file import PathOf
+from rlhf_jax.offline_config import CDPOConfig, KTOConfig
+from rlhf_jax.online_config import (
     GRPOConfig,
-    KTOConfig,
     OnlineDPOConfig,
     PolicyGradientConfig,
     RAFTConfig,
     ShapedRewardConfig,
     TRPOConfig,
 )
-from rlhf_jax.config import StageConfig
-from rlhf_jax.config_file import PathOf
 
 
 def check_algorithm(stage: StageConfig, path: PathOf) -> Iterator[str]:

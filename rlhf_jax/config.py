@@ -1,4 +1,4 @@
-"""Every knob, with its one default; those of the algorithms are in `algo_config.py`.
+"""Every knob, with its one default; those of algorithms are in `offline_config.py` and `online_config.py`.
 
 Frozen dataclasses are the only schema: a YAML file chooses values, dotted flags override them, and the help
 text is the docstring that follows each field. `options.py` reads them; nothing here touches a device.
@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlhf_jax.algo_config import AlgorithmConfig, AlgorithmName, OnlineConfig
+from rlhf_jax.algo_config import AlgorithmConfig, AlgorithmName
 from rlhf_jax.config_types import (
     LARGEST_INT,
     AdapterTarget,
@@ -27,6 +27,7 @@ from rlhf_jax.config_types import (
     PositiveInt,
     Seed,
 )
+from rlhf_jax.online_config import OnlineConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rlhf_jax.algo_checks import check_algorithm
-from rlhf_jax.algo_config import OnlineConfig, PPOConfig, TRPOConfig
 from rlhf_jax.axes import axis_problems, axis_table
 from rlhf_jax.config import PATH_OPTIONS, RESERVED_NAMES, DataConfig, LoraConfig, StageConfig
 from rlhf_jax.config_file import PathOf, Resolved, Where, ignored
@@ -24,6 +23,7 @@ from rlhf_jax.data.columns import SERVES
 from rlhf_jax.data.records import PROMPT
 from rlhf_jax.data.sources import local_path
 from rlhf_jax.models.hub import PREFIX, is_hub, split_name
+from rlhf_jax.online_config import OnlineConfig, PPOConfig, TRPOConfig
 from rlhf_jax.options import did_you_mean
 from rlhf_jax.reward_checks import check_normalizer, check_reward_model
 from rlhf_jax.rewards.functions import load_function

@@ -11,7 +11,6 @@ from jax import ShapeDtypeStruct
 from jax.sharding import Mesh, NamedSharding
 from jax.stages import Lowered
 
-from rlhf_jax.algo_config import ReferenceConfig
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params, Prompts, Rollout, TrainState
 from rlhf_jax.config import StageConfig
@@ -19,6 +18,7 @@ from rlhf_jax.data.examples import Batch
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.models.forward import policy_parts
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.offline_config import ReferenceConfig
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs
 from rlhf_jax.role_parts import Parts, part_structs, weight_shardings

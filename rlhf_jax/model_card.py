@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.algo_config import RewardModelConfig
 from rlhf_jax.config import Config, StageConfig
+from rlhf_jax.offline_config import RewardModelConfig
 from rlhf_jax.summary import table_rows
 
 _METHODS = {

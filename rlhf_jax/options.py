@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from rlhf_jax import algo_config, config
+from rlhf_jax import config, offline_config, online_config
 from rlhf_jax.algo_config import ALGORITHM_SECTIONS
 from rlhf_jax.config import RUN_SECTIONS, STAGE_SECTIONS
 from rlhf_jax.config_types import LARGEST_INT, FiniteFloat, PositiveFloat
@@ -153,9 +153,9 @@ def _weights(value: dict[str, Any], hint: Any) -> dict[str, float]:
 
 
 def _texts() -> dict[str, dict[str, str]]:
-    """Returns {class: {field: the string that follows it}} of config.py and algo_config.py."""
+    """Returns {class: {field: the string that follows it}} of all files of options."""
     texts = {}
-    sources = [inspect.getsource(module) for module in (config, algo_config)]
+    sources = [inspect.getsource(module) for module in (config, offline_config, online_config)]
     for node in [node for source in sources for node in ast.parse(source).body]:
         if isinstance(node, ast.ClassDef):
             texts[node.name] = {

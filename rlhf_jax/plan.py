@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.algo_config import OnlineConfig, RewardModelConfig, SFTConfig
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.checkpoint import load_info
@@ -32,6 +31,8 @@ from rlhf_jax.models.heads import Ensemble
 from rlhf_jax.models.lora import Lora
 from rlhf_jax.models.row_attention import flash_lack
 from rlhf_jax.models.transformer import make_model
+from rlhf_jax.offline_config import RewardModelConfig, SFTConfig
+from rlhf_jax.online_config import OnlineConfig
 from rlhf_jax.origins import (
     Origins,
     adapters_of,

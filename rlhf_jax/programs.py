@@ -17,7 +17,6 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from rlhf_jax.algo_config import OnlineConfig, PolicyGradientConfig
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Metrics, Params, PolicyBatch, Prompts, Rollout, Rows, Scored, TrainState
 from rlhf_jax.config import StageConfig
@@ -25,6 +24,7 @@ from rlhf_jax.config_types import LARGEST_INT
 from rlhf_jax.models.forward import RoleFunction, make_forward, policy_parts
 from rlhf_jax.models.kv_cache import DecodeWeights, cast_to_decode, unstack
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.online_config import OnlineConfig, PolicyGradientConfig
 from rlhf_jax.ops.importance import importance_weights
 from rlhf_jax.ops.packed_rows import RowLayout
 from rlhf_jax.ops.sequences import completion_sums

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf_jax.algo_config import RewardModelConfig
 from rlhf_jax.config import StageConfig
 from rlhf_jax.config_file import PathOf
+from rlhf_jax.offline_config import RewardModelConfig
 
 
 def check_reward_model(stage: StageConfig, path: PathOf) -> Iterator[str]:

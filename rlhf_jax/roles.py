@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from rlhf_jax import keys
-from rlhf_jax.algo_config import RewardModelConfig
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import Params
 from rlhf_jax.checkpoint import load_aux, load_info, load_params
@@ -24,6 +23,7 @@ from rlhf_jax.models.lora import merge
 from rlhf_jax.models.peft import read_adapter
 from rlhf_jax.models.scorers import RAW, Normalizer, Role, load_scorer, read_scorer
 from rlhf_jax.models.transformer import POLICY, Model, make_model
+from rlhf_jax.offline_config import RewardModelConfig
 from rlhf_jax.origins import (
     Origins,
     check_base,

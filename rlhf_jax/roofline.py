@@ -13,13 +13,13 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from rlhf_jax.algo_config import OnlineConfig
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.chips import Chip
 from rlhf_jax.config import StageConfig
 from rlhf_jax.hlo import Collective
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.row_attention import FLASH_LENGTH
+from rlhf_jax.online_config import OnlineConfig
 from rlhf_jax.programs import rows_per_unit
 
 Bound = Literal["matrix", "memory", "network"]

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from rlhf_jax import distributed, keys, watchdog
 from rlhf_jax.agreement import check_alike, on_first
-from rlhf_jax.algo_config import OnlineConfig, ReferenceConfig, RewardModelConfig
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.batch import (
     JudgedRows,
@@ -38,7 +37,9 @@ from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import Ensemble
 from rlhf_jax.models.transformer import Model, make_model
+from rlhf_jax.offline_config import ReferenceConfig, RewardModelConfig
 from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, RolloutWorker, ahead_of
+from rlhf_jax.online_config import OnlineConfig
 from rlhf_jax.origins import adapter_info, adapters_of, fingerprint, is_same_base
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs, TokenIds, build_programs, reward_program, rows_per_unit

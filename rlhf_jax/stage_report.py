@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, cast
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax.algo_config import OnlineConfig
 from rlhf_jax.batch import Params, Rows
 from rlhf_jax.chips import Chip
 from rlhf_jax.hlo import Collective, Program
 from rlhf_jax.lowering import Call, stage_calls
 from rlhf_jax.models.transformer import SCORER, make_model
+from rlhf_jax.online_config import OnlineConfig
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import reward_program
 from rlhf_jax.role_parts import part_structs

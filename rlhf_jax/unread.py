@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-from rlhf_jax.algo_config import (
-    ALGORITHM_SECTIONS,
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS
+from rlhf_jax.config import PROMPTLESS_FORMATS, StageConfig
+from rlhf_jax.config_types import COMPARISONS
+from rlhf_jax.offline_config import PairLossConfig, ReferenceConfig, RewardModelConfig
+from rlhf_jax.online_config import (
     GRPOConfig,
     OnlineConfig,
-    PairLossConfig,
     PolicyGradientConfig,
     PPOConfig,
     RAFTConfig,
-    ReferenceConfig,
-    RewardModelConfig,
     ShapedRewardConfig,
     TRPOConfig,
 )
-from rlhf_jax.config import PROMPTLESS_FORMATS, StageConfig
-from rlhf_jax.config_types import COMPARISONS
 
 ARCHITECTURE = (
     "path",

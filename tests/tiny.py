@@ -14,7 +14,7 @@ import pytest
 from jax import Array
 from jax.sharding import Mesh
 
-from rlhf_jax import algo_config, config
+from rlhf_jax import algo_config, config, online_config
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import JudgedRows, Params, Prompts, Rows, UnpairedRows
@@ -57,7 +57,7 @@ def stage(algorithm: str, sharing: str = "separate", **sections: dict[str, Any])
     """
     if sharing in ("hydra", "lora"):
         sections["lora"] = {"rank": 3, "alpha": 6.0} | sections.pop("lora", {})
-    if issubclass(algo_config.ALGORITHM_SECTIONS[algorithm], algo_config.OnlineConfig):
+    if issubclass(algo_config.ALGORITHM_SECTIONS[algorithm], online_config.OnlineConfig):
         sections["model"] = {"sharing": sharing} | sections.pop("model", {})
     settings = {"batch_size": 8} | sections.pop("settings", {})
     fixed = {"rollout": {"max_new_tokens": 8}, "optimizer": {"learning_rate": 1e-3}, "mesh": {"data": 1}}

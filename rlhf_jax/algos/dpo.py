@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.algo_config import DPOConfig, PairLossConfig
 from rlhf_jax.algos.algorithm import Algorithm, Term, Terms
 from rlhf_jax.algos.preference import PAIR_MEASURES, completions, held_out, pair_metrics
 from rlhf_jax.batch import Metrics, Params, Rows
 from rlhf_jax.models.forward import Forward
+from rlhf_jax.offline_config import DPOConfig, PairLossConfig
 from rlhf_jax.ops.masking import masked
 from rlhf_jax.ops.ranking import bradley_terry, hinge
 from rlhf_jax.ops.sequences import as_pairs

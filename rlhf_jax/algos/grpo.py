@@ -10,11 +10,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rlhf_jax.algo_config import GRPOConfig
 from rlhf_jax.algos.algorithm import Aux, Terms
 from rlhf_jax.algos.ppo import PPO, greedy_as_rewards, policy_batch, policy_terms, shaped_scores
 from rlhf_jax.batch import Metrics, Params, PolicyBatch, Scored
 from rlhf_jax.models.forward import Forward
+from rlhf_jax.online_config import GRPOConfig
 from rlhf_jax.ops.masking import keep, masked, masked_mean, whiten
 from rlhf_jax.ops.shaping import token_rewards
 

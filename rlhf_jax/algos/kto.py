@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rlhf_jax.algo_config import KTOConfig
 from rlhf_jax.algos.algorithm import Algorithm, Measure, Term, Terms
 from rlhf_jax.algos.preference import completions, held_out
 from rlhf_jax.batch import Mean, Metrics, Params, UnpairedRows
 from rlhf_jax.models.forward import Forward
+from rlhf_jax.offline_config import KTOConfig
 from rlhf_jax.ops.masking import masked, share_above
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.algo_config import OnlineConfig, OnlineDPOConfig
 from rlhf_jax.algos.algorithm import Algorithm, Aux
 from rlhf_jax.algos.dpo import loss
 from rlhf_jax.algos.grpo import teaches
 from rlhf_jax.algos.ppo import PPO
 from rlhf_jax.batch import Metrics, Rows, Scored
+from rlhf_jax.online_config import OnlineConfig, OnlineDPOConfig
 from rlhf_jax.ops.masking import keep, masked
 from rlhf_jax.ops.sequences import completion_sums
 from rlhf_jax.ops.shaping import apply_missing_eos

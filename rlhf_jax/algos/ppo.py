@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rlhf_jax.algo_config import PolicyGradientConfig, PPOConfig
 from rlhf_jax.algos.algorithm import Algorithm, Aux, Measure, Term, Terms
 from rlhf_jax.batch import Max, Mean, Metrics, Params, PolicyBatch, Scored
 from rlhf_jax.models.forward import Forward
+from rlhf_jax.online_config import PolicyGradientConfig, PPOConfig
 from rlhf_jax.ops.advantages import gae
 from rlhf_jax.ops.aggregation import aggregated, sequence_means, sequence_sums
 from rlhf_jax.ops.kl import MAX_LOG_RATIO, adapt_kl_coef, adapt_old_kl_coef, k2, k3, log_ratio, sequence_kl

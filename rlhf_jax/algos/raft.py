@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from rlhf_jax.algo_config import RAFTConfig
 from rlhf_jax.algos.algorithm import Algorithm, Aux
 from rlhf_jax.algos.grpo import teaches
 from rlhf_jax.algos.online_dpo import candidates, taken
 from rlhf_jax.algos.ppo import PPO
 from rlhf_jax.algos.sft import loss
 from rlhf_jax.batch import Mean, Metrics, Rows, Scored
+from rlhf_jax.online_config import RAFTConfig
 from rlhf_jax.ops.masking import masked
 
 

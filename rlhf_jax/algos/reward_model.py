@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rlhf_jax.algo_config import RewardModelConfig
 from rlhf_jax.algos.algorithm import Algorithm, Measure, Term, Terms
 from rlhf_jax.batch import JudgedRows, Mean, Metrics, Params, Rows, rows_of
 from rlhf_jax.models.forward import Forward
+from rlhf_jax.offline_config import RewardModelConfig
 from rlhf_jax.ops import ranking
 from rlhf_jax.ops.masking import masked
 

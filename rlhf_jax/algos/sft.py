@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from rlhf_jax.algo_config import RAFTConfig, SFTConfig
 from rlhf_jax.algos.algorithm import Algorithm, Measure, Term, Terms
 from rlhf_jax.batch import Metrics, Params, Rows
 from rlhf_jax.models.forward import Forward
+from rlhf_jax.offline_config import SFTConfig
+from rlhf_jax.online_config import RAFTConfig
 from rlhf_jax.ops.masking import masked
 
 

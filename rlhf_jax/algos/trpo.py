@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rlhf_jax import step
-from rlhf_jax.algo_config import TRPOConfig
 from rlhf_jax.algos.algorithm import Algorithm, Term, Terms
 from rlhf_jax.algos.ppo import PPO, clipped_value_loss
 from rlhf_jax.batch import Max, Mean, Metrics, Params, PolicyBatch, TrainState, reduce_metrics
 from rlhf_jax.models.forward import Forward
+from rlhf_jax.online_config import TRPOConfig
 from rlhf_jax.ops.conjugate_gradient import conjugate_gradient, tree_add, tree_dot
 from rlhf_jax.ops.kl import log_ratio
 from rlhf_jax.ops.masking import keep, masked, masked_max

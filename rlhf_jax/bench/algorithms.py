@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import strict_yaml
-from rlhf_jax.algo_config import ALGORITHM_SECTIONS, AlgorithmConfig, OnlineConfig
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS, AlgorithmConfig
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.command_line import read_tree
 from rlhf_jax.config import MeshConfig
@@ -38,6 +38,7 @@ from rlhf_jax.data.synthetic import gold_reward, prompts
 from rlhf_jax.experience import distinct_n
 from rlhf_jax.files import replace_file, to_json
 from rlhf_jax.models.forward import make_forward
+from rlhf_jax.online_config import OnlineConfig
 from rlhf_jax.roles import load_policy
 from rlhf_jax.sampler import Completion, Sampler
 from rlhf_jax.sharding import make_mesh, place_rows, traced_on

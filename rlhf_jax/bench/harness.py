@@ -26,7 +26,7 @@ from jax import Array
 from jax.sharding import Mesh
 from tokenizers import models, pre_tokenizers
 
-from rlhf_jax import algo_config, config
+from rlhf_jax import config, offline_config, online_config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params, Prompts, Rollout, Rows
 from rlhf_jax.bench.floor import ADAM_BYTES, seconds_of, step_products
@@ -388,10 +388,10 @@ class Bench:
 
 def _settings(algorithm: str, args: argparse.Namespace) -> Any:
     if algorithm == "sft":
-        return algo_config.SFTConfig(batch_size=args.batch)
+        return offline_config.SFTConfig(batch_size=args.batch)
     if algorithm == "reward_model":
-        return algo_config.RewardModelConfig(batch_size=args.batch)
-    return algo_config.PPOConfig(
+        return offline_config.RewardModelConfig(batch_size=args.batch)
+    return online_config.PPOConfig(
         batch_size=args.batch,
         num_epochs=args.epochs,
         num_minibatches=args.minibatches,

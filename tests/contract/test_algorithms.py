@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig, ShapedRewardConfig
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import JudgedRows, PolicyBatch, Rollout, Rows, num_rows
 from rlhf_jax.config_types import RANKINGS, Kind
 from rlhf_jax.metrics import to_host
+from rlhf_jax.online_config import OnlineConfig, ShapedRewardConfig
 from rlhf_jax.role_parts import role_parts
 from tests import tiny
 

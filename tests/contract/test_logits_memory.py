@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import PolicyBatch, Prompts, Rollout, Rows
 from rlhf_jax.lowering import rollout_calls
 from rlhf_jax.models.transformer import make_model
+from rlhf_jax.online_config import OnlineConfig
 from rlhf_jax.programs import TokenIds, build_programs
 from rlhf_jax.role_parts import role_shardings
 from rlhf_jax.sharding import batch_sharding

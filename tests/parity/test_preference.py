@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import algo_config
+from rlhf_jax import algo_config, offline_config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Rows, UnpairedRows
 from rlhf_jax.models.forward import blank_forward
@@ -83,7 +83,7 @@ def test_pairs_with_a_reference(name, batch):
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_unpaired_completions(batch):
-    settings = algo_config.KTOConfig(
+    settings = offline_config.KTOConfig(
         beta=made.BETA, desirable_weight=made.DESIRABLE_WEIGHT, undesirable_weight=made.UNDESIRABLE_WEIGHT
     )
     own = rows(batch)

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from rlhf_jax import algo_config, config
+from rlhf_jax import config, offline_config
 from rlhf_jax.bench.aot import figures, lower_shape
 from rlhf_jax.bench.harness import make_stage
 from rlhf_jax.chips import described_devices, read_topology
@@ -33,7 +33,7 @@ def update(remat):
     pytest.importorskip("libtpu")
     stage = make_stage(
         "sft",
-        settings=algo_config.SFTConfig(batch_size=ROWS),
+        settings=offline_config.SFTConfig(batch_size=ROWS),
         model=config.ModelConfig(dtype="bfloat16", remat=remat, logprob_chunk=8192),
         mesh=config.MeshConfig(data=1, fsdp=2, sequence=4),
     )

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from rlhf_jax import train
-from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig, PolicyGradientConfig
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS
+from rlhf_jax.online_config import OnlineConfig, PolicyGradientConfig
 from tests.conftest import ROOT
 
 NAMES = [name for name, section in ALGORITHM_SECTIONS.items() if issubclass(section, PolicyGradientConfig)]

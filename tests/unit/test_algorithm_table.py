@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS
 from rlhf_jax.bench import algorithms
 from rlhf_jax.bench.algorithms import (
     POLICIES,
@@ -23,6 +23,7 @@ from rlhf_jax.bench.algorithms import (
 )
 from rlhf_jax.command_line import read_tree
 from rlhf_jax.config_file import resolve
+from rlhf_jax.online_config import OnlineConfig
 from tests.conftest import ROOT
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax import algo_config, config
+from rlhf_jax import algo_config, config, offline_config, online_config
 from rlhf_jax.command_line import ConfigError, help_text, read_command_line, read_config
 from rlhf_jax.config_file import dump_config
 from rlhf_jax.options import OPTIONS, SECTIONS
@@ -31,9 +31,9 @@ def test_a_chain_of_defaults(write):
     sft, reward, ppo = cfg.stages
     assert (sft.start_from, reward.start_from, ppo.start_from) == ("", "sft", "sft")
     assert (sft.reward_from, ppo.reward_from) == ("", "reward")
-    assert sft.settings == algo_config.SFTConfig()
-    assert reward.settings == algo_config.RewardModelConfig()
-    assert ppo.settings == algo_config.PPOConfig()
+    assert sft.settings == offline_config.SFTConfig()
+    assert reward.settings == offline_config.RewardModelConfig()
+    assert ppo.settings == online_config.PPOConfig()
     assert all(stage.optimizer == config.OptimizerConfig() for stage in cfg.stages)
     assert all(stage.run is cfg.run or stage.run == cfg.run for stage in cfg.stages)
 

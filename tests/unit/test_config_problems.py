@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_jax import algo_config, config
+from rlhf_jax import config, online_config
 from rlhf_jax.command_line import ConfigError, parse, read_config
 from tests.configurations import CHAIN
 from tests.conftest import ROOT
@@ -615,7 +615,7 @@ def test_what_a_flag_makes_idle_in_the_file_is_no_problem(write):
     flags = ["--ppo.kl_controller", "fixed", "--stages.ppo.reward_from=", "--rewards.function", "math:sin"]
     ppo = read_config(["--config", path, *flags]).stages[-1]
     assert ppo.reward_from == ""
-    assert ppo.settings.kl_target == algo_config.PPOConfig().kl_target
+    assert ppo.settings.kl_target == online_config.PPOConfig().kl_target
     assert ppo.rewards.model_weight == 1.0
     with pytest.raises(ConfigError) as error:
         read_config(["--config", path, *flags, "--ppo.kl_horizon", "77"])

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo_config import (
+from rlhf_jax.algos import grpo, ppo
+from rlhf_jax.batch import Mean, PolicyBatch, Rollout, Rows, Scored
+from rlhf_jax.metrics import to_host
+from rlhf_jax.models.forward import Forward
+from rlhf_jax.online_config import (
     DAPOConfig,
     DrGRPOConfig,
     GRPOConfig,
@@ -16,10 +20,6 @@ from rlhf_jax.algo_config import (
     ReMaxConfig,
     RLOOConfig,
 )
-from rlhf_jax.algos import grpo, ppo
-from rlhf_jax.batch import Mean, PolicyBatch, Rollout, Rows, Scored
-from rlhf_jax.metrics import to_host
-from rlhf_jax.models.forward import Forward
 from rlhf_jax.ops.aggregation import aggregated
 from tests import tiny
 

@@ -3,9 +3,10 @@
 import jax
 import pytest
 
-from rlhf_jax.algo_config import ALGORITHM_SECTIONS, OnlineConfig
+from rlhf_jax.algo_config import ALGORITHM_SECTIONS
 from rlhf_jax.command_line import read_config
 from rlhf_jax.lowering import stage_calls
+from rlhf_jax.online_config import OnlineConfig
 from rlhf_jax.shape_plan import shape_plans
 from tests import tiny
 from tests.conftest import ROOT

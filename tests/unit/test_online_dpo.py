@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo_config import DPOConfig, OnlineDPOConfig
 from rlhf_jax.algos import dpo, online_dpo
 from rlhf_jax.batch import Rollout, Rows, Scored
 from rlhf_jax.metrics import to_host
 from rlhf_jax.models.forward import blank_forward
+from rlhf_jax.offline_config import DPOConfig
+from rlhf_jax.online_config import OnlineDPOConfig
 
 T = 10
 CONFIGS = {

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo_config import PPOConfig
 from rlhf_jax.algos import ppo
 from rlhf_jax.batch import PolicyBatch, Rollout, Rows, Scored
 from rlhf_jax.metrics import to_host
 from rlhf_jax.models.forward import Forward
+from rlhf_jax.online_config import PPOConfig
 from rlhf_jax.ops.importance import importance_weights
 
 

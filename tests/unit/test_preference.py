@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo_config import DPOConfig, KTOConfig, SimPOConfig
 from rlhf_jax.algos import dpo, kto, reference_free
 from rlhf_jax.algos.preference import Completions, pair_metrics
 from rlhf_jax.batch import UnpairedRows
 from rlhf_jax.data.records import Preference, Unpaired, unpaired_of, with_mismatched
 from rlhf_jax.models.forward import blank_forward
+from rlhf_jax.offline_config import DPOConfig, KTOConfig, SimPOConfig
 from rlhf_jax.ops.masking import share_above
 from rlhf_jax.ops.sequences import completion_lengths, completion_sums
 from tests import tiny

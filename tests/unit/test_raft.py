@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo_config import RAFTConfig, SFTConfig
 from rlhf_jax.algos import raft, sft
 from rlhf_jax.metrics import to_host
 from rlhf_jax.models.forward import blank_forward
+from rlhf_jax.offline_config import SFTConfig
+from rlhf_jax.online_config import RAFTConfig
 from tests.unit.test_online_dpo import T, scored_rollout
 
 CONFIGS = {

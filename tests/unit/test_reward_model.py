@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algo_config import RewardModelConfig
 from rlhf_jax.algos.reward_model import evaluate, loss
 from rlhf_jax.batch import JudgedRows, Rows
 from rlhf_jax.models.forward import blank_forward
+from rlhf_jax.offline_config import RewardModelConfig
 
 
 def rows(num_rows: int, empty: tuple[int, ...] = ()) -> Rows:

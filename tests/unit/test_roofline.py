@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_jax import algo_config, config
+from rlhf_jax import config, offline_config, online_config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.bench.harness import make_architecture, make_stage
 from rlhf_jax.chips import CHIPS
@@ -23,7 +23,7 @@ ROWS, LENGTH = 8, 64
 def sft(**options):
     return make_stage(
         "sft",
-        settings=algo_config.SFTConfig(batch_size=ROWS),
+        settings=offline_config.SFTConfig(batch_size=ROWS),
         data=config.DataConfig(max_length=LENGTH),
         model=config.ModelConfig(**options),
     )
@@ -58,7 +58,7 @@ def test_every_axis_divides_the_work(axis):
 
 def test_a_step_of_ppo():
     """Each prompt once and each token by itself; four models judge; two learn, four times."""
-    settings = algo_config.PPOConfig(batch_size=ROWS, num_epochs=4, num_minibatches=2)
+    settings = online_config.PPOConfig(batch_size=ROWS, num_epochs=4, num_minibatches=2)
     stage = make_stage(
         "ppo",
         settings=settings,
@@ -77,7 +77,7 @@ def test_a_step_of_ppo():
 def ppo_and_trpo(**data):
     sections = {"data": config.DataConfig(**data), "rollout": config.RolloutConfig(max_new_tokens=48)}
     options: dict[str, Any] = {"batch_size": ROWS, "num_epochs": 4, "num_minibatches": 2}
-    settings = algo_config.PPOConfig(**options), algo_config.TRPOConfig(**options)
+    settings = online_config.PPOConfig(**options), online_config.TRPOConfig(**options)
     return [
         make_stage(name, settings=of, **sections) for name, of in zip(("ppo", "trpo"), settings, strict=True)
     ]
@@ -105,7 +105,7 @@ def test_no_kernel_has_the_derivatives_of_trpo():
 
 def test_greedy_completions_are_one_of_each_prompt():
     """And no model but that of the reward looks at them."""
-    settings = algo_config.ReMaxConfig(batch_size=ROWS, group_size=4)
+    settings = online_config.ReMaxConfig(batch_size=ROWS, group_size=4)
     rollout = config.RolloutConfig(max_new_tokens=48)
     stage = make_stage(
         "remax", settings=settings, data=config.DataConfig(max_prompt_length=16), rollout=rollout
@@ -127,7 +127,7 @@ def test_decoding_a_row_is_bound_by_memory_and_much_training_by_products():
     architecture = make_architecture("1b", 2048)
     one = make_stage(
         "grpo",
-        settings=algo_config.GRPOConfig(batch_size=8, group_size=8, kl_coef=0.04),
+        settings=online_config.GRPOConfig(batch_size=8, group_size=8, kl_coef=0.04),
         model=config.ModelConfig(dtype="bfloat16", attention="flash"),
         data=config.DataConfig(max_prompt_length=512),
         rollout=config.RolloutConfig(max_new_tokens=512),
@@ -145,7 +145,7 @@ def test_what_is_sent_takes_its_time_by_axis_and_loop():
     """
     stage = make_stage(
         "remax",
-        settings=algo_config.ReMaxConfig(batch_size=8, group_size=2),
+        settings=online_config.ReMaxConfig(batch_size=8, group_size=2),
         rollout=config.RolloutConfig(max_new_tokens=10, slots=8),
     )
     chip = CHIPS["v5e"]

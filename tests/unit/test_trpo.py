@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.algo_config import TRPOConfig
 from rlhf_jax.algos.trpo import TRPO, line_search, make_update, natural_step
 from rlhf_jax.batch import PolicyBatch, Rows
 from rlhf_jax.metrics import to_host
 from rlhf_jax.models.forward import make_forward
+from rlhf_jax.online_config import TRPOConfig
 from rlhf_jax.step import init_state
 from tests import tiny
 
