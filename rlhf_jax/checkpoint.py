@@ -119,7 +119,7 @@ class CheckpointReader:
         if rounds:
             kinds |= {name: [stored[name][0], kinds[name][1]] for name in kinds.keys() & stored.keys()}
         check_match(self._path(step), stored, kinds)
-        target = {name: _abstract_leaf(leaf) for name, leaf in wanted.items()}
+        target = {name: abstract_leaf(leaf) for name, leaf in wanted.items()}
         with watchdog.paused(), _partial_load():
             loaded = ocp.load(str(self._path(step)), target)
         return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
@@ -387,6 +387,7 @@ def _named_leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     return named
 
 
-def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
+def abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns what is told of an array by its shape, type and sharding."""
     assert leaf.sharding is not None, "every leaf of the abstract state needs a sharding"
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

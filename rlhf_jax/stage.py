@@ -25,7 +25,7 @@ from rlhf_jax.batch import (
     num_tokens,
     rows_of,
 )
-from rlhf_jax.checkpoint import Checkpointer, read_result, write_result
+from rlhf_jax.checkpoint import Checkpointer, abstract_leaf, read_result, write_result
 from rlhf_jax.config import StageConfig
 from rlhf_jax.data.loader import Loader, Prefetched
 from rlhf_jax.data.records import AnyRecord, Preference, PromptOnly, Ranking
@@ -165,9 +165,12 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
             plan = _with_reference(plan, programs, trained, frozen, mesh)
             source, evaluate = _offline(plan, programs, mesh)
         state = programs.init_state(trained)
+        del trained  # of which init_state frees what takes a place in the state alone
         if newest is not None:
             ahead = ahead_of(checkpointer.leaves(newest, "ahead"), mesh)
-            state = checkpointer.restore(newest, state._replace(ahead=ahead))
+            saved = jax.tree.map(abstract_leaf, state._replace(ahead=ahead))
+            del state, ahead  # else it would lie beside the one that is read
+            state = checkpointer.restore(newest, saved)
             if distributed.is_first():
                 print(f"[{stage.name}] goes on after step {newest}", file=sys.stderr)
         writer.resume(0 if newest is None else newest + 1)

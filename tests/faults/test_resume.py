@@ -22,11 +22,27 @@ TOLERANCE = 1e-5
 LAST = {"sft": 6, "reward": 5, "ppo": 6}  # steps
 KILLS = (("sft", 5), ("reward", 3), ("ppo", 5))
 
-# The program, which kills itself as it has written the line of a step.
-KILLED = """
+# Counts what lies on the devices of SFT, which has no frozen models, as it begins to read a state.
+ALONE = """
 import os, signal, sys
-from rlhf_jax import metrics, train
+import jax
+from rlhf_jax import checkpoint, metrics, train
 
+restore = checkpoint.Checkpointer.restore
+
+def restore_alone(self, step, saved):
+    if self.directory.parent.name == "sft":
+        held, wanted = (
+            sum(x.size * x.dtype.itemsize for x in of) for of in (jax.live_arrays(), jax.tree.leaves(saved))
+        )
+        assert held < 0.05 * wanted, f"{held} bytes beside a state of {wanted}"
+    return restore(self, step, saved)
+
+checkpoint.Checkpointer.restore = restore_alone
+"""
+# The program, and the program which kills itself as it has written the line of a step.
+WHOLE = "sys.exit(train.main(sys.argv[1:]))"
+KILLED = """
 stage, step = sys.argv[1], int(sys.argv[2])
 write = metrics.MetricWriter.write
 
@@ -41,7 +57,7 @@ sys.exit(train.main(sys.argv[3:]))
 
 
 def start(directory, *kill):
-    """Runs the command in a process of its own, to its end or its death."""
+    """Runs the command in a process of its own, to its end or its death; a state is read where none lies."""
     config = directory / "short.yaml"
     text = SHORT.format(dir=directory / "run").replace(
         "ppo: {num_iterations: 4,",
@@ -49,9 +65,9 @@ def start(directory, *kill):
     )
     assert "adaptive" in text
     config.write_text(text)
-    program = ["-c", KILLED, *map(str, kill)] if kill else ["-m", "rlhf_jax.train"]
+    program = [ALONE + KILLED, *map(str, kill)] if kill else [ALONE + WHOLE]
     return subprocess.run(
-        [sys.executable, *program, "--config", str(config)],
+        [sys.executable, "-c", *program, "--config", str(config)],
         cwd=ROOT, env=os.environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
