@@ -1,7 +1,7 @@
 """Whether a configuration fits a TPU slice, without having it.
 
     python -m rlhf_jax.preflight --config FILE --topology v5p:4x4x4 [--slices N] [--stage NAME] [--json]
-                                 [--section.option VALUE ...]
+                                 [--suggest [--compiles N]] [--section.option VALUE ...]
 
 Compiles the programs of its stages for that slice with the libtpu package (pip install
 'rlhf_jax[preflight]'), from shapes alone: no weights and no data are read; of a model, its config.json. Rows
@@ -17,6 +17,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from rlhf_jax.chips import Chip, Slices, described_devices, read_topology
@@ -30,6 +31,7 @@ from rlhf_jax.shape_plan import shape_plans
 from rlhf_jax.sharding import axis_rules, make_mesh
 from rlhf_jax.sharding_table import readable
 from rlhf_jax.stage_report import Memory, ProgramReport, StageReport, as_dict, report_stage
+from rlhf_jax.suggest import suggest
 
 DOES_NOT_FIT = 3
 
@@ -46,31 +48,50 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--slices", type=int, default=1, help="so many of it; mesh.slice has to say so too")
     parser.add_argument("--stage", default="", help="this stage alone; by default all")
     parser.add_argument("--programs", nargs="*", default=[], help="these alone, such as update")
+    parser.add_argument(
+        "--suggest",
+        action="store_true",
+        help="find the fastest mesh, microbatches, remat and sharing that fit",
+    )
+    parser.add_argument("--compiles", type=int, default=8, help="the most that --suggest tries; by default 8")
     parser.add_argument("--json", action="store_true", help="print one line of JSON on stdout instead")
     args, others = parser.parse_known_args(argv)
     try:
+        if args.suggest and args.programs:
+            raise ValueError("--programs would be ignored: --suggest looks at all of them; leave it out")
         slices = read_topology(args.topology, args.slices)
         config = read_config(others, runs=False)
         plans = chosen_plans(config, args.stage)
         check_hosts(plans, slices)
         devices = described_devices(slices)
-        reports = compiled_stages(plans, devices, slices.chip, args.programs)
+        if args.suggest:
+            read = partial(read_plans, stage=args.stage)
+            found = suggest(read, others, devices, slices.chip, limit=args.compiles, told=tell)
+            reports, flags = ([], []) if found is None else (found.reports, found.flags)
+        else:
+            reports, flags = compiled_stages(plans, devices, slices.chip, args.programs), []
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"rlhf_jax: {error}", file=sys.stderr)
         return 2
+    if not reports and args.suggest:
+        print(f"rlhf_jax: nothing that was tried fits {slices.text}", file=sys.stderr)
+        return DOES_NOT_FIT
     if not reports:
         print(f"rlhf_jax: no stage has a program {' or '.join(args.programs)}", file=sys.stderr)
         return 2
     fits = all(is_fitting(report, slices.chip) for report in reports)
     if args.json:
-        print(to_json(in_json(reports, slices) | {"fits": fits}))
+        suggested = {"suggested_flags": flags} if args.suggest else {}
+        print(to_json(in_json(reports, slices) | {"fits": fits} | suggested))
     else:
         print(slices.text)
         for report in reports:
             print(*report_lines(report, slices.chip), sep="\n")
+        if flags:
+            print(f"\nthe fastest of those that were tried and fit:\n  {' '.join(flags)}")
     return 0 if fits else DOES_NOT_FIT
 
 

@@ -70,6 +70,7 @@ def test_what_is_too_large_is_refused_and_told(capsys: pytest.CaptureFixture[str
             ["--topology", "v5e:2x2", "--data.max_prompt_length", "100"],
             "must be at most model.context_length = 128",
         ),
+        (["--topology", "v5e:2x2", "--suggest", "--programs", "update"], "--programs would be ignored"),
         (["--topology", "v5e:4x4", "--rollout.devices", "4"], "4 hosts, and weights are copied"),
     ],
 )
@@ -97,6 +98,19 @@ def test_the_quickstart_compiles_for_a_tpu(config: Sequence[str], topology: str,
     gathered = [one["bytes"] for one in rollout if one["kind"] == "all-gather"]
     assert max(gathered, default=0) < 64 * 72 * 4  # no weights, no logits
     assert all(one["in_open_loop"] for one in rollout if "tensor" in one["axes"])  # of its decode steps
+
+
+@pytest.mark.slow
+def test_what_fits_is_suggested(capsys: pytest.CaptureFixture[str]):
+    """Adam's state of the model does not fit a chip; divided it does, and what is suggested then fits."""
+    flags = [*LARGE, "--topology", "v5e:2x2", "--stage", "sft"]
+    assert preflight.main([*QUICKSTART, *flags, "--programs", "update", "--mesh.data", "4"]) == 3
+    capsys.readouterr()
+    assert preflight.main([*QUICKSTART, *flags, "--suggest", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["suggested_flags"][:2] == ["--mesh.slice", "1"]
+    assert list(found["stages"]["sft"]["programs"]) == ["evaluate", "update"]
+    assert preflight.main([*QUICKSTART, *flags, *found["suggested_flags"], "--programs", "evaluate"]) == 0
 
 
 @pytest.mark.slow
