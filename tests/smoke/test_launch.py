@@ -1,138 +1,22 @@
 """launch/tpu.sh against a gcloud that plays Google Cloud: calls, their order, exit codes."""
 
-import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.fake_cloud import Cloud, script
+from tests.launched import CREATE, DELETE, Launch, launches
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="hosts of TPUs run Linux")
 GOLDEN = Path(__file__).with_name("launch_golden")
-CREATE = ("queued-resources", "create")
-DELETE = ("queued-resources", "delete")
-# Stands for Python and the trainer: the first process saves every 0.1 s, STEPS times. It fails at the steps
-# that the lines of crash_at in the run directory name, each line once.
-TRAINER = r"""
-if [[ $1 == -c ]]; then echo "Python 3.12.0 jax 0.12 flax 0.12 libtpu None"; exit; fi
-while (($#)); do
-  case $1 in
-    --run.dir) run=$2; shift ;;
-    --steps) steps=$2; shift ;;
-    --exit) code=$2; shift ;;
-  esac
-  shift
-done
-echo "token ${HF_TOKEN:-none} wandb ${WANDB_API_KEY:-none} cache ${CACHE:-none}"
-echo "id ${RLHF_JAX_PROCESS_ID:-none}"
-[[ -z ${code:-} ]] || exit "$code"
-checkpoints=$run/sft/checkpoints
-mkdir -p "$checkpoints"
-trap 'echo "saved by a signal" >&2; exit 143' TERM
-step=0
-while :; do
-  while [[ -e $checkpoints/$step ]]; do step=$((step + 1)); done
-  if [[ -s $run/crash_at && $(head -n 1 "$run/crash_at") -eq $step ]]; then
-    sed -i 1d "$run/crash_at"
-    echo "crashes at $step" >&2
-    exit 1
-  fi
-  if ((step >= steps)); then exit 0; fi
-  if [[ $FAKE_HOST == *-w-0 ]]; then
-    mkdir -p "$checkpoints/$step" && touch "$checkpoints/$step/manifest.json"
-  fi
-  /bin/sleep 0.1
-done
-"""
-
-
-class Launch:
-    """The launcher in a repository of its own, with settings and a cloud."""
-
-    def __init__(self, directory: Path, **plot) -> None:
-        self.directory = directory
-        self.repository = directory / "repository"
-        self.run_dir = directory / "shared" / "run"
-        self.cloud = Cloud(directory / "cloud")
-        self.settings = {
-            "NAME": "tiny", "PROJECT": "my-project", "ZONE": "us-east5-b", "ACCELERATOR": "v5p-16",
-            "POLL_SECONDS": "0.1", "RESTART_SECONDS": "0", "MAX_IDLE_RESTARTS": "2",
-            "CONFIG": "configs/tiny.yaml", "RUN_DIR": self.run_dir, "VENV": directory / "venv",
-            "TRAIN_FLAGS": "--steps 3",
-        }  # fmt: skip
-        workers = plot.pop("workers", 2)
-        self.cloud.install(workers, directory / "bin", plot.pop("env", None), **plot)
-        script(directory / "venv" / "bin" / "python", TRAINER)
-        shutil.copytree(ROOT / "launch", self.repository / "launch")
-        for name in ("requirements.txt", ".python-version"):
-            shutil.copy(ROOT / name, self.repository)
-        (self.repository / "configs").mkdir()
-        (self.repository / "configs" / "tiny.yaml").write_text("{}\n")
-        self.git("init", "-q")
-        self.git("add", "-A")
-        self.git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "all")
-        (self.repository / "untracked_secret").touch()
-
-    def git(self, *words: str) -> None:
-        subprocess.run(["git", "-C", self.repository, *words], check=True)
-
-    def command(self, *words: str) -> list[str]:
-        path = self.directory / "settings.env"
-        path.write_text("".join(f"{name}={value}\n" for name, value in self.settings.items()))
-        return ["bash", str(self.repository / "launch" / "tpu.sh"), "--settings", str(path), *words]
-
-    def environment(self) -> dict[str, str]:
-        return os.environ | {"PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}"}
-
-    def start(self, *words: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            self.command(*words),
-            env=self.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def __call__(self, *words: str, code: int = 0) -> str:
-        """Returns what the command wrote; it has to end with the code."""
-        done = self.start(*words)
-        text, _ = done.communicate(timeout=120)
-        assert done.returncode == code, text
-        return text
-
-    def log(self, host: str) -> str:
-        return (self.cloud.hosts / host / "rlhf_jax" / "tiny" / "log").read_text()
-
-    def steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self.run_dir.glob("sft/checkpoints/*"))
-
-    def until(self, condition) -> None:
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 @pytest.fixture
 def make_launch(tmp_path):
-    made = []
-
-    def make(**plot):
-        made.append(Launch(tmp_path, **plot))
-        return made[-1]
-
-    yield make
-    for launch in made:
-        launch.cloud.remove_all()
+    yield from launches(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -216,15 +100,6 @@ def test_what_another_made_meanwhile_is_used(make_launch):
     assert state["queued"] and not launch.cloud.calls(*DELETE)
 
 
-@pytest.mark.slow
-def test_a_network_that_is_gone_for_a_while(make_launch):
-    launch = make_launch(outages=3, create_errors=["UNAVAILABLE: The service is currently unavailable."])
-    assert "once more" in launch("watch")
-    assert len(launch.cloud.calls(*CREATE)) == 2
-    launch.cloud.plot(outages=5)
-    assert "the network is down" in launch("status", code=3)
-
-
 def test_a_preempted_slice_is_made_again_and_the_run_goes_on(make_launch):
     launch = make_launch()
     launch.settings["TRAIN_FLAGS"] = "--steps 25"
@@ -245,25 +120,6 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(make_launch):
     assert any("crashes at" in log and log.count("starts training") == 2 for log in logs)
 
 
-@pytest.mark.slow
-def test_preempted_again_and_again_without_a_checkpoint(make_launch):
-    launch = make_launch()
-    (launch.run_dir).mkdir(parents=True)
-    launch.settings["TRAIN_FLAGS"] = "--steps 0 --exit 0"
-    script(launch.directory / "venv" / "bin" / "python", "if [[ $1 == -c ]]; then exit; fi; /bin/sleep 60")
-    launch.settings["TEARDOWN_WHEN_DONE"] = "yes"
-    watching = launch.start("watch")
-    for count in (1, 2, 3):
-        launch.until(lambda count=count: len(launch.cloud.calls(*CREATE)) == count)
-        launch.until(lambda: launch.cloud.processes("tiny-w-1"))
-        launch.cloud.preempt("tiny", worker=1)
-    text, _ = watching.communicate(timeout=60)
-    assert watching.returncode == 6, text
-    assert "no new checkpoint after 2 restarts" in text
-    assert not launch.cloud.state()["queued"]  # TEARDOWN_WHEN_DONE
-    assert len(launch.cloud.calls(*CREATE)) == len(launch.cloud.calls(*DELETE)) == 3
-
-
 def test_a_host_that_fails_ssh_is_tried_again_and_named(make_launch):
     launch = make_launch(unreachable={"tiny-w-1": 1})
     assert "1 of 2 hosts answered; once more" in launch("up")
@@ -271,42 +127,6 @@ def test_a_host_that_fails_ssh_is_tried_again_and_named(make_launch):
     text = launch("up", code=5)
     assert "host 1 of slice 0 cannot be reached by ssh" in text and "host 0 of slice 0" not in text
     assert len(launch.cloud.calls(*CREATE)) == 1
-
-
-@pytest.mark.slow
-def test_code_that_arrives_damaged_is_not_unpacked(make_launch):
-    launch = make_launch()
-    on_hosts = launch.directory / "cloud" / "bin"
-    script(on_hosts / "tar", 'touch "$HOME/unpacks"; exec /usr/bin/tar "$@"')
-    script(on_hosts / "sha256sum", '[[ $FAKE_HOST != *-w-1 ]] && exec /usr/bin/sha256sum "$@"')
-    text = launch("up", code=5)
-    assert "@host tiny-w-1 failed: code.tar.gz has another checksum" in text
-    assert {path.parent.name for path in launch.cloud.hosts.glob("*/unpacks")} == {"tiny-w-0"}
-    assert not launch.run_dir.exists()
-
-
-@pytest.mark.slow
-def test_a_failing_run_is_restarted_until_that_brings_nothing(make_launch):
-    """Crashes that come after new checkpoints do not count; three at one step do."""
-    launch = make_launch(workers=1)
-    launch.settings |= {"ACCELERATOR": "v5p-8", "TRAIN_FLAGS": "--steps 9"}
-    launch.run_dir.mkdir(parents=True)
-    (launch.run_dir / "crash_at").write_text("1\n2\n3\n4\n4\n4\n")
-    text = launch("watch", code=1)
-    assert "the run failed" in text
-    assert launch.steps() == [0, 1, 2, 3]
-    log = launch.log("tiny-w-0")
-    assert log.count("starts training") == 6 and "no new checkpoint after 2 restarts" in log
-    assert "failed code=1 restarts=5 progress=sft:3," in launch("status")
-    assert "the run is done" in launch("watch")  # with what made it fail gone
-
-
-@pytest.mark.slow
-def test_a_wrong_configuration_is_not_tried_again(make_launch):
-    launch = make_launch(workers=1)
-    launch.settings |= {"ACCELERATOR": "v5p-8", "TRAIN_FLAGS": "--exit 2"}
-    launch("watch", code=1)
-    assert launch.log("tiny-w-0").count("starts training") == 1
 
 
 def test_stop_saves_status_tells_and_start_goes_on(make_launch):
@@ -332,53 +152,6 @@ def test_stop_saves_status_tells_and_start_goes_on(make_launch):
     assert max(launch.steps()) == saved + 2
 
 
-@pytest.mark.slow
-def test_other_code_does_not_replace_what_runs(make_launch):
-    launch = make_launch()
-    launch.settings |= {"TRAIN_FLAGS": "--steps 1000", "TEARDOWN_WHEN_DONE": "yes"}
-    launch("up")
-    (launch.repository / "configs" / "tiny.yaml").write_text("{}  # changed\n")
-    assert "is not there: ship it" in launch("start", code=5)
-    assert "another version of the code is running; stop it first" in launch("watch", code=5)
-    assert launch.cloud.state()["queued"] and launch.log("tiny-w-1").count("starts training") == 1
-    launch("stop")
-    launch.settings["TRAIN_FLAGS"] = "--steps 1"
-    assert "tracked files that are not committed are shipped as they are" in launch("watch")
-    assert not launch.cloud.state()["queued"]
-
-
-@pytest.mark.slow
-def test_a_supervisor_that_is_gone_is_started_again(make_launch):
-    """As after a reboot of the hosts, which keeps their disks."""
-    launch = make_launch()
-    launch.settings["TRAIN_FLAGS"] = "--steps 30"
-    watching = launch.start("watch")
-    launch.until(lambda: len(launch.steps()) >= 2)
-    for host in ("tiny-w-0", "tiny-w-1"):
-        for pid in launch.cloud.processes(host):
-            os.kill(pid, signal.SIGKILL)
-    text, _ = watching.communicate(timeout=60)
-    assert watching.returncode == 0 and "idle restarts=0" in text, text
-    assert len(launch.cloud.calls(*CREATE)) == 1 and launch.steps() == list(range(30))
-
-
-@pytest.mark.slow
-def test_two_slices_and_teardown(make_launch):
-    launch = make_launch()
-    launch.settings["SLICES"] = "2"
-    launch("watch")
-    (create,) = launch.cloud.calls(*CREATE)
-    assert "--node-count=2" in create and "--node-prefix=tiny" in create
-    assert {path.name for path in launch.cloud.hosts.iterdir()} == {
-        f"tiny-{slice}-w-{worker}" for slice in (0, 1) for worker in (0, 1)
-    }
-    text = launch("teardown")
-    assert "anything listed here may cost money" in text and text.count("Listed 0 items.") == 4
-    assert not launch.cloud.state()["queued"]
-    launch("teardown")  # nothing is there any more
-    assert len(launch.cloud.calls(*DELETE)) == 1
-
-
 def test_secrets_come_from_a_file_or_the_manager_and_are_on_no_command_line(make_launch):
     launch = make_launch(workers=1)
     secrets = launch.directory / "secrets.env"
@@ -394,42 +167,6 @@ def test_secrets_come_from_a_file_or_the_manager_and_are_on_no_command_line(make
     home = launch.cloud.hosts / "tiny-w-0" / "rlhf_jax" / "tiny"
     assert (home / "secrets.env").stat().st_mode & 0o077 == 0 and home.stat().st_mode & 0o077 == 0
     assert "hf_of_the_file" not in launch.cloud.calls_file.read_text()
-
-
-@pytest.mark.slow
-def test_packages_are_installed_once(make_launch):
-    launch = make_launch(workers=1)
-    del launch.settings["VENV"]
-    launch.settings["ACCELERATOR"] = "v5p-8"
-    stub = launch.directory / "venv" / "bin" / "python"
-    script(
-        launch.directory / "cloud" / "bin" / "uv",
-        f'echo "uv $*" >>"$HOME/uv"; for place; do :; done; [[ $1 != venv ]] || {{ mkdir -p "$place/bin" && '
-        f'cp {stub} "$place/bin/python"; }}',
-    )
-    launch("watch")
-    launch("install")
-    made, installed = (launch.cloud.hosts / "tiny-w-0" / "uv").read_text().splitlines()
-    assert re.match(r"uv venv --quiet --clear --python 3\.12 .*/rlhf_jax/venv-[0-9a-f]{12}$", made)
-    assert installed.endswith("requirements.txt jax[tpu]")
-
-
-@pytest.mark.slow
-def test_compute_engine(make_launch):
-    launch = make_launch()
-    launch.settings |= {"BACKEND": "gce", "TOPOLOGY": "2x2x2"}
-    launch("watch")
-    made = [call for call in launch.cloud.calls() if {"create", "resize"} & set(call)]
-    assert [call[1] for call in made] == ["instance-templates", "resource-policies", *["instance-groups"] * 2]
-    for index in (0, 1):
-        expected = rf"id {index}\b"
-        assert re.search(expected, launch.log(f"tiny-0-w-{index}"))
-    assert any("RLHF_JAX_COORDINATOR=tiny-0-w-0:8482" in " ".join(call) for call in launch.cloud.calls("ssh"))
-    launch("watch")
-    assert len([call for call in launch.cloud.calls() if "create" in call]) == 3
-    launch("teardown")
-    state = launch.cloud.state()
-    assert not (state["groups"] or state["templates"] or state["policies"])
 
 
 @pytest.mark.parametrize(

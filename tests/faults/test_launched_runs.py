@@ -1,0 +1,158 @@
+"""What launch/tpu.sh does where slices, hosts, networks or settings are not what they were."""
+
+import os
+import re
+import signal
+import sys
+
+import pytest
+
+from tests.fake_cloud import script
+from tests.launched import CREATE, DELETE, launches
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="hosts of TPUs run Linux"),
+]
+
+
+@pytest.fixture
+def make_launch(tmp_path):
+    yield from launches(tmp_path)
+
+
+def test_a_network_that_is_gone_for_a_while(make_launch):
+    launch = make_launch(outages=3, create_errors=["UNAVAILABLE: The service is currently unavailable."])
+    assert "once more" in launch("watch")
+    assert len(launch.cloud.calls(*CREATE)) == 2
+    launch.cloud.plot(outages=5)
+    assert "the network is down" in launch("status", code=3)
+
+
+def test_preempted_again_and_again_without_a_checkpoint(make_launch):
+    launch = make_launch()
+    (launch.run_dir).mkdir(parents=True)
+    launch.settings["TRAIN_FLAGS"] = "--steps 0 --exit 0"
+    script(launch.directory / "venv" / "bin" / "python", "if [[ $1 == -c ]]; then exit; fi; /bin/sleep 60")
+    launch.settings["TEARDOWN_WHEN_DONE"] = "yes"
+    watching = launch.start("watch")
+    for count in (1, 2, 3):
+        launch.until(lambda count=count: len(launch.cloud.calls(*CREATE)) == count)
+        launch.until(lambda: launch.cloud.processes("tiny-w-1"))
+        launch.cloud.preempt("tiny", worker=1)
+    text, _ = watching.communicate(timeout=60)
+    assert watching.returncode == 6, text
+    assert "no new checkpoint after 2 restarts" in text
+    assert not launch.cloud.state()["queued"]  # TEARDOWN_WHEN_DONE
+    assert len(launch.cloud.calls(*CREATE)) == len(launch.cloud.calls(*DELETE)) == 3
+
+
+def test_code_that_arrives_damaged_is_not_unpacked(make_launch):
+    launch = make_launch()
+    on_hosts = launch.directory / "cloud" / "bin"
+    script(on_hosts / "tar", 'touch "$HOME/unpacks"; exec /usr/bin/tar "$@"')
+    script(on_hosts / "sha256sum", '[[ $FAKE_HOST != *-w-1 ]] && exec /usr/bin/sha256sum "$@"')
+    text = launch("up", code=5)
+    assert "@host tiny-w-1 failed: code.tar.gz has another checksum" in text
+    assert {path.parent.name for path in launch.cloud.hosts.glob("*/unpacks")} == {"tiny-w-0"}
+    assert not launch.run_dir.exists()
+
+
+def test_a_failing_run_is_restarted_until_that_brings_nothing(make_launch):
+    """Crashes that come after new checkpoints do not count; three at one step do."""
+    launch = make_launch(workers=1)
+    launch.settings |= {"ACCELERATOR": "v5p-8", "TRAIN_FLAGS": "--steps 9"}
+    launch.run_dir.mkdir(parents=True)
+    (launch.run_dir / "crash_at").write_text("1\n2\n3\n4\n4\n4\n")
+    text = launch("watch", code=1)
+    assert "the run failed" in text
+    assert launch.steps() == [0, 1, 2, 3]
+    log = launch.log("tiny-w-0")
+    assert log.count("starts training") == 6 and "no new checkpoint after 2 restarts" in log
+    assert "failed code=1 restarts=5 progress=sft:3," in launch("status")
+    assert "the run is done" in launch("watch")  # with what made it fail gone
+
+
+def test_a_wrong_configuration_is_not_tried_again(make_launch):
+    launch = make_launch(workers=1)
+    launch.settings |= {"ACCELERATOR": "v5p-8", "TRAIN_FLAGS": "--exit 2"}
+    launch("watch", code=1)
+    assert launch.log("tiny-w-0").count("starts training") == 1
+
+
+def test_other_code_does_not_replace_what_runs(make_launch):
+    launch = make_launch()
+    launch.settings |= {"TRAIN_FLAGS": "--steps 1000", "TEARDOWN_WHEN_DONE": "yes"}
+    launch("up")
+    (launch.repository / "configs" / "tiny.yaml").write_text("{}  # changed\n")
+    assert "is not there: ship it" in launch("start", code=5)
+    assert "another version of the code is running; stop it first" in launch("watch", code=5)
+    assert launch.cloud.state()["queued"] and launch.log("tiny-w-1").count("starts training") == 1
+    launch("stop")
+    launch.settings["TRAIN_FLAGS"] = "--steps 1"
+    assert "tracked files that are not committed are shipped as they are" in launch("watch")
+    assert not launch.cloud.state()["queued"]
+
+
+def test_a_supervisor_that_is_gone_is_started_again(make_launch):
+    """As after a reboot of the hosts, which keeps their disks."""
+    launch = make_launch()
+    launch.settings["TRAIN_FLAGS"] = "--steps 30"
+    watching = launch.start("watch")
+    launch.until(lambda: len(launch.steps()) >= 2)
+    for host in ("tiny-w-0", "tiny-w-1"):
+        for pid in launch.cloud.processes(host):
+            os.kill(pid, signal.SIGKILL)
+    text, _ = watching.communicate(timeout=60)
+    assert watching.returncode == 0 and "idle restarts=0" in text, text
+    assert len(launch.cloud.calls(*CREATE)) == 1 and launch.steps() == list(range(30))
+
+
+def test_two_slices_and_teardown(make_launch):
+    launch = make_launch()
+    launch.settings["SLICES"] = "2"
+    launch("watch")
+    (create,) = launch.cloud.calls(*CREATE)
+    assert "--node-count=2" in create and "--node-prefix=tiny" in create
+    assert {path.name for path in launch.cloud.hosts.iterdir()} == {
+        f"tiny-{slice}-w-{worker}" for slice in (0, 1) for worker in (0, 1)
+    }
+    text = launch("teardown")
+    assert "anything listed here may cost money" in text and text.count("Listed 0 items.") == 4
+    assert not launch.cloud.state()["queued"]
+    launch("teardown")  # nothing is there any more
+    assert len(launch.cloud.calls(*DELETE)) == 1
+
+
+def test_packages_are_installed_once(make_launch):
+    launch = make_launch(workers=1)
+    del launch.settings["VENV"]
+    launch.settings["ACCELERATOR"] = "v5p-8"
+    stub = launch.directory / "venv" / "bin" / "python"
+    script(
+        launch.directory / "cloud" / "bin" / "uv",
+        f'echo "uv $*" >>"$HOME/uv"; for place; do :; done; [[ $1 != venv ]] || {{ mkdir -p "$place/bin" && '
+        f'cp {stub} "$place/bin/python"; }}',
+    )
+    launch("watch")
+    launch("install")
+    made, installed = (launch.cloud.hosts / "tiny-w-0" / "uv").read_text().splitlines()
+    assert re.match(r"uv venv --quiet --clear --python 3\.12 .*/rlhf_jax/venv-[0-9a-f]{12}$", made)
+    assert installed.endswith("requirements.txt jax[tpu]")
+
+
+def test_compute_engine(make_launch):
+    launch = make_launch()
+    launch.settings |= {"BACKEND": "gce", "TOPOLOGY": "2x2x2"}
+    launch("watch")
+    made = [call for call in launch.cloud.calls() if {"create", "resize"} & set(call)]
+    assert [call[1] for call in made] == ["instance-templates", "resource-policies", *["instance-groups"] * 2]
+    for index in (0, 1):
+        expected = rf"id {index}\b"
+        assert re.search(expected, launch.log(f"tiny-0-w-{index}"))
+    assert any("RLHF_JAX_COORDINATOR=tiny-0-w-0:8482" in " ".join(call) for call in launch.cloud.calls("ssh"))
+    launch("watch")
+    assert len([call for call in launch.cloud.calls() if "create" in call]) == 3
+    launch("teardown")
+    state = launch.cloud.state()
+    assert not (state["groups"] or state["templates"] or state["policies"])
