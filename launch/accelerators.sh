@@ -3,15 +3,17 @@
 
 GENERATION='' CHIPS=0 HOSTS=0 HBM=0 GKE_ACCELERATOR=''
 
-# describe_accelerator: reads ACCELERATOR; sets the above, and RUNTIME, MACHINE_TYPE, IMAGE_FAMILY and TOPOLOGY
+# describe_accelerator: reads ACCELERATOR; sets the above, and RUNTIME, MACHINE_TYPE, IMAGE_FAMILY, BOOT_DISK_TYPE and TOPOLOGY
 # where the settings leave them open. Adds to PROBLEMS.
 describe_accelerator() {
   local number per_host=4 runtime='' machine='' largest
   local image=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e
-  if [[ $ACCELERATOR =~ ^tpu7x-([0-9]+x[0-9]+x[0-9]+)$ ]]; then
+  if [[ $ACCELERATOR =~ ^tpu7x-([1-9][0-9]*x[1-9][0-9]*x[1-9][0-9]*)$ ]]; then
     GENERATION=tpu7x HBM=192 machine=tpu7x-standard-4t GKE_ACCELERATOR=tpu7x image=''
     TOPOLOGY=${TOPOLOGY:-${BASH_REMATCH[1]}}
     CHIPS=$((${BASH_REMATCH[1]//x/*}))
+    BOOT_DISK_TYPE=${BOOT_DISK_TYPE:-hyperdisk-balanced}
+    ((CHIPS % 4 == 0)) || problem "ACCELERATOR: $ACCELERATOR has $CHIPS chips: a multiple of 4, those of a host"
   elif [[ $ACCELERATOR =~ ^(v4|v5p|v5litepod|v6e)-([1-9][0-9]*)$ ]]; then
     GENERATION=${BASH_REMATCH[1]} number=${BASH_REMATCH[2]}
     case $GENERATION in
@@ -45,22 +47,24 @@ describe_accelerator() {
     esac
   else
     problem "ACCELERATOR: expected v4-N or v5p-N (N TensorCores, two to a chip), v5litepod-N or v6e-N (N chips), \
-or tpu7x-AxBxC (its topology), got '$ACCELERATOR'"
+or tpu7x-AxBxC (its topology), got '$(shown "$ACCELERATOR")'"
     return 0
   fi
   HOSTS=$((CHIPS / per_host))
   RUNTIME=${RUNTIME:-$runtime}
   MACHINE_TYPE=${MACHINE_TYPE:-$machine}
   IMAGE_FAMILY=${IMAGE_FAMILY:-$image}
-  if [[ -n $TOPOLOGY ]] && { [[ ! $TOPOLOGY =~ ^[0-9]+(x[0-9]+)+$ ]] || ((${TOPOLOGY//x/*} != CHIPS)); }; then
+  if [[ -n $TOPOLOGY ]] && { [[ ! $TOPOLOGY =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] || ((${TOPOLOGY//x/*} != CHIPS)); }; then
     problem "TOPOLOGY: expected sizes whose product is the $CHIPS chips of $ACCELERATOR, such as 4x4x4, got '$TOPOLOGY'"
   fi
 }
 
 # check_backend: adds to PROBLEMS what the chosen API does not offer.
 check_backend() {
+  local name unused='RUNTIME VALID_UNTIL'
   case $BACKEND in
     tpu-vm)
+      unused='TOPOLOGY IMAGE_FAMILY MACHINE_TYPE BOOT_DISK_SIZE BOOT_DISK_TYPE MAX_RUN_DURATION'
       [[ $GENERATION != tpu7x ]] || problem "BACKEND: the Cloud TPU API does not offer tpu7x; set BACKEND=gce"
       [[ $CAPACITY != flex-start ]] || problem "CAPACITY: flex-start takes BACKEND=gce" ;;
     gce)
@@ -73,6 +77,10 @@ gcloud compute images list --project=ubuntu-os-accelerator-images lists them"
         problem "MAX_RUN_DURATION: needed with CAPACITY=flex-start, such as 7d"
       [[ $CAPACITY != reserved || -n $RESERVATION ]] || problem "RESERVATION: needed with CAPACITY=reserved and BACKEND=gce" ;;
   esac
+  for name in $unused; do
+    [[ $GIVEN != *" $name "* ]] || problem "$name: BACKEND=$BACKEND has no use for it; leave it out"
+  done
+  [[ -z $RESERVATION || $CAPACITY == reserved ]] || problem "RESERVATION: CAPACITY=$CAPACITY has no use for it"
 }
 
 # tell_accelerator: what is about to be paid for.

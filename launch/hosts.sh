@@ -4,8 +4,21 @@
 num_hosts() { echo $((SLICES * HOSTS)); }
 job() { echo "rlhf_jax/$NAME"; }
 
+# labels: of what is made; whose it is as well.
+labels() {
+  local owner
+  owner=$(id -un)
+  owner=${owner,,}
+  echo "run=$NAME,owner=${owner//[^a-z0-9_-]/-}"
+}
+
+# A host that is gone without a word does not keep a command waiting for ever.
+# shellcheck disable=SC2034 # the backends read it
+SSH_OPTIONS=(-oConnectTimeout=20 -oServerAliveInterval=30 -oServerAliveCountMax=4)
+
 # every_host ATTEMPTS COMMAND: runs it on all hosts until each has answered with a line "@host NAME ...", none
-# of which says "failed"; the lines are then in REPLY. Status 5: some did not, and they are named.
+# of which says "failed"; the lines are then in REPLY. Status 5: some did not, and they are named, or there are more
+# hosts than the settings say.
 every_host() {
   local attempts=$1 command=$2 attempt=0 answers failed
   while :; do
@@ -19,7 +32,7 @@ every_host() {
     REPLY=$(grep '^@host ' "$SCRATCH/answers" | sort -u) || true
     answers=$(grep -c . <<<"$REPLY") || true
     failed=$(grep '^@host [^ ]* failed: ' <<<"$REPLY") || true
-    [[ $answers -ge $(num_hosts) && -z $failed ]] && return 0
+    [[ $answers -eq $(num_hosts) && -z $failed ]] && return 0
     ((attempt < attempts)) || break
     say "launch: $answers of $(num_hosts) hosts answered${failed:+, and of these failed:
 $failed}; once more"
@@ -43,7 +56,8 @@ TREE='' ARCHIVE=''
 archive_code() {
   local commit
   git -C "$ROOT" rev-parse --verify --quiet HEAD >/dev/null || die 2 "$ROOT is not a git repository with a commit"
-  commit=$(git -C "$ROOT" stash create)
+  git -C "$ROOT" update-index -q --refresh >/dev/null || true # or a file that was only touched is taken for changed
+  commit=$(git -C "$ROOT" stash create) || die 2 "git cannot snapshot the tree: finish the merge, or git add"
   [[ -z $commit ]] || say "launch: tracked files that are not committed are shipped as they are"
   TREE=$(git -C "$ROOT" rev-parse "${commit:-HEAD}^{tree}")
   git -C "$ROOT" cat-file -e "$TREE:$CONFIG" 2>/dev/null || die 2 "CONFIG: git does not track $CONFIG; git add it"
@@ -60,14 +74,14 @@ checksum() {
 }
 
 ship() {
-  archive_code
-  local sums=SHA256 job
+  local sums=SHA256 job old=''
   job=$(job)
   if [[ $DRY_RUN == no ]]; then
     sums=$(checksum "$ARCHIVE")
   fi
   say "launch: $(stamp)ships code $TREE"
-  every_host 3 "mkdir -p -m 700 $job && echo \"@host \$(hostname) ready\"" || return
+  [[ -n $SECRETS_FILE ]] || old=" && rm -f $job/secrets.env" # of settings that had one
+  every_host 3 "mkdir -p -m 700 $job$old && echo \"@host \$(hostname) ready\"" || return
   copied "$ARCHIVE" "$job/code.tar.gz" || return
   copied "$SETTINGS_FILE" "$job/settings.env" || return
   if [[ -n $SECRETS_FILE ]]; then

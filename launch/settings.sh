@@ -4,7 +4,7 @@
 
 NAME='' PROJECT='' ZONE=''
 ACCELERATOR='' SLICES=1 BACKEND=tpu-vm CAPACITY=spot TOPOLOGY=''
-RUNTIME='' IMAGE_FAMILY='' MACHINE_TYPE='' BOOT_DISK_SIZE=200GB RESERVATION='' MAX_RUN_DURATION=''
+RUNTIME='' IMAGE_FAMILY='' MACHINE_TYPE='' BOOT_DISK_SIZE=200GB BOOT_DISK_TYPE='' RESERVATION='' MAX_RUN_DURATION=''
 SERVICE_ACCOUNT='' NETWORK='' SUBNETWORK='' INTERNAL_IPS=no
 VALID_UNTIL='' WAIT_SECONDS=21600 POLL_SECONDS=30
 CONFIG='' TRAIN_FLAGS='' RUN_DIR=''
@@ -15,7 +15,7 @@ MAX_IDLE_RESTARTS=3 RESTART_SECONDS=10 STOP_SECONDS=600 TEARDOWN_WHEN_DONE=no
 CLUSTER='' IMAGE='' MAX_RESTARTS=50 GKE_SECRET='' GKE_CLAIM=''
 
 SETTINGS=(NAME PROJECT ZONE ACCELERATOR SLICES BACKEND CAPACITY TOPOLOGY RUNTIME IMAGE_FAMILY MACHINE_TYPE
-  BOOT_DISK_SIZE RESERVATION MAX_RUN_DURATION SERVICE_ACCOUNT NETWORK SUBNETWORK INTERNAL_IPS VALID_UNTIL
+  BOOT_DISK_SIZE BOOT_DISK_TYPE RESERVATION MAX_RUN_DURATION SERVICE_ACCOUNT NETWORK SUBNETWORK INTERNAL_IPS VALID_UNTIL
   WAIT_SECONDS POLL_SECONDS CONFIG TRAIN_FLAGS RUN_DIR SHARED_DIR SHARED_SOURCE VENV PACKAGES SECRETS_FILE
   SECRET_MANAGER MAX_IDLE_RESTARTS RESTART_SECONDS STOP_SECONDS TEARDOWN_WHEN_DONE CLUSTER IMAGE MAX_RESTARTS
   GKE_SECRET GKE_CLAIM)
@@ -46,17 +46,25 @@ read_lines() {
   done <"$1"
 }
 
+# shown TEXT: the text, unless it looks like a secret.
+TOKEN='(^|[^A-Za-z0-9])(hf_|gh[a-z]_|github_pat_)[A-Za-z0-9]{20}'
+shown() {
+  if [[ $1 =~ $TOKEN ]]; then echo '(a token)'; else echo "$1"; fi
+}
+
 SEEN=' '
+GIVEN=' ' # of these, what is not empty
 set_setting() {
   if [[ $SEEN == *" $1 "* ]]; then
     problem "$1 is given twice"
   fi
   SEEN+="$1 "
-  if [[ $2 =~ (^|[^A-Za-z0-9])(hf_|ghp_)[A-Za-z0-9]{20} ]]; then
+  [[ -z $2 ]] || GIVEN+="$1 "
+  if [[ $2 =~ $TOKEN ]]; then
     problem "$1: a token belongs in SECRETS_FILE or SECRET_MANAGER, not in the settings"
   fi
   if [[ $1 == ENV_?* ]]; then
-    if [[ $1 =~ (TOKEN|SECRET|PASSWORD|KEY)$ ]]; then
+    if [[ ${1^^} =~ (TOKEN|SECRET|PASSWORD|KEY)$ ]]; then
       problem "$1: a secret belongs in SECRETS_FILE or SECRET_MANAGER, not in the settings"
     fi
     ENVIRONMENT+=("${1#ENV_}=$2")
@@ -69,7 +77,7 @@ set_setting() {
 
 # check NAME PATTERN TEXT: a problem unless the setting matches.
 check() {
-  [[ ${!1} =~ ^($2)$ ]] || problem "$1: expected $3, got '${!1}'"
+  [[ ${!1} =~ ^($2)$ ]] || problem "$1: expected $3, got '$(shown "${!1}")'"
 }
 
 # read_settings FILE: sets the variables above. Adds to PROBLEMS.
@@ -87,10 +95,10 @@ read_settings() {
   check RUN_DIR '/.*[^/]' 'an absolute path on storage that all hosts share'
   local name
   for name in WAIT_SECONDS MAX_IDLE_RESTARTS STOP_SECONDS MAX_RESTARTS; do
-    check "$name" '[0-9]+' 'a whole number'
+    check "$name" '0|[1-9][0-9]*' 'a whole number'
   done
   for name in POLL_SECONDS RESTART_SECONDS; do
-    check "$name" '[0-9]+(\.[0-9]+)?' 'seconds'
+    check "$name" '(0|[1-9][0-9]*)(\.[0-9]+)?' 'seconds'
   done
   check SHARED_SOURCE '|gs://[^/]+|[^/:]+:/.*' 'gs://BUCKET or SERVER:/SHARE, or nothing'
   if [[ -n $SHARED_SOURCE ]]; then

@@ -20,7 +20,8 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "launch: needs bash 4.4 or newer, this is $BASH_VERSION (macOS: brew install bash)" >&2
   exit 2
 fi
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+unset CDPATH # with it `cd` would print
+HERE=$(cd -P "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 # shellcheck disable=SC2034 # hosts.sh reads it
 ROOT=${HERE%/*}
 SCRATCH=$(mktemp -d "${TMPDIR:-/tmp}/launch.XXXXXX")
@@ -30,7 +31,7 @@ for part in commands settings accelerators hosts watch gke; do
   source "$HERE/$part.sh"
 done
 
-usage() { sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$HERE/tpu.sh"; }
+usage() { sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p;}' "$HERE/tpu.sh"; }
 
 SETTINGS_FILE='' VERB=''
 while (($#)); do
@@ -44,7 +45,7 @@ while (($#)); do
     -h | --help)
       usage
       exit ;;
-    -*) die 2 "$1: expected --dry-run or --settings FILE before the verb" ;;
+    -*) die 2 "$(shown "${1%%=*}"): expected --dry-run or --settings FILE before the verb" ;;
     *)
       VERB=$1
       shift
@@ -53,10 +54,11 @@ while (($#)); do
   shift
 done
 VERBS=(create wait ship install start up watch status logs stop teardown costs manifest xpk)
-[[ -n $VERB && " ${VERBS[*]} " == *" $VERB "* ]] || die 2 "expected one of: ${VERBS[*]}, got '$VERB'"
-[[ -n $SETTINGS_FILE ]] || die 2 "expected --settings FILE; copy launch/example.env"
-[[ -r $SETTINGS_FILE ]] || die 2 "$SETTINGS_FILE cannot be read; copy launch/example.env"
-[[ $# -eq 0 || $VERB == logs ]] || die 2 "$VERB: expected no arguments, got: $*"
+[[ -n $VERB && " ${VERBS[*]} " == *" $VERB "* ]] || die 2 "expected one of: ${VERBS[*]}, got '$(shown "$VERB")'"
+[[ -n $SETTINGS_FILE ]] || die 2 "expected --settings FILE before the verb; copy launch/example.env"
+[[ -f $SETTINGS_FILE && -r $SETTINGS_FILE ]] ||
+  die 2 "$(shown "$SETTINGS_FILE") is no file that can be read; copy launch/example.env"
+[[ $# -eq 0 || $VERB == logs ]] || die 2 "$VERB: expected no arguments after it, got $#"
 
 read_settings "$SETTINGS_FILE"
 describe_accelerator
@@ -66,12 +68,14 @@ case $VERB in
 esac
 [[ $VERB != xpk || -n $CLUSTER ]] || problem "CLUSTER: needed for xpk"
 if [[ -n $SECRETS_FILE ]]; then
-  if [[ ! -r $SECRETS_FILE ]]; then
-    problem "SECRETS_FILE: $SECRETS_FILE cannot be read"
+  if [[ ! -f $SECRETS_FILE || ! -r $SECRETS_FILE ]]; then
+    problem "SECRETS_FILE: $SECRETS_FILE is no file that can be read"
   elif [[ $(ls -dL -l "$SECRETS_FILE") != ????------* ]]; then
     problem "SECRETS_FILE: others may read $SECRETS_FILE; chmod 600 it"
   elif git -C "$(dirname "$SECRETS_FILE")" ls-files --error-unmatch "$(basename "$SECRETS_FILE")" >/dev/null 2>&1; then
     problem "SECRETS_FILE: git tracks $SECRETS_FILE, so it would be shipped with the code"
+  else
+    read_lines "$SECRETS_FILE" : # the hosts read it alike
   fi
 fi
 stop_at_problems 2
@@ -81,8 +85,15 @@ case $VERB in
     exit ;;
 esac
 [[ $DRY_RUN == yes ]] || command -v gcloud >/dev/null || die 2 "gcloud is not installed: cloud.google.com/sdk/docs/install"
+if [[ $DRY_RUN == no ]]; then # what is edited meanwhile is for the next call
+  cp "$SETTINGS_FILE" "$SCRATCH/settings.env"
+  SETTINGS_FILE=$SCRATCH/settings.env
+fi
 # shellcheck source=/dev/null
 source "$HERE/backend_${BACKEND//-/_}.sh"
+case $VERB in
+  create | ship | install | start | up | watch) archive_code ;; # what is wrong with it is told before it costs money
+esac
 backend_init
 
 # with_slices FUNCTION ARGUMENTS...: for the verbs that need hosts.
@@ -101,11 +112,13 @@ case $VERB in
       [[ $code -ne 7 ]] || say "launch: the slices were lost while they came up: $STATE_TOLD; 'watch' starts again by itself"
       exit "$code"
     } ;;
-  wait) wait_for_slices || die "$?" "the slices are lost: $STATE_TOLD" ;;
-  ship) with_slices ship ;;
-  install | start)
-    archive_code
-    with_slices "$VERB" ;;
+  wait)
+    wait_for_slices || {
+      code=$?
+      [[ $code -ne 7 ]] || say "launch: the slices are lost: $STATE_TOLD"
+      exit "$code"
+    } ;;
+  ship | install | start) with_slices "$VERB" ;;
   status)
     slice_state
     say "launch: $STATE_TOLD"
@@ -119,11 +132,12 @@ case $VERB in
   logs)
     host=0
     if [[ ${1:-} == --host ]]; then
-      [[ ${2:-} =~ ^[0-9]{1,5}$ && ${2:-} -lt $((SLICES * HOSTS)) ]] ||
+      [[ ${2:-} =~ ^(0|[1-9][0-9]{0,4})$ && ${2:-} -lt $((SLICES * HOSTS)) ]] ||
         die 2 "--host: expected 0 to $((SLICES * HOSTS - 1)), got '${2:-}'"
       host=$2
       shift 2
     fi
+    [[ " $*" != *" --host"* ]] || die 2 "logs: expected --host N before the arguments of tail"
     [[ $# -gt 0 ]] || set -- -n 100
     with_slices logs "$host" "$@" ;;
 esac

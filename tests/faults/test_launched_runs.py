@@ -29,6 +29,12 @@ def test_a_network_that_is_gone_for_a_while(make_launch):
     assert "the network is down" in launch("status", code=3)
 
 
+def test_more_hosts_than_the_settings_say_are_not_used(make_launch):
+    launch = make_launch(workers=3)
+    assert "3 of 2 hosts answered" in launch("up", code=5)
+    assert not launch.run_dir.exists()
+
+
 def test_preempted_again_and_again_without_a_checkpoint(make_launch):
     launch = make_launch()
     (launch.run_dir).mkdir(parents=True)

@@ -1,6 +1,7 @@
 """launch/tpu.sh against a gcloud that plays Google Cloud: calls, their order, exit codes."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -189,13 +190,63 @@ def test_secrets_come_from_a_file_or_the_manager_and_are_on_no_command_line(make
         ),
         ({"ENV_HF_TOKEN": "hf_x"}, "a secret belongs in SECRETS_FILE"),
         ({"TRAIN_FLAGS": f"--hub.token hf_{'x' * 30}"}, "TRAIN_FLAGS: a token belongs in SECRETS_FILE"),
+        ({"ENV_wandb_key": "0" * 40}, "ENV_wandb_key: a secret belongs in SECRETS_FILE"),
+        ({"RUN_DIR": f"github_pat_{'x' * 40}"}, "RUN_DIR: expected an absolute path"),
+        ({"RESERVATION": "mine"}, "RESERVATION: CAPACITY=spot has no use for it"),
+        ({"TOPOLOGY": "2x2x2"}, "TOPOLOGY: BACKEND=tpu-vm has no use for it"),
+        ({"TOPOLOGY": "08x1x1", "BACKEND": "gce"}, "TOPOLOGY: expected sizes"),
+        ({"ACCELERATOR": "tpu7x-2x1x1", "BACKEND": "gce"}, "tpu7x-2x1x1 has 2 chips: a multiple of 4"),
+        ({"WAIT_SECONDS": "010"}, "WAIT_SECONDS: expected a whole number"),
         ({"CONFIG": "configs/absent.yaml"}, "git does not track configs/absent.yaml"),
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_made(quiet_launch, changes, words):
     launch = quiet_launch
     launch.settings |= changes
-    assert words in launch("--dry-run", "watch", code=2)
+    text = launch("watch", code=2)
+    assert words in text and "github_pat_" not in text
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["watch", "--dry-run"], "watch: expected no arguments after it"),
+        (
+            [f"--token=hf_{'x' * 30}", "watch"],
+            "--token: expected --dry-run or --settings FILE before the verb",
+        ),
+        (["--settings", "/tmp", "watch"], "/tmp is no file that can be read"),
+        (["--dry-run", "logs", "-n", "5", "--host", "1"], "expected --host N before the arguments of tail"),
+        (["--dry-run", "logs", "--host", "01"], "--host: expected 0 to 1, got '01'"),
+    ],
+)
+def test_a_wrong_command_line(quiet_launch, words, told):
+    assert told in quiet_launch(*words, code=2)
+
+
+def test_it_may_be_called_by_a_link_and_with_cdpath(quiet_launch, tmp_path):
+    launch = quiet_launch
+    (tmp_path / "tpu").symlink_to(launch.repository / "launch" / "tpu.sh")
+    words = ["bash", str(tmp_path / "tpu"), *launch.command("--dry-run", "costs")[2:]]
+    environment = launch.environment() | {"CDPATH": str(tmp_path)}
+    subprocess.run(words, env=environment, check=True, cwd=tmp_path, capture_output=True)
+
+
+def test_a_secrets_file_is_read_before_anything_is_made(quiet_launch, tmp_path):
+    secrets = tmp_path / "secrets.env"
+    secrets.write_text("export HF_TOKEN=hf_secret\n")
+    secrets.chmod(0o600)
+    quiet_launch.settings["SECRETS_FILE"] = secrets
+    text = quiet_launch("watch", code=2)
+    assert "secrets.env, line 1: expected NAME=value" in text and "hf_secret" not in text
+
+
+def test_a_tree_that_git_cannot_snapshot(make_launch):
+    launch = make_launch()
+    (launch.repository / "new").write_text("new\n")
+    launch.git("add", "-N", "new")
+    assert "finish the merge, or git add" in launch("watch", code=2)
+    assert not launch.cloud.calls()
 
 
 CASES = {
@@ -218,6 +269,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(quiet_launch, name):
     )
     text = re.sub(r"\b[0-9a-f]{40}\b", "TREE", text)
     text = re.sub(r"/\S*/launch\.\w{6}/", "SCRATCH/", text).replace(str(launch.directory), "HERE")
+    text = re.sub(r"owner=[\w-]+", "owner=ME", text)
     path = GOLDEN / f"{name}.txt"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -230,7 +282,7 @@ def test_kubernetes(quiet_launch):
     launch = quiet_launch
     launch.settings |= {
         "SLICES": "2", "TOPOLOGY": "2x2x2", "IMAGE": "registry/image:1", "CLUSTER": "mine",
-        "GKE_SECRET": "keys", "GKE_CLAIM": "claim", "SHARED_DIR": "/shared", "ENV_CACHE": "it's",
+        "GKE_SECRET": "keys", "GKE_CLAIM": "claim", "SHARED_DIR": launch.run_dir.parent, "ENV_CACHE": "it's",
         "TRAIN_FLAGS": "--ppo.kl_coef 0.1",
     }  # fmt: skip
     manifest = yaml.safe_load(launch("manifest"))
