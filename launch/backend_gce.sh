@@ -19,34 +19,55 @@ groups() {
   for ((slice = 0; slice < SLICES; slice++)); do echo "$NAME-$slice"; done
 }
 
+# kind: what a group's description says, by which one of other settings is told.
+kind() { echo "$ACCELERATOR x $SLICES"; }
+
 WAS_READY=no # a host that is missing then is lost, not late
 MACHINES=()  # of all slices, in the order of their processes
+MADE=()      # the groups that are there
 slice_state() {
-  local group state machine status running absent=0
-  STATE=READY STATE_TOLD='' MACHINES=()
+  local group machine status running listed description absent=0
+  STATE=READY STATE_TOLD='' MACHINES=() MADE=()
+  ask_patiently gcloud compute instance-groups managed list "--project=$PROJECT" "--zones=$ZONE" \
+    "--filter=name~^$NAME-[0-9]+\$" '--format=csv[no-heading](name,description)' || true
+  while IFS=, read -r group description; do
+    [[ -n $group ]] || continue
+    MADE+=("$group")
+    if [[ $description != "${description:+$(kind)}" || " $(groups | tr '\n' ' ')" != *" $group "* ]]; then
+      STATE=OTHER STATE_TOLD+="$group (${description:-unknown}), "
+    fi
+  done <<<"$REPLY"
+  if [[ $STATE == OTHER ]]; then
+    STATE_TOLD=${STATE_TOLD%, }
+    return
+  fi
   for group in $(groups); do
     if ! ask_patiently gcloud compute instance-groups managed list-instances "$group" "${in_zone[@]}" \
       '--format=value(instance.basename(),instanceStatus)'; then
       absent=$((absent + 1)) STATE_TOLD+="$group absent; "
       continue
     fi
-    running=0
+    running=0 listed=0
     while read -r machine status; do
       [[ -n $machine ]] || continue
       MACHINES+=("$machine")
+      listed=$((listed + 1))
       case $status in
         RUNNING) running=$((running + 1)) ;;
         STOPPING | STOPPED | TERMINATED | SUSPENDING | SUSPENDED) STATE=LOST ;;
       esac
     done < <(sort -V <<<"$REPLY")
     STATE_TOLD+="$group $running of $HOSTS running; "
+    if ((listed > 0 && listed < HOSTS)); then # they come together, and are of no use alone
+      STATE=LOST
+    fi
     ((running == HOSTS)) || [[ $STATE == LOST ]] || STATE=WAITING
   done
   STATE_TOLD=${STATE_TOLD%; }
   if ((absent == SLICES)); then
     STATE=ABSENT
   elif ((absent > 0)); then
-    STATE=WAITING
+    [[ $STATE == LOST ]] || STATE=WAITING
     [[ $WAS_READY == no ]] || STATE=LOST
   elif [[ $STATE == READY ]]; then
     WAS_READY=yes
@@ -57,6 +78,7 @@ slice_state() {
 
 told_of_failure() { printf '%s' "$STATE_TOLD"; }
 
+# create_slices: each part that is not there.
 create_slices() {
   local region group path
   region=$(REGION)
@@ -64,7 +86,7 @@ create_slices() {
   local template=(gcloud compute instance-templates create "$NAME" "--project=$PROJECT"
     "--instance-template-region=$region" "--machine-type=$MACHINE_TYPE" --maintenance-policy=TERMINATE
     "--boot-disk-size=$BOOT_DISK_SIZE" --image-project=ubuntu-os-accelerator-images "--image-family=$IMAGE_FAMILY"
-    --scopes=https://www.googleapis.com/auth/cloud-platform "--labels=run=$NAME")
+    --scopes=https://www.googleapis.com/auth/cloud-platform "--labels=$(labels)")
   case $CAPACITY in
     spot) template+=(--provisioning-model=SPOT --instance-termination-action=DELETE) ;;
     flex-start)
@@ -75,10 +97,13 @@ create_slices() {
         --instance-termination-action=DELETE) ;;
     on-demand) template+=(--provisioning-model=STANDARD) ;;
   esac
+  [[ -z $BOOT_DISK_TYPE ]] || template+=("--boot-disk-type=$BOOT_DISK_TYPE")
   [[ -z $SERVICE_ACCOUNT ]] || template+=("--service-account=$SERVICE_ACCOUNT")
   [[ -z $NETWORK ]] || template+=("--network=$NETWORK")
   [[ -z $SUBNETWORK ]] || template+=("--subnet=$SUBNETWORK")
   [[ $INTERNAL_IPS == no ]] || template+=(--no-address)
+  # What is left of a run with other settings would be used as it is.
+  [[ $STATE != ABSENT ]] || delete_parts || return
   change "$EXISTS" "${template[@]}" || return
   if ((HOSTS > 1)); then
     change "$EXISTS" gcloud compute resource-policies create workload-policy "$NAME" "--project=$PROJECT" \
@@ -86,7 +111,7 @@ create_slices() {
       --accelerator-topology-mode=AUTO_CONNECT || return
   fi
   for group in $(groups); do
-    local command=(gcloud compute instance-groups managed create "$group" "${in_zone[@]}" --size=0
+    local command=(gcloud compute instance-groups managed create "$group" "${in_zone[@]}" --size=0 "--description=$(kind)"
       "--template=$path/instanceTemplates/$NAME" --target-size-policy-mode=bulk
       --default-action-on-vm-failure=do-nothing)
     ((HOSTS == 1)) || command+=("--workload-policy=$path/resourcePolicies/$NAME")
@@ -98,12 +123,19 @@ create_slices() {
 delete_slices() {
   local group code=0
   WAS_READY=no
-  for group in $(groups); do # the machines one by one would be made again
+  [[ $DRY_RUN == no ]] || mapfile -t MADE < <(groups)
+  for group in "${MADE[@]}"; do # the machines one by one would be made again
     change "$ABSENT" gcloud compute instance-groups managed delete "$group" "${in_zone[@]}" --quiet || code=$?
   done
+  delete_parts || code=$?
+  return "$code"
+}
+
+# delete_parts: what groups are made from.
+delete_parts() {
+  local code=0
   change "$ABSENT" gcloud compute instance-templates delete "$NAME" "--project=$PROJECT" "--region=$(REGION)" --quiet || code=$?
-  ((HOSTS == 1)) ||
-    change "$ABSENT" gcloud compute resource-policies delete "$NAME" "--project=$PROJECT" "--region=$(REGION)" --quiet || code=$?
+  change "$ABSENT" gcloud compute resource-policies delete "$NAME" "--project=$PROJECT" "--region=$(REGION)" --quiet || code=$?
   return "$code"
 }
 
@@ -131,9 +163,9 @@ on_hosts() {
   for machine in "${all[@]}"; do
     local told=${1//@identity@/$(identity "$index" "${all[0]}")}
     if [[ $DRY_RUN == yes ]]; then
-      run gcloud compute ssh "$machine" "${in_zone[@]}" "${ssh_flags[@]}" "--command=$told"
+      run gcloud compute ssh "$machine" "${in_zone[@]}" "${ssh_flags[@]}" "--command=$told" -- "${SSH_OPTIONS[@]}"
     else
-      run gcloud compute ssh "$machine" "${in_zone[@]}" "${ssh_flags[@]}" "--command=$told" \
+      run gcloud compute ssh "$machine" "${in_zone[@]}" "${ssh_flags[@]}" "--command=$told" -- "${SSH_OPTIONS[@]}" \
         </dev/null >"$SCRATCH/host-$index" &
       processes+=($!)
     fi
@@ -149,16 +181,16 @@ on_hosts() {
 on_host() {
   local all
   mapfile -t all < <(machines)
-  run gcloud compute ssh "${all[$1]}" "${in_zone[@]}" "${ssh_flags[@]}" "--command=$2" </dev/null
+  run gcloud compute ssh "${all[$1]}" "${in_zone[@]}" "${ssh_flags[@]}" "--command=$2" -- "${SSH_OPTIONS[@]}" </dev/null
 }
 
 copy_to_hosts() {
-  local machine processes=() process code=0
+  local machine processes=() process code=0 flags=("${ssh_flags[@]}" "${SSH_OPTIONS[@]/#-o/--scp-flag=-o}")
   for machine in $(machines); do
     if [[ $DRY_RUN == yes ]]; then
-      run gcloud compute scp "$1" "$machine:$2" "${in_zone[@]}" "${ssh_flags[@]}"
+      run gcloud compute scp "$1" "$machine:$2" "${in_zone[@]}" "${flags[@]}"
     else
-      run gcloud compute scp "$1" "$machine:$2" "${in_zone[@]}" "${ssh_flags[@]}" </dev/null &
+      run gcloud compute scp "$1" "$machine:$2" "${in_zone[@]}" "${flags[@]}" </dev/null &
       processes+=($!)
     fi
   done
@@ -166,9 +198,4 @@ copy_to_hosts() {
     wait "$process" || code=$?
   done
   return "$code"
-}
-
-list_resources() {
-  run gcloud compute instance-groups managed list "--project=$PROJECT" "--zones=$ZONE"
-  run gcloud compute resource-policies list "--project=$PROJECT" "--filter=region:$(REGION)"
 }

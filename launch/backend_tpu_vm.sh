@@ -1,11 +1,11 @@
 # shellcheck shell=bash disable=SC2034
 # TPU VMs through queued resources: v4, v5e, v5p, v6e. A backend has these functions:
-#   slice_state      sets STATE (ABSENT WAITING READY LOST FAILED DELETING) and STATE_TOLD
+#   slice_state      sets STATE (ABSENT WAITING READY LOST FAILED DELETING OTHER) and STATE_TOLD; OTHER: they are
+#                    there, and are not what the settings say
 #   create_slices, delete_slices
 #   on_hosts COMMAND   runs it on all hosts; @identity@ in it becomes what a process is to be told of itself
 #   on_host N COMMAND  runs it on host N, counted over all slices
 #   copy_to_hosts FILE DESTINATION
-#   list_resources   what is there and may cost money
 
 STATE='' STATE_TOLD=''
 
@@ -25,8 +25,9 @@ nodes() {
   fi
 }
 
+WAS_READY=no # nodes that are missing then are lost
 slice_state() {
-  local node state
+  local node state type slices gone=0 other=no
   if ! ask_patiently gcloud compute tpus queued-resources describe "$NAME" "${in_zone[@]}" '--format=value(state.state)'; then
     STATE=ABSENT STATE_TOLD='there is no queued resource'
     return
@@ -41,18 +42,28 @@ slice_state() {
   esac
   [[ $STATE == READY ]] || return 0
   for node in $(nodes); do
-    if ask_patiently gcloud compute tpus tpu-vm describe "$node" "${in_zone[@]}" '--format=value(state)'; then
-      state=$REPLY
+    if ask_patiently gcloud compute tpus tpu-vm describe "$node" "${in_zone[@]}" \
+      '--format=csv[no-heading](state,acceleratorType,labels.slices)'; then
+      IFS=, read -r state type slices <<<"$REPLY"
     else
-      state='GONE'
+      state='GONE' type='' slices='' gone=$((gone + 1))
     fi
     STATE_TOLD+=", $node $state"
+    if [[ ${type##*/} != "${type:+$ACCELERATOR}" || $slices != "${slices:+$SLICES}" ]]; then
+      STATE_TOLD+=" ($type, ${slices:-1} slices)"
+      other=yes
+    fi
     case $state in
       READY) ;;
       CREATING | STARTING | RESTARTING | REIMAGING | REPAIRING) [[ $STATE == LOST ]] || STATE=WAITING ;;
       *) STATE=LOST ;;
     esac
   done
+  # With another number of slices its nodes have other names. What runs on them is not to be deleted as lost.
+  if [[ $other == yes || ($gone -eq $SLICES && $WAS_READY == no) ]]; then
+    STATE=OTHER
+  fi
+  [[ $STATE != READY ]] || WAS_READY=yes
 }
 
 # told_of_failure: what Google Cloud says of a queued resource that failed.
@@ -63,7 +74,7 @@ told_of_failure() {
 
 create_slices() {
   local command=(gcloud compute tpus queued-resources create "$NAME" "${in_zone[@]}"
-    "--accelerator-type=$ACCELERATOR" "--runtime-version=$RUNTIME" "--labels=run=$NAME")
+    "--accelerator-type=$ACCELERATOR" "--runtime-version=$RUNTIME" "--labels=$(labels),slices=$SLICES")
   if [[ $SLICES -eq 1 ]]; then
     command+=("--node-id=$NAME")
   else
@@ -84,25 +95,21 @@ create_slices() {
 }
 
 delete_slices() {
+  WAS_READY=no
   change "$ABSENT" gcloud compute tpus queued-resources delete "$NAME" "${in_zone[@]}" --force --quiet
 }
 
 on_hosts() {
   run gcloud compute tpus queued-resources ssh "$NAME" "${in_zone[@]}" --node=all --worker=all "${ssh_flags[@]}" \
-    "--command=${1//@identity@/}" </dev/null
+    "--command=${1//@identity@/}" -- "${SSH_OPTIONS[@]}" </dev/null
 }
 
 on_host() {
   run gcloud compute tpus queued-resources ssh "$NAME" "${in_zone[@]}" "--node=$(($1 / HOSTS))" \
-    "--worker=$(($1 % HOSTS))" "${ssh_flags[@]}" "--command=$2" </dev/null
+    "--worker=$(($1 % HOSTS))" "${ssh_flags[@]}" "--command=$2" -- "${SSH_OPTIONS[@]}" </dev/null
 }
 
 copy_to_hosts() {
   run gcloud compute tpus queued-resources scp "$1" "$NAME:$2" "${in_zone[@]}" --node=all --worker=all \
-    "${ssh_flags[@]}" </dev/null
-}
-
-list_resources() {
-  run gcloud compute tpus queued-resources list "${in_zone[@]}"
-  run gcloud compute tpus tpu-vm list "${in_zone[@]}"
+    "${ssh_flags[@]}" "${SSH_OPTIONS[@]/#-o/--scp-flag=-o}" </dev/null
 }

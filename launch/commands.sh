@@ -59,7 +59,7 @@ ask() {
 PATIENCE=5
 ABSENT='NOT_FOUND|[Nn]ot[ -]found'
 EXISTS='ALREADY_EXISTS|[Aa]lready exists'
-DENIED='PERMISSION_DENIED|UNAUTHENTICATED|auth login'
+DENIED="PERMISSION_DENIED|UNAUTHENTICATED|auth login|Required '[^']*' permission|has not been used|SERVICE_DISABLED"
 ask_patiently() {
   local attempt
   for ((attempt = 1; attempt <= PATIENCE; attempt++)); do
@@ -98,6 +98,20 @@ change() {
   refused "$error"
 }
 
+# listed COMMAND...: shows a list. Status 3: it cannot be told what there is. Where an API is off there is nothing.
+listed() {
+  if [[ $DRY_RUN == yes ]]; then
+    told "$@"
+    return 0
+  fi
+  if "$@" </dev/null 2>"$SCRATCH/error"; then
+    cat "$SCRATCH/error" >&2
+  elif ! grep -q -E 'has not been used|SERVICE_DISABLED' "$SCRATCH/error"; then
+    say "launch: CANNOT BE LISTED, and may cost money: ${*:2:4}: $(<"$SCRATCH/error")"
+    return 3
+  fi
+}
+
 # refused TEXT: tells what Google Cloud said, and what to do about it; status 3.
 refused() {
   local hint=''
@@ -105,7 +119,7 @@ refused() {
     *[Qq]uota* | *RESOURCE_EXHAUSTED*)
       hint="The project's quota for $ACCELERATOR ($CAPACITY) in $ZONE does not allow it: ask for more in the console \
 (IAM & Admin, Quotas), choose another zone, or a smaller slice." ;;
-    *PERMISSION_DENIED* | *UNAUTHENTICATED* | *"auth login"*)
+    *PERMISSION_DENIED* | *UNAUTHENTICATED* | *"auth login"* | *"Required '"*"' permission"* | *"has not been used"* | *SERVICE_DISABLED*)
       hint="Look at \`gcloud auth list\`, whether the account may use TPUs in project $PROJECT (roles/tpu.admin), \
 and whether the API is on: gcloud services enable tpu.googleapis.com compute.googleapis.com --project=$PROJECT" ;;
     *[Rr]eservation*) hint="CAPACITY=$CAPACITY: look whether the reservation covers $ACCELERATOR in $ZONE." ;;

@@ -1,8 +1,9 @@
 """A Google Cloud on this machine: state in a directory, hosts as directories; fake_gcloud.py is its command.
 
 What it plays is in plot.json there: `waits`, how many looks at a new queued resource find it waiting;
-`create_errors`, what the next attempts to create are answered; `fails`, why it fails instead of becoming
-active; `unreachable`, for how many calls a host does not answer ssh; `outages`, how many looks get no answer.
+`create_errors`, what the next attempts to create are answered; `errors`, pairs of words and what the next
+call with these is answered; `fails`, why it fails instead of becoming active; `unreachable`, for how many
+calls a host does not answer ssh; `outages`, how many looks get no answer.
 """
 
 from __future__ import annotations

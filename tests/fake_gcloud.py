@@ -6,6 +6,7 @@ It imports little, as a test calls it dozens of times.
 import contextlib
 import json
 import os
+import re
 import sys
 
 
@@ -15,10 +16,17 @@ class Gcloud:
     def __init__(self, directory: str, argv: list[str]) -> None:
         self.directory = directory
         self.state, self.plot = read(f"{directory}/state.json"), read(f"{directory}/plot.json")
+        if "--" in argv:  # what follows is for ssh
+            argv = argv[: argv.index("--")]
         self.words = [word for word in argv if not word.startswith("--")]
         self.flags = dict(word[2:].partition("=")[::2] for word in argv if word.startswith("--"))
 
     def main(self) -> int:
+        errors = self.plot.get("errors", [])
+        for words, text in errors:
+            if set(words) <= set(self.words):
+                self.change_plot(errors=[error for error in errors if error != [words, text]])
+                return error(text)
         for words, act in {
             ("compute", "tpus", "queued-resources", "describe"): self.describe_queued,
             ("compute", "tpus", "queued-resources", "create"): self.create_queued,
@@ -33,6 +41,7 @@ class Gcloud:
             ("compute", "instance-groups", "managed", "create"): self.create_group,
             ("compute", "instance-groups", "managed", "resize"): self.resize_group,
             ("compute", "instance-groups", "managed", "list-instances"): self.list_group,
+            ("compute", "instance-groups", "managed", "list"): self.list_groups,
             ("compute", "instance-groups", "managed", "delete"): self.delete_group,
             ("compute", "ssh"): lambda: self.ssh([self.words[-1]]),
             ("compute", "scp"): lambda: self.scp([self.words[-1].partition(":")[0]]),
@@ -45,9 +54,12 @@ class Gcloud:
                     replace(f"{self.directory}/state.json", self.state)
                 return code
         if self.words[-1] == "list":
-            print("Listed 0 items.")
-            return 0
+            return self.list_nothing()
         return error(f"Invalid choice: {self.words}", 2)
+
+    def list_nothing(self) -> int:
+        print("Listed 0 items.", file=sys.stderr)
+        return 0
 
     def create_queued(self) -> int:
         name = self.words[-1]
@@ -62,6 +74,7 @@ class Gcloud:
             "state": "WAITING_FOR_RESOURCES",
             "waits": self.plot.get("waits", 1),
             "nodes": dict.fromkeys(nodes, "CREATING"),
+            "kind": f"{self.flags['accelerator-type']},{self.flags['labels'].rpartition('slices=')[2]}",
         }
         return 0
 
@@ -93,11 +106,11 @@ class Gcloud:
         return 0
 
     def describe_node(self) -> int:
-        found = [queued["nodes"].get(self.words[-1]) for queued in self.state["queued"].values()]
-        if not any(found):
-            return error("NOT_FOUND: no such node")
-        print(next(filter(None, found)))
-        return 0
+        for queued in self.state["queued"].values():
+            if node := queued["nodes"].get(self.words[-1]):
+                print(f"{node},{queued['kind']}")
+                return 0
+        return error("NOT_FOUND: no such node")
 
     def workers(self, name: str) -> list[str] | None:
         """Returns the hosts that --node and --worker name; None where their slices are not there."""
@@ -187,12 +200,21 @@ class Gcloud:
         if self.words[-1] in self.state["groups"]:
             return error(f"The resource '{self.words[-1]}' already exists")
         self.state["groups"][self.words[-1]] = {}
+        self.state.setdefault("descriptions", {})[self.words[-1]] = self.flags["description"]
         return 0
 
     def resize_group(self) -> int:
         group = self.words[-1]
         machines = {f"{group}-w-{i}": "STAGING" for i in range(int(self.flags["size"]))}
         self.state["groups"][group] = machines | self.state["groups"][group]
+        return 0
+
+    def list_groups(self) -> int:
+        if "filter" not in self.flags:
+            return self.list_nothing()
+        for group in self.state["groups"]:
+            if re.search(self.flags["filter"].removeprefix("name~"), group):
+                print(f"{group},{self.state['descriptions'][group]}")
         return 0
 
     def list_group(self) -> int:

@@ -1,5 +1,6 @@
 """What launch/tpu.sh does where slices, hosts, networks or settings are not what they were."""
 
+import json
 import os
 import re
 import signal
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.fake_cloud import script
+from tests.fake_cloud import replace, script
 from tests.launched import CREATE, DELETE, launches
 
 pytestmark = [
@@ -29,10 +30,60 @@ def test_a_network_that_is_gone_for_a_while(make_launch):
     assert "the network is down" in launch("status", code=3)
 
 
+def test_nodes_that_vanish_while_one_watches_are_lost(make_launch):
+    launch = make_launch()
+    launch.settings["TRAIN_FLAGS"] = "--steps 25"
+    watching = launch.start("watch")
+    launch.until(lambda: len(launch.steps()) >= 3)
+    state = launch.cloud.state()
+    state["queued"]["tiny"]["nodes"] = {}
+    replace(launch.cloud.state_file, state)
+    for host in ("tiny-w-0", "tiny-w-1"):
+        launch.cloud.remove(host)
+    text, _ = watching.communicate(timeout=60)
+    assert watching.returncode == 0 and "tiny GONE; goes on" in text, text
+
+
+def test_fewer_slices_than_there_are(make_launch):
+    launch = make_launch(waits=0)
+    launch.settings["SLICES"] = "3"
+    launch("create")
+    launch.settings["SLICES"] = "2"
+    assert "tiny-0 READY (v5p-16, 3 slices)" in launch("watch", code=3)
+    assert len(launch.cloud.state()["queued"]["tiny"]["nodes"]) == 3
+
+
 def test_more_hosts_than_the_settings_say_are_not_used(make_launch):
     launch = make_launch(workers=3)
     assert "3 of 2 hosts answered" in launch("up", code=5)
     assert not launch.run_dir.exists()
+
+
+def test_what_has_been_waited_for_too_long_is_given_up(make_launch):
+    launch = make_launch(waits=1000)
+    launch.settings |= {"WAIT_SECONDS": "0", "TEARDOWN_WHEN_DONE": "yes"}
+    launch("watch", code=4)
+    assert not launch.cloud.state()["queued"]
+
+
+def test_a_refusal_days_into_a_run_is_not_its_end(make_launch):
+    launch = make_launch()
+    launch.settings["TRAIN_FLAGS"] = "--steps 25"
+    watching = launch.start("watch")
+    launch.until(lambda: len(launch.steps()) >= 3)
+    launch.cloud.plot(create_errors=["RESOURCE_EXHAUSTED: Quota limit has been exceeded."])
+    launch.cloud.preempt("tiny", worker=1)
+    text, _ = watching.communicate(timeout=60)
+    assert watching.returncode == 0 and "Google Cloud refused" in text, text
+    assert launch.steps() == list(range(25))
+    launch.settings |= {"TRAIN_FLAGS": "--steps 1000", "TEARDOWN_WHEN_DONE": "yes", "POLL_SECONDS": "0.02"}
+    watching = launch.start("watch")
+    launch.until(lambda: len(launch.steps()) >= 30)
+    launch.cloud.plot(create_errors=["RESOURCE_EXHAUSTED: Quota limit has been exceeded."] * 10)
+    launch.cloud.preempt("tiny", worker=1)
+    text, _ = watching.communicate(timeout=60)
+    assert watching.returncode == 3 and "gives up" in text, text
+    assert len(launch.cloud.plot()["create_errors"]) == 8
 
 
 def test_preempted_again_and_again_without_a_checkpoint(make_launch):
@@ -124,7 +175,7 @@ def test_two_slices_and_teardown(make_launch):
         f"tiny-{slice}-w-{worker}" for slice in (0, 1) for worker in (0, 1)
     }
     text = launch("teardown")
-    assert "anything listed here may cost money" in text and text.count("Listed 0 items.") == 4
+    assert "anything listed here may cost money" in text and text.count("Listed 0 items.") == 5
     assert not launch.cloud.state()["queued"]
     launch("teardown")  # nothing is there any more
     assert len(launch.cloud.calls(*DELETE)) == 1
@@ -162,3 +213,40 @@ def test_compute_engine(make_launch):
     launch("teardown")
     state = launch.cloud.state()
     assert not (state["groups"] or state["templates"] or state["policies"])
+
+
+def test_compute_engine_completes_what_was_begun_and_sees_what_was_lost(make_launch):
+    launch = make_launch(errors=[[["managed", "resize"], "Quota exceeded"]])
+    launch.settings |= {"BACKEND": "gce", "TOPOLOGY": "2x2x2", "SLICES": "2"}
+    launch("create", code=3)
+    assert launch.cloud.state()["groups"] == {"tiny-0": {}}
+    launch("up")
+    state = launch.cloud.state()
+    assert {group: len(machines) for group, machines in state["groups"].items()} == {"tiny-0": 2, "tiny-1": 2}
+    launch("stop")
+
+    launch.settings["SLICES"] = "1"
+    assert "tiny-1 (v5p-16 x 2)" in launch("up", code=3)
+    assert launch.cloud.state() == state
+    launch.settings["SLICES"] = "2"
+
+    del state["groups"]["tiny-1"]["tiny-1-w-1"]  # preempted while nobody watched
+    launch.cloud.state_file.write_text(json.dumps(state))
+    assert "tiny-1 1 of 2 running" in launch("create")
+    assert len(launch.cloud.calls("managed", "delete")) == 2
+
+    launch.settings["SLICES"] = "1"
+    launch("teardown")
+    state = launch.cloud.state()
+    assert not (state["groups"] or state["templates"] or state["policies"])
+
+
+def test_compute_engine_does_not_use_the_template_of_other_settings(make_launch):
+    launch = make_launch(errors=[[["managed", "create"], "Quota exceeded"]])
+    launch.settings |= {"BACKEND": "gce", "TOPOLOGY": "2x2x2"}
+    launch("create", code=3)
+    launch.settings["MACHINE_TYPE"] = "another"
+    launch("create")
+    calls = launch.cloud.calls("instance-templates")
+    assert [call[2] for call in calls] == ["delete", "create"] * 2
+    assert "--machine-type=another" in calls[-1]

@@ -101,6 +101,46 @@ def test_what_another_made_meanwhile_is_used(make_launch):
     assert state["queued"] and not launch.cloud.calls(*DELETE)
 
 
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"SLICES": "2"}, "tiny-0 GONE, tiny-1 GONE"),
+        ({"ACCELERATOR": "v5p-8"}, "tiny READY (v5p-16, 1 slices)"),
+    ],
+)
+def test_slices_that_are_not_those_of_the_settings_are_not_touched(make_launch, changes, told):
+    launch = make_launch(waits=0)
+    launch("create")
+    settings = dict(launch.settings)
+    launch.settings |= changes
+    text = launch("watch", code=3)
+    assert told in text and "'teardown' first" in text
+    assert (
+        launch.cloud.state()["queued"] and not launch.cloud.calls(*DELETE) and not launch.cloud.calls("ssh")
+    )
+    launch("teardown")
+    assert settings["NAME"] not in launch.cloud.state()["queued"]
+
+
+def test_costs_are_told_as_far_as_they_can_be(make_launch):
+    launch = make_launch(
+        errors=[
+            [["queued-resources", "list"], "Cloud TPU API has not been used in project my-project before"],
+            [["disks", "list"], "Required 'compute.disks.list' permission for 'projects/my-project'"],
+        ]
+    )
+    text = launch("costs", code=3)
+    assert "CANNOT BE LISTED, and may cost money: compute disks list" in text
+    assert text.count("Listed 0 items.") == 3
+    assert "Listed 0 items." in launch("costs")
+
+
+def test_what_is_not_allowed_is_not_tried_again(make_launch):
+    launch = make_launch(errors=[[["describe"], "Required 'tpu.queuedResources.get' permission for 'x'"]])
+    assert "roles/tpu.admin" in launch("create", code=3)
+    assert len(launch.cloud.calls()) == 1
+
+
 def test_a_preempted_slice_is_made_again_and_the_run_goes_on(make_launch):
     launch = make_launch()
     launch.settings["TRAIN_FLAGS"] = "--steps 25"
