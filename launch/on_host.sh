@@ -67,6 +67,7 @@ import importlib.metadata, platform
 found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
 print("Python", platform.python_version(), *(f"{name} {found.get(name)}" for name in ("jax", "flax", "libtpu")))') ||
     fail "no Python in $venv"
+  mkdir -p "$RUN_DIR" || fail "RUN_DIR: $RUN_DIR cannot be made"
   tell "installed $versions"
 }
 
@@ -88,6 +89,12 @@ progress() {
   echo "${word:-none}"
 }
 
+# settings_sum: of the settings that a supervisor and its trainer have read.
+settings_sum() {
+  printf '%s\n' "$PROJECT" "$CONFIG" "$TRAIN_FLAGS" "$RUN_DIR" "$SHARED_DIR" "$SHARED_SOURCE" "$VENV" "$PACKAGES" \
+    "$SECRETS_FILE" "$SECRET_MANAGER" "$MAX_IDLE_RESTARTS" "$RESTART_SECONDS" "${ENVIRONMENT[@]}" | sha256sum
+}
+
 state() { printf '%s\n' "$*" >"$JOB/state.new" && mv "$JOB/state.new" "$JOB/state"; }
 
 # is_running: the lock is held.
@@ -103,14 +110,17 @@ status() {
 }
 
 start() {
+  shared # a reboot unmounts it
   if is_running; then
     [[ $(cat "$JOB/code" 2>/dev/null) == "$CODE" ]] || fail "another version of the code is running; stop it first"
+    [[ $(cat "$JOB/started_with" 2>/dev/null) == "$(settings_sum)" ]] || fail "other settings are running; stop first"
     tell "started before"
     return
   fi
   rm -f "$JOB/stop" "$JOB/pid"
   state "running restarts=0"
   echo "$CODE" >"$JOB/code"
+  settings_sum >"$JOB/started_with"
   # A session of its own: the supervisor outlives ssh.
   setsid bash "$CODE/launch/on_host.sh" supervise "$@" </dev/null >>"$JOB/log" 2>&1 &
   local attempt
@@ -124,26 +134,42 @@ start() {
   fail "the supervisor does not start; $JOB/log says why"
 }
 
-export_variable() { export "$1=$2"; }
+add_variable() { ENVIRONMENT+=("$1=$2"); }
 
 # train VARIABLE=VALUE...: becomes the trainer.
 train() {
-  local pair value flags
-  for pair in "${ENVIRONMENT[@]}" "$@"; do
-    export_variable "${pair%%=*}" "${pair#*=}"
-  done
-  [[ ! -e $JOB/secrets.env ]] || read_lines "$JOB/secrets.env" export_variable
+  local flags
+  ENVIRONMENT+=("$@")
+  [[ ! -e $JOB/secrets.env ]] || read_lines "$JOB/secrets.env" add_variable
   stop_at_problems 2
+  add_secrets
+  read -ra flags <<<"$TRAIN_FLAGS"
+  cd "$CODE"
+  # The variables come last, as they may bear the names of those here.
+  set -- "$(environment)/bin/python" -m rlhf_jax.train --config "$CONFIG" --run.dir "$RUN_DIR" "${flags[@]}"
+  unset flags
+  become "${#ENVIRONMENT[@]}" "${ENVIRONMENT[@]}" "$@"
+}
+
+# become N VARIABLE=VALUE... COMMAND...: runs the command with N variables.
+become() {
+  while (($1 > 0)); do
+    export "${2?}"
+    set -- $(($1 - 1)) "${@:3}"
+  done
+  exec "${@:2}" </dev/null
+}
+
+# add_secrets: to ENVIRONMENT, those of the Secret Manager.
+add_secrets() {
+  local pair value
   for pair in $SECRET_MANAGER; do
     value=$(gcloud secrets versions access latest "--secret=${pair#*:}" "--project=$PROJECT") || {
       note "the secret ${pair#*:} cannot be read: may the hosts' service account (roles/secretmanager.secretAccessor)?"
-      exit 2
+      exit 1 # it may be there again in a moment
     }
-    export_variable "${pair%%:*}" "$value"
+    add_variable "${pair%%:*}" "$value"
   done
-  read -ra flags <<<"$TRAIN_FLAGS"
-  cd "$CODE"
-  exec "$(environment)/bin/python" -m rlhf_jax.train --config "$CONFIG" --run.dir "$RUN_DIR" "${flags[@]}" </dev/null
 }
 
 # keep_log: the log is copied beside the run every minute, as the host's disk goes with it.
@@ -161,7 +187,7 @@ supervise() {
   trap 'ending=yes' TERM # the machine is about to stop: the trainer hears of it too, and saves
   (
     while sleep 60; do keep_log "$since" || true; done
-  ) 9>&- &
+  ) 9>&- 2>/dev/null & # or bash tells how the sleep ends
   copier=$!
   before=$(progress)
   while :; do
@@ -207,6 +233,7 @@ supervise() {
     fi
   done
   pkill_children "$copier"
+  wait "$copier" 2>/dev/null || true # or bash tells of its end
   keep_log "$since" || note "the log cannot be copied to $RUN_DIR.logs"
 }
 
@@ -228,7 +255,10 @@ stop() {
 
 [[ $# -gt 0 ]] || fail "expected install, start, status or stop"
 read_settings "$JOB/settings.env"
-stop_at_problems 1
+case $1 in
+  status | stop | supervise) ;; # what runs may be older than the settings, and has to be told of and stopped
+  *) stop_at_problems 1 ;;
+esac
 verb=$1
 shift
 case $verb in

@@ -59,6 +59,13 @@ def test_more_hosts_than_the_settings_say_are_not_used(make_launch):
     assert not launch.run_dir.exists()
 
 
+def test_a_run_directory_that_cannot_be_made(make_launch):
+    launch = make_launch(workers=1)
+    launch.settings["ACCELERATOR"] = "v5p-8"
+    launch.run_dir.parent.touch()
+    assert f"RUN_DIR: {launch.run_dir} cannot be made" in launch("up", code=5)
+
+
 def test_what_has_been_waited_for_too_long_is_given_up(make_launch):
     launch = make_launch(waits=1000)
     launch.settings |= {"WAIT_SECONDS": "0", "TEARDOWN_WHEN_DONE": "yes"}
@@ -145,8 +152,12 @@ def test_other_code_does_not_replace_what_runs(make_launch):
     assert "is not there: ship it" in launch("start", code=5)
     assert "another version of the code is running; stop it first" in launch("watch", code=5)
     assert launch.cloud.state()["queued"] and launch.log("tiny-w-1").count("starts training") == 1
-    launch("stop")
+    (launch.repository / "configs" / "tiny.yaml").write_text("{}\n")
     launch.settings["TRAIN_FLAGS"] = "--steps 1"
+    launch("ship")
+    assert "other settings are running; stop first" in launch("start", code=5)
+    launch("stop")
+    (launch.repository / "configs" / "tiny.yaml").write_text("{}  # changed\n")
     assert "tracked files that are not committed are shipped as they are" in launch("watch")
     assert not launch.cloud.state()["queued"]
 
@@ -179,6 +190,55 @@ def test_two_slices_and_teardown(make_launch):
     assert not launch.cloud.state()["queued"]
     launch("teardown")  # nothing is there any more
     assert len(launch.cloud.calls(*DELETE)) == 1
+
+
+def test_secrets_that_are_not_in_the_settings_any_more_are_not_used(make_launch):
+    launch = make_launch(workers=1)
+    secrets = launch.directory / "secrets.env"
+    secrets.write_text("HF_TOKEN=of_the_file\n")
+    secrets.chmod(0o600)
+    launch.settings |= {"ACCELERATOR": "v5p-8", "SECRETS_FILE": secrets}
+    launch("watch")
+    del launch.settings["SECRETS_FILE"]
+    launch("watch")
+    assert re.findall("token (\\S+)", launch.log("tiny-w-0")) == ["of_the_file", "none"]
+    assert "Terminated" not in launch.log("tiny-w-0")
+
+
+def test_a_secret_manager_that_does_not_answer_once(make_launch):
+    launch = make_launch(workers=1, errors=[[["secrets"], "UNAVAILABLE"]])
+    (launch.directory / "cloud" / "bin" / "gcloud").symlink_to(launch.directory / "bin" / "gcloud")
+    launch.settings |= {"ACCELERATOR": "v5p-8", "SECRET_MANAGER": "WANDB_API_KEY:wandb"}
+    launch("watch")
+    assert "done restarts=1" in launch("status")
+
+
+def test_a_start_mounts_what_a_reboot_has_unmounted(make_launch):
+    launch = make_launch(workers=1)
+    on_hosts = launch.directory / "cloud" / "bin"
+    script(on_hosts / "mountpoint", '[[ -e "$HOME/mounted" ]]')
+    script(on_hosts / "gcsfuse", 'touch "$HOME/mounted"; echo "${@:3}" >>"$HOME/mounts"')
+    script(on_hosts / "sudo", 'exec "$@"')
+    launch.settings |= {
+        "ACCELERATOR": "v5p-8",
+        "SHARED_SOURCE": "gs://b",
+        "SHARED_DIR": launch.run_dir.parent,
+    }
+    launch("watch")
+    home = launch.cloud.hosts / "tiny-w-0"
+    (home / "mounted").unlink()
+    launch("start")
+    assert (home / "mounts").read_text() == f"b {launch.run_dir.parent}\n" * 2
+
+
+def test_settings_that_the_running_code_does_not_know_do_not_keep_it_from_being_stopped(make_launch):
+    launch = make_launch(workers=1)
+    launch.settings |= {"ACCELERATOR": "v5p-8", "TRAIN_FLAGS": "--steps 1000"}
+    launch("up")
+    with (launch.cloud.hosts / "tiny-w-0" / "rlhf_jax" / "tiny" / "settings.env").open("a") as settings:
+        settings.write("SETTING_OF_TOMORROW=yes\n")
+    assert "running restarts=0" in launch("status")
+    assert "stopped code=143" in launch("stop")
 
 
 def test_packages_are_installed_once(make_launch):

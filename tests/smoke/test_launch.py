@@ -203,6 +203,8 @@ def test_secrets_come_from_a_file_or_the_manager_and_are_on_no_command_line(make
     assert "others may read" in launch("watch", code=2)
     secrets.chmod(0o600)
     (launch.directory / "cloud" / "bin" / "gcloud").symlink_to(launch.directory / "bin" / "gcloud")
+    # The launcher has variables of these names itself.
+    launch.settings |= {"ENV_CODE": "/nowhere", "ENV_PROJECT": "another", "ENV_flags": "--exit 9"}
     launch("watch")
     assert "token hf_of_the_file wandb value-of-wandb cache /some/where" in launch.log("tiny-w-0")
     home = launch.cloud.hosts / "tiny-w-0" / "rlhf_jax" / "tiny"
