@@ -2,6 +2,19 @@
 # The same settings for Kubernetes: a JobSet, or a command for XPK.
 
 check_gke() {
+  local name
+  for name in SECRETS_FILE SECRET_MANAGER; do
+    [[ -z ${!name} ]] || problem "$name: Kubernetes has no use for it; GKE_SECRET with manifest: \
+kubectl create secret generic NAME --from-env-file=FILE"
+  done
+  if [[ $VERB == manifest ]]; then
+    [[ -n $GKE_CLAIM ]] || problem "GKE_CLAIM: needed: a claim on storage that all pods share, as their disks go \
+with them; none, if RUN_DIR is on such storage without it"
+    [[ $GKE_CLAIM =~ ^(none|)$ || ( -n $SHARED_DIR && $RUN_DIR/ == "$SHARED_DIR"/* ) ]] ||
+      problem "SHARED_DIR: where GKE_CLAIM is to be mounted, with RUN_DIR below it, got '$SHARED_DIR'"
+  else
+    [[ -z $GKE_SECRET ]] || problem "GKE_SECRET: XPK has no option for it; take manifest instead"
+  fi
   [[ -n $IMAGE ]] || problem "IMAGE: needed for Kubernetes: an image with the code in /app and its packages"
   [[ -n $TOPOLOGY || -z $GENERATION ]] || problem "TOPOLOGY: needed for $ACCELERATOR on Kubernetes, such as 2x2x4"
 }
@@ -78,14 +91,14 @@ YAML
     done
   fi
   [[ -z $GKE_SECRET ]] || echo "                  envFrom: [{secretRef: {name: $GKE_SECRET}}]"
-  [[ -z $GKE_CLAIM ]] || cat <<YAML
+  [[ $GKE_CLAIM == none ]] || cat <<YAML
                   volumeMounts: [{name: shared, mountPath: $(quoted "$SHARED_DIR")}]
               volumes:
                 - {name: shared, persistentVolumeClaim: {claimName: $GKE_CLAIM}}
 YAML
 }
 
-# xpk: prints the commands for XPK; they make a cluster and start the run.
+# xpk: prints the commands for XPK; they make a cluster, attach the storage and start the run.
 xpk() {
   local flags cluster workload pair type=$ACCELERATOR command
   read -ra flags <<<"$TRAIN_FLAGS"
@@ -103,7 +116,12 @@ xpk() {
   for pair in "${ENVIRONMENT[@]}"; do
     workload+=("--env=$pair")
   done
-  [[ -z $SECRETS_FILE ]] || workload+=("--env-file=$SECRETS_FILE")
   printf '%q ' "${cluster[@]}" && echo
+  if [[ $SHARED_SOURCE == gs://* ]]; then
+    printf '%q ' xpk storage attach "$NAME" --type=gcsfuse "--bucket=${SHARED_SOURCE#gs://}" "--mount-point=$SHARED_DIR" \
+      --size=1 --readonly=false --auto-mount=true "--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE" && echo
+  else
+    say "launch: attach the storage of RUN_DIR to the cluster (xpk storage attach): the disks of pods go with them"
+  fi
   printf '%q ' "${workload[@]}" && echo
 }

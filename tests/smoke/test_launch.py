@@ -345,9 +345,26 @@ def test_kubernetes(quiet_launch):
     assert container["env"] == [{"name": "CACHE", "value": "it's"}]
     assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
     assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "claim"}
-    cluster, workload = launch("xpk").splitlines()
+    launch.settings |= {"GKE_SECRET": "", "SHARED_SOURCE": "gs://bucket"}
+    cluster, storage, workload = launch("xpk").splitlines()
+    assert "--bucket=bucket" in storage and f"--mount-point={launch.run_dir.parent}" in storage
     assert "--num-slices=2" in cluster and "--spot" in cluster
     assert "--tpu-type=v5p-16" in workload and "--workload=tiny" in workload
+
+
+def test_kubernetes_refuses_what_would_be_lost_or_shown(quiet_launch):
+    launch = quiet_launch
+    launch.settings |= {"TOPOLOGY": "2x2x2", "IMAGE": "registry/image:1", "CLUSTER": "mine"}
+    assert "GKE_CLAIM: needed" in launch("manifest", code=2)
+    launch.settings["GKE_CLAIM"] = "claim"
+    assert "SHARED_DIR: where GKE_CLAIM is to be mounted" in launch("manifest", code=2)
+    launch.settings["GKE_CLAIM"] = "none"
+    assert "volumes" not in launch("manifest")
+    launch.settings |= {"SECRET_MANAGER": "HF_TOKEN:hf", "GKE_SECRET": "keys"}
+    assert "SECRET_MANAGER: Kubernetes has no use for it" in launch("manifest", code=2)
+    assert "GKE_SECRET: XPK has no option for it" in launch("xpk", code=2)
+    launch.settings |= {"SECRET_MANAGER": "", "GKE_SECRET": ""}
+    assert "the disks of pods go with them" in launch("xpk")
 
 
 def test_the_example_has_every_setting(tmp_path):
