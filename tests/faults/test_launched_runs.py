@@ -310,3 +310,15 @@ def test_compute_engine_does_not_use_the_template_of_other_settings(make_launch)
     calls = launch.cloud.calls("instance-templates")
     assert [call[2] for call in calls] == ["delete", "create"] * 2
     assert "--machine-type=another" in calls[-1]
+
+
+def test_a_request_that_fails_later_is_told_and_not_used_again(make_launch):
+    launch = make_launch(fails="Quota exceeded for quota metric TPUs")
+    assert "Quota exceeded for quota metric TPUs" in launch("up", code=3)
+    launch.cloud.plot(fails=None)
+    launch("up")
+    assert [call[2:4] for call in launch.cloud.calls() if call[3] in ("create", "delete")] == [
+        ["queued-resources", "create"],
+        ["queued-resources", "delete"],
+        ["queued-resources", "create"],
+    ]

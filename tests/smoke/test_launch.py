@@ -67,18 +67,6 @@ def test_a_quota_error_ends_it_and_says_what_to_do(make_launch):
     assert len(launch.cloud.calls(*CREATE)) == 1 and not launch.cloud.calls("ssh")
 
 
-def test_a_request_that_fails_later_is_told_and_not_used_again(make_launch):
-    launch = make_launch(fails="Quota exceeded for quota metric TPUs")
-    assert "Quota exceeded for quota metric TPUs" in launch("up", code=3)
-    launch.cloud.plot(fails=None)
-    launch("up")
-    assert [call[2:4] for call in launch.cloud.calls() if call[3] in ("create", "delete")] == [
-        ["queued-resources", "create"],
-        ["queued-resources", "delete"],
-        ["queued-resources", "create"],
-    ]
-
-
 def test_waiting_for_long_ends_with_a_code_of_its_own_and_goes_on_later(make_launch):
     launch = make_launch(waits=1000)
     launch.settings["WAIT_SECONDS"] = "1"
