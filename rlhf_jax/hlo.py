@@ -30,6 +30,7 @@ _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?
 _OF_MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(?\[?([^\])]*)[\])]*)?\s*\{([^}]*)\}"
 )
+_SCATTER = "all-reduce-scatter"
 _NAMED_SIZE = re.compile(r"'([^']+)'=(\d+)")
 _KERNEL = re.compile(r'%([\w-]+?)(?:\.\d+)* = .* custom-call\(.*custom_call_target="tpu_custom_call"')
 
@@ -102,7 +103,8 @@ class Program:
         """Returns the collectives of a call of a computation.
 
         On a TPU one may be spread over several fusions, in which other work is done beside it: it is told by
-        its channel, which outside of fusions others may have as well.
+        its channel, which outside of fusions others may have as well. A reduce-scatter is written there as an
+        all-reduce and a slice of it; the fusion's name alone tells that the chips need not send the rest.
         """
         found: list[Collective] = []
         fused: set[tuple[str, str]] = set()
@@ -116,7 +118,9 @@ class Program:
                         if (part := (kind, channel[1])) in fused:
                             continue
                         fused.add(part)
-                    found.append(self._collective(operation, kind))
+                    one = self._collective(operation, kind)
+                    is_scatter = kind == "all-reduce" and name.startswith(_SCATTER)
+                    found.append(one._replace(kind="reduce-scatter") if is_scatter else one)
                 elif operation.kind == "while":
                     trips, (body, *_) = self._trips(operation), _CALLED.findall(operation.rest)
                     found.extend(

@@ -1,6 +1,6 @@
 """What devices of a mesh send each other: small programs whose answer is known."""
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -125,19 +125,41 @@ FUSED = """HloModule m
   ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT, metadata={op_name="while/cond/lt"}
 }
 
+%all-reduce-scatter.3 (p: bf16[64,32], q: bf16[8,32]) -> (bf16[32,32], bf16[4,32]) {
+  %p = bf16[64,32]{1,0} parameter(0)
+  %q = bf16[8,32]{1,0} parameter(1)
+  %all-reduce.9 = (bf16[64,32]{1,0}, bf16[8,32]{1,0}) all-reduce(%p, %q), SCATTERED
+  %get-tuple-element.1 = bf16[64,32]{1,0} get-tuple-element(%all-reduce.9), index=0
+  %dynamic-slice.1 = bf16[32,32]{1,0} dynamic-slice(%get-tuple-element.1, %p), dynamic_slice_sizes={32,32}
+  ROOT %t = (bf16[32,32]{1,0}, bf16[4,32]{1,0}) tuple(%dynamic-slice.1)
+}
+
 ENTRY %main (a: f32[8]) -> f32[8] {
   %a = f32[8]{0} parameter(0)
   %while.1 = (s32[]{:T(128)}, bf16[1,32]{1,0}) while(%a), condition=%condition, body=%body
+  %fusion.3 = (bf16[32,32]{1,0}, bf16[4,32]{1,0}) fusion(%a, %a), kind=kCustom, calls=%all-reduce-scatter.3
   ROOT %all-reduce.1 = (f32[8]{0}, f32[8]{0}) all-reduce(%a, %a), REDUCED
 }
 """
 GATHERED = "channel_id=7, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={1}"
+SCATTERED = "channel_id=3, replica_groups={{0,2},{1,3}}, use_global_device_ids=true, to_apply=%add.clone"
 REDUCED = "channel_id=1, replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, to_apply=%add"
+
+
+def fused() -> Program:
+    texts = {"GATHERED": GATHERED, "REDUCED": REDUCED, "SCATTERED": SCATTERED}
+    return Program(reduce(lambda text, of: text.replace(*of), texts.items(), FUSED), {"fsdp": 2, "tensor": 2})
 
 
 def test_what_a_tpu_spreads_over_fusions_counts_once():
     """As libtpu writes it: the channel tells; the bound of a loop stands in its condition."""
-    text = FUSED.replace("GATHERED", GATHERED).replace("REDUCED", REDUCED)
-    gather, reduce = Program(text, {"fsdp": 2, "tensor": 2}).collectives
+    gather, _, total = fused().collectives
     assert gather == Collective("all-gather", ("fsdp",), 2, 64 * 2, 24)
-    assert reduce == Collective("all-reduce", ("tensor",), 2, 2 * 8 * 4, 1)
+    assert total == Collective("all-reduce", ("tensor",), 2, 2 * 8 * 4, 1)
+
+
+def test_a_sum_of_which_a_tpu_keeps_a_part_is_a_scatter():
+    """It sends half of what the sum would: of two arrays on two chips, once each half of them."""
+    _, scatter, _ = fused().collectives
+    assert scatter == Collective("reduce-scatter", ("fsdp",), 2, (64 + 8) * 32 * 2, 1)
+    assert scatter.sent == (64 + 8) * 32
