@@ -10,7 +10,9 @@ from rlhf_jax.chips import CHIPS, GIB, read_topology
     [
         ("v5p:2x2x4", "v5p-32", 16, 4),  # of cores
         ("v5e:4x4", "v5litepod-16", 16, 4),  # of chips
-        ("v6e:2x4", "v6e-8", 8, 2),
+        ("v6e:2x4", "v6e-8", 8, 1),
+        ("v5e:2x4", "v5litepod-8", 8, 1),
+        ("v5p:2x2x2", "v5p-16", 8, 2),
         ("v4:2x2x1", "v4-8", 4, 1),
         ("v5e:1x1", "v5litepod-1", 1, 1),
     ],
