@@ -8,7 +8,7 @@ Compiles the programs of its stages for that slice with the libtpu package (pip 
 have the greatest lengths that the options allow. Prints memory per chip, what chips send each other, and the
 least time of a step.
 Exit codes: 0 it fits; 3 it does not, and what is missing is said; 2 the configuration is wrong, or is none
-for this slice.
+for this slice; 1 the compiler refuses a program for another reason than its memory, which it says.
 """
 
 from __future__ import annotations
@@ -115,11 +115,6 @@ def compiled_stages(
             )
             reports += [report] if report.programs else []
     return reports
-
-
-def read_plans(argv: Sequence[str], stage: str) -> list[Plan]:
-    """Returns the plans that flags ask for, see `chosen_plans`."""
-    return chosen_plans(read_config(list(argv), runs=False), stage)
 
 
 def chosen_plans(config: Config, stage: str) -> list[Plan]:

@@ -23,8 +23,7 @@ from rlhf_jax.role_parts import part_structs
 from rlhf_jax.roofline import Phase, phase_works, phases_of
 from rlhf_jax.sharding import HOST_MEMORY, batch_sharding, stage_meshes
 
-PHASES = ("rollout", "score", "update")
-_LACK = re.compile(r"(?:HLO temporaries \(|Used )([\d.]+)([KMG])")
+_LACK = re.compile(r"(?:HLO temporaries \(|Used (?=\S+ of \S+ hbm))([\d.]+)([KMGT])")
 
 
 class Memory(NamedTuple):
@@ -138,6 +137,14 @@ def report_stage(
     )
 
 
+def needed_bytes(error: str) -> int | None:
+    """Returns the bytes of HBM that a program needs, as the compiler's error says; None: it is another."""
+    lack = _LACK.search(error)
+    if "RESOURCE_EXHAUSTED" not in error or lack is None:
+        return None
+    return round(float(lack[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[lack[2]])
+
+
 def _resident(params: Params, opt_state: Params, frozen: Params) -> Iterator[tuple[str, int]]:
     """Yields names and bytes on a chip of what lives all the while."""
     for role, tree in params.items():
@@ -154,10 +161,9 @@ def _compiled(name: str, call: Call, mesh: Mesh, resident: int, on_host: int) ->
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        lack = _LACK.search(str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or lack is None:
+        needed = needed_bytes(str(error))
+        if needed is None:
             raise
-        needed = round(float(lack[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[lack[2]])
         memory = Memory(resident, own, 0, needed, 0, on_host)
         return ProgramReport(name, time.perf_counter() - start, memory, 0, [], {}, has_failed=True)
     seconds = time.perf_counter() - start

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.chips import CHIPS
+from rlhf_jax.command_line import read_config
 from rlhf_jax.lowering import stage_calls
-from rlhf_jax.preflight import read_plans
+from rlhf_jax.preflight import chosen_plans
 from rlhf_jax.sharding import make_mesh
 from rlhf_jax.stage_report import report_stage
 
@@ -36,7 +37,7 @@ def filled(x: jax.ShapeDtypeStruct) -> jax.Array:
 
 def main(config: str, stage: str, flags: list[str]) -> None:
     """Prints both numbers."""
-    (plan,) = read_plans(["--config", config, *flags], stage)
+    (plan,) = chosen_plans(read_config(["--config", config, *flags], runs=False), stage)
     mesh = make_mesh(plan.stage.mesh, jax.devices()[:1])
     report = report_stage(plan, mesh, CHIPS["v5e"], wanted=lambda name: name == "update")
     call = stage_calls(plan, mesh).calls["update"]

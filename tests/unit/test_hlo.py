@@ -32,7 +32,7 @@ def program(function, *shapes_and_specs) -> Program:
         out_specs=P(),
         check_vma=False,
     )
-    return Program(jax.jit(mapped).lower(*args).compile().as_text(), AXES)
+    return Program(jax.jit(mapped).lower(*args).compile().as_text() or "", AXES)
 
 
 @pytest.mark.parametrize("axes", [("data",), ("fsdp",), ("tensor",), ("data", "tensor"), tuple(AXES)])
