@@ -1,16 +1,16 @@
 """The TPU chips, and their slices by the names that libtpu and Google Cloud have for them.
 
-| chip | bf16, int8 TFLOP/s | HBM | its GB/s | links x GB/s, one way | data-centre network | hosts have |
+| chip | bf16 TFLOP/s | HBM | its GB/s | links x GB/s, one way | data-centre network | hosts have |
 |---|---|---|---|---|---|---|
-| v4  | 275, 275   | 32 GiB  | 1228 | 6 x 50  | 6.25 GB/s | 4 |
-| v5e | 197, 393   | 16 GiB  | 819  | 4 x 50  | 3.1 GB/s  | 8, in larger slices 4 |
-| v5p | 459, 918   | 96 GiB  | 2765 | 6 x 100 | 6.25 GB/s | 4 |
-| v6e | 918, 1836  | 32 GiB  | 1638 | 4 x 100 | 12.5 GB/s | 8, in larger slices 4 |
-| 7x  | 2307, 4614 (fp8) | 192 GiB | 7380 | 6 x 100 | 12.5 GB/s | 4 |
+| v4  | 275  | 32 GiB  | 1228 | 6 x 50  | 6.25 GB/s | 4 |
+| v5e | 197  | 16 GiB  | 819  | 4 x 50  | 3.1 GB/s  | 8, in larger slices 4 |
+| v5p | 459  | 96 GiB  | 2765 | 6 x 100 | 6.25 GB/s | 4 |
+| v6e | 918  | 32 GiB  | 1638 | 4 x 100 | 12.5 GB/s | 8, in larger slices 4 |
+| 7x  | 2307 | 192 GiB | 7380 | 6 x 100 | 12.5 GB/s | 4 |
 
 Sources: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x (peaks, HBM, interconnect of a chip in
 both directions over its ports, network of a host or pod over its chips); v4's links and memory:
-arXiv:2304.01433 table 4; v5p's memory and int8 rate, v4's network: jax-ml.github.io/scaling-book/tpus. What
+arXiv:2304.01433 table 4; v5p's memory, v4's network: jax-ml.github.io/scaling-book/tpus. What
 programs can have of HBM is what the compiler of libtpu 0.0.52 says of one that needs more.
 """
 
@@ -46,7 +46,6 @@ class Chip:
     """Bytes that libtpu's compiler lets programs have of it: it says so of one that needs more."""
     hbm_rate: float
     bf16_flops: float
-    int8_flops: float
     links: int
     link_rate: float
     """Bytes, one way."""
@@ -68,27 +67,27 @@ CHIPS = {
     for chip in (
         Chip(
             name="v4", accelerator="v4", counts_cores=True, hbm=32 * GIB, usable_hbm=int(30.75 * GIB),
-            hbm_rate=1228e9, bf16_flops=275e12, int8_flops=275e12, links=6, link_rate=50e9,
+            hbm_rate=1228e9, bf16_flops=275e12, links=6, link_rate=50e9,
             network_rate=6.25e9, host_chips=4, one_host=4,
         ),
         Chip(
             name="v5e", accelerator="v5litepod", counts_cores=False, hbm=16 * GIB,
-            usable_hbm=int(15.75 * GIB), hbm_rate=819e9, bf16_flops=197e12, int8_flops=393e12, links=4,
+            usable_hbm=int(15.75 * GIB), hbm_rate=819e9, bf16_flops=197e12, links=4,
             link_rate=50e9, network_rate=3.125e9, host_chips=4, one_host=8,
         ),
         Chip(
             name="v5p", accelerator="v5p", counts_cores=True, hbm=96 * GIB, usable_hbm=int(95.73 * GIB),
-            hbm_rate=2765e9, bf16_flops=459e12, int8_flops=918e12, links=6, link_rate=100e9,
+            hbm_rate=2765e9, bf16_flops=459e12, links=6, link_rate=100e9,
             network_rate=6.25e9, host_chips=4, one_host=4,
         ),
         Chip(
             name="v6e", accelerator="v6e", counts_cores=False, hbm=32 * GIB, usable_hbm=int(31.24 * GIB),
-            hbm_rate=1638e9, bf16_flops=918e12, int8_flops=1836e12, links=4, link_rate=100e9,
+            hbm_rate=1638e9, bf16_flops=918e12, links=4, link_rate=100e9,
             network_rate=12.5e9, host_chips=4, one_host=8,
         ),
         Chip(
             name="tpu7x", accelerator="tpu7x", counts_cores=True, devices=2, hbm=192 * GIB,
-            usable_hbm=int(189.48 * GIB), hbm_rate=7380e9, bf16_flops=2307e12, int8_flops=4614e12, links=6,
+            usable_hbm=int(189.48 * GIB), hbm_rate=7380e9, bf16_flops=2307e12, links=6,
             link_rate=100e9, network_rate=12.5e9, host_chips=4, one_host=4,
         ),
     )
