@@ -159,19 +159,29 @@ def verdict(report: StageReport, chip: Chip) -> str:
     most_of_it = ", ".join(f"{name} {readable(parts[name])}" for name in largest)
     return (
         f"does not fit: {most.name} needs {readable(report.peak)} of {readable(usable)}, "
-        f"{readable(report.peak - usable)} too many; the largest parts: {most_of_it}. {_advice(largest[0])}"
+        f"{readable(report.peak - usable)} too many; the largest parts: {most_of_it}. {advice(largest[0])}"
     )
 
 
-def _advice(largest: str) -> str:
-    """Returns which options make the largest part smaller."""
-    if largest.startswith("rollout"):
-        return "Lower rollout.slots, or divide weights and cache by more chips (mesh.tensor)"
-    if largest.endswith(("temporaries", "outputs", "own")):
+def advice(largest: str) -> str:
+    """Returns which options make the largest part smaller.
+
+    Args:
+        largest: a role, such as "frozen base", or a program and what it needs, "update: temporaries".
+    """
+    program, is_of_program, _ = largest.partition(": ")
+    if is_of_program and "rollout" in program:
+        return "Set or lower rollout.slots, or divide weights and cache by more chips (mesh.tensor)"
+    if program == "update":
         return (
-            "Lower microbatch_size or model.logprob_chunk, set model.remat to full or offload, or divide "
-            "rows and tokens by more chips (mesh.fsdp, mesh.sequence)"
+            "Set or lower microbatch_size or model.logprob_chunk, set model.remat to full or offload, or "
+            "divide rows and tokens by more chips (mesh.fsdp, mesh.sequence)"
         )
+    if is_of_program:
+        chunk = ", set or lower model.logprob_chunk" if program in ("score", "evaluate") else ""
+        return f"Lower batch_size{chunk}, or divide rows and tokens by more chips (mesh.fsdp, mesh.sequence)"
+    if largest == "frozen base":
+        return "Divide it by more chips (mesh.fsdp, mesh.tensor), or take a smaller model"
     if largest.startswith("frozen"):
         return (
             "Store it in bfloat16 or in the host's memory (model.frozen_dtype, model.frozen_memory), or "

@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlhf_jax.preflight import advice
 from rlhf_jax.stage_report import needed_bytes
 
 
@@ -24,3 +25,21 @@ from rlhf_jax.stage_report import needed_bytes
 def test_only_a_lack_of_hbm_is_one_of_the_slice(error, needed):
     """In libtpu's words; a kernel that lacks vector memory does so on every slice of the chip."""
     assert needed_bytes(error) == needed
+
+
+@pytest.mark.parametrize(
+    ("largest", "says", "does_not_say"),
+    [
+        ("update: temporaries", ["microbatch_size", "model.remat"], ["Lower batch_size"]),
+        ("score: temporaries", ["Lower batch_size", "logprob_chunk"], ["microbatch_size", "remat"]),
+        ("reward: temporaries", ["Lower batch_size"], ["logprob_chunk", "microbatch_size", "remat"]),
+        ("greedy_rollout: arguments of its own", ["rollout.slots"], ["batch_size"]),
+        ("frozen base", ["mesh.fsdp", "smaller model"], ["frozen_dtype", "frozen_memory"]),
+        ("frozen reference", ["model.frozen_dtype", "model.frozen_memory"], ["optimizer"]),
+        ("optimizer", ["optimizer.state_dtype"], ["batch_size"]),
+    ],
+)
+def test_advice_names_options_that_the_part_depends_on(largest, says, does_not_say):
+    """Only an update has microbatches and keeps activations; a base is in bfloat16 and stays there."""
+    said = advice(largest)
+    assert all(option in said for option in says) and not any(option in said for option in does_not_say)
