@@ -117,6 +117,11 @@ def compiled_stages(
     return reports
 
 
+def read_plans(argv: Sequence[str], stage: str) -> list[Plan]:
+    """Returns the plans that flags ask for, see `chosen_plans`."""
+    return chosen_plans(read_config(list(argv), runs=False), stage)
+
+
 def chosen_plans(config: Config, stage: str) -> list[Plan]:
     """Returns the plans of all stages, or of one by name; ValueError where there is no such stage."""
     plans = {plan.stage.name: plan for plan in shape_plans(config)}
