@@ -60,11 +60,15 @@ class RewardReader(NamedTuple):
                 ids.pop()
             num_cut += len(ids) > self.context_length
             made.append(Row(self._cut(ids), 0))
-        length = SHORTEST
-        while length < max(len(row.ids) for row in made):
-            length *= 2
-        length = min(length, self.context_length)
+        length = self.row_length(max(len(row.ids) for row in made))
         return collate_rows(made, length, pad_id=0, num_rows=len(rows.lengths)), num_cut
+
+    def row_length(self, longest: int) -> int:
+        """Returns the length of rows of which the longest has so many tokens."""
+        length = SHORTEST
+        while length < longest:
+            length *= 2
+        return min(length, self.context_length)
 
     def _cut(self, ids: list[int]) -> list[int]:
         excess = len(ids) - self.context_length

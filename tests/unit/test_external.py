@@ -115,6 +115,12 @@ def test_lengths_climb_a_ladder():
         assert rows.tokens.shape == (4, length)
 
 
+@pytest.mark.parametrize(("longest", "length"), [(5, 32), (1100, 2048), (2048, 2048), (2049, 3000)])
+def test_the_length_of_rows_is_known_from_the_longest(longest: int, length: int):
+    """As what is compiled beforehand needs it; never more than the context."""
+    assert reader(context_length=3000).row_length(longest) == length
+
+
 def test_the_score_is_read_before_trailing_pads_as_in_transformers():
     """Where EOS is the padding token, that is before the EOS."""
     of_policy = rollout_rows([BOS, 7, 8, EOS], [EOS, EOS])
