@@ -13,13 +13,13 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.chips import Chip
 from rlhf_jax.config import StageConfig
 from rlhf_jax.hlo import Collective
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.row_attention import FLASH_LENGTH
 from rlhf_jax.online_config import OnlineConfig
+from rlhf_jax.plan import Plan
 from rlhf_jax.programs import rows_per_unit
 
 Bound = Literal["matrix", "memory", "network"]
@@ -74,7 +74,7 @@ def layer_shapes(architecture: Architecture) -> list[tuple[int, int]]:
     return [(width, queries), (width, keys), (width, keys), (queries, width), *of_mlp * experts]
 
 
-class _Model(NamedTuple):
+class ModelOnChip(NamedTuple):
     """A model on a mesh: what one of its chips does of a pass."""
 
     architecture: Architecture
@@ -109,69 +109,81 @@ class _Model(NamedTuple):
         """Returns the LM head's product."""
         return self.products(columns, [(self.architecture.hidden_size, self.architecture.vocab_size)])
 
-    def decode_step(self, rows: float, seen: float) -> Work:
-        """Returns a token of each of a chip's rows, which have so many before them."""
+    def decode_step(self, rows: float, prompt: float, completed: float, group_size: int) -> Work:
+        """Returns a token of each of a chip's rows, after a prompt and so many others.
+
+        A group of rows reads the keys and values of its prompt once.
+        """
         of = self.architecture
-        cached = rows * seen * of.head_dim / self.tensor
-        attention = Work(4 * cached * of.num_heads, 2 * self.size * cached * of.num_kv_heads)
+        seen, read = (rows * (prompt / by + completed) * of.head_dim / self.tensor for by in (1, group_size))
+        attention = Work(4 * seen * of.num_heads, 2 * self.size * read * of.num_kv_heads)
         blocks = (self.products(rows, layer_shapes(of)) + attention).times(of.num_layers)
         return blocks + self.head(rows)
 
 
-def phase_works(
-    stage: StageConfig,
-    algorithm: Algorithm,
-    architecture: Architecture,
-    mesh_shape: Mapping[str, int],
-    state_bytes: float,
-) -> dict[str, Work]:
+def phase_works(plan: Plan, mesh_shape: Mapping[str, int], state_bytes: float) -> dict[str, Work]:
     """Returns what a chip does in each phase of a step: update, online rollout and score before it, and
     greedy_ of both where greedy completions are read.
 
     Args:
-        stage: the stage.
-        algorithm: of the stage.
-        architecture: of all roles.
+        plan: of the stage; its rows have the length of its examples.
         mesh_shape: sizes of its axes.
         state_bytes: of what optimisers step on a chip: parameters and moments.
     """
-    settings = stage.settings
+    stage, algorithm = plan.stage, plan.algorithm
+    settings, attention = stage.settings, stage.model.attention
     row_parts, tensor = math.prod(mesh_shape[axis] for axis in ROW_AXES), mesh_shape["tensor"]
     parts = row_parts * mesh_shape["sequence"]
     new = stage.rollout.max_new_tokens if stage.is_online else 0
     prompt = stage.data.max_prompt_length
-    length = prompt + new if stage.is_online else stage.data.max_length
+    length = prompt + new if stage.is_online else plan.train.length
+    longest = prompt + new if stage.is_online else stage.data.max_length  # of the sequences of packed rows
     rows = settings.rows_per_update * rows_per_unit(stage, algorithm)
     columns = new if stage.is_online else length
-    is_short = stage.model.attention == "auto" and length < FLASH_LENGTH
-    holds_scores = stage.model.attention == "xla" or is_short or settings.forward_mode
-    model = _Model(architecture, tensor, jnp.dtype(stage.model.dtype).itemsize, holds_scores)
+
+    def model_of(architecture: Architecture, length: int, *, forward_mode: bool = False) -> ModelOnChip:
+        is_short = attention == "auto" and length < FLASH_LENGTH
+        holds_scores = attention == "xla" or is_short or forward_mode
+        return ModelOnChip(architecture, tensor, jnp.dtype(stage.model.dtype).itemsize, holds_scores)
+
+    model = model_of(plan.architecture, length, forward_mode=settings.forward_mode)
 
     def forward(role: str, share: float = 1.0) -> Work:
         """Returns a pass of a role over a share of the rows."""
         is_shared = role == "value" and stage.model.sharing == "trunk"
-        trunk = Work() if is_shared else model.trunk(rows * share * length / parts, length)
+        trunk = Work() if is_shared else model.trunk(rows * share * length / parts, longest)
         has_words = role in ("policy", "reference")
         return trunk + (model.head(rows * share * columns / parts) if has_words else Work())
 
     reads = algorithm.reads(settings)
     works: dict[str, Work] = {}
     if isinstance(settings, OnlineConfig):
+        roles = [role for role in plan.parts() if role != "base"]
+        roles += ["reference"] * ("base" in plan.parts())  # the base itself is that
         prompts = settings.batch_size
         decoding = model._replace(holds_scores=False)
 
-        def rollout(sampled: int) -> Work:
+        def rollout(sampled: int, group_size: int) -> Work:
             slots = min(stage.rollout.slots or sampled, sampled)
-            of_token = decoding.decode_step(slots / row_parts, prompt + new / 2)
+            of_token = decoding.decode_step(slots / row_parts, prompt, new / 2, group_size)
             of_prompts = model.trunk(prompts * prompt / row_parts, prompt)
             return of_prompts + of_token.times(_decode_steps(stage, sampled))
 
+        def external(sampled: int) -> Work:
+            if plan.external is None:
+                return Work()
+            read = plan.external.reader.row_length(length)
+            return model_of(plan.external.architecture, read).trunk(sampled * read / parts, read)
+
+        def score(roles: Iterable[str], sampled: int) -> Work:
+            return sum((forward(role, sampled / rows) for role in roles), external(sampled))
+
         sampled = settings.rows_per_rollout
-        works["rollout"] = rollout(sampled)
-        works["score"] = sum((forward(role, sampled / rows) for role in (*algorithm.trains, *reads)), Work())
+        works["rollout"] = rollout(sampled, settings.group_size)
+        works["score"] = score(roles, sampled)
         if algorithm.reads_greedy(settings):
-            works["greedy_rollout"] = rollout(prompts)
-            works["greedy_score"] = forward("reward", prompts / rows)
+            works["greedy_rollout"] = rollout(prompts, 1)
+            works["greedy_score"] = score({"reward"} & set(roles), prompts)
     num_minibatches = settings.num_minibatches
     rows_of_one = rows // num_minibatches
     pieces = max(

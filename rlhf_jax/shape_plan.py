@@ -75,7 +75,7 @@ def _plan(stage: StageConfig, number: int, earlier: dict[str, Plan]) -> Plan:
     architecture = _architecture(stage, where.policy, earlier)
     check_length(stage, algorithm, architecture)
     external = _external(stage, where, architecture, earlier)
-    examples = _blank_examples(stage)
+    examples = blank_examples(stage)
     return Plan(
         stage=stage,
         number=number,
@@ -126,7 +126,7 @@ def _stored(path: Path, role: str) -> Architecture:
     return stored_architecture(path, role) if is_stage_dir(path) else checkpoint_architecture(path, role)
 
 
-def _blank_examples(stage: StageConfig) -> Examples:
+def blank_examples(stage: StageConfig) -> Examples:
     """Returns as many records as a batch has, of the greatest length, and with a prompt of one token."""
     kind, data = stage.settings.records, stage.data
     length = data.max_prompt_length if kind == "prompt_only" else data.max_length

@@ -126,12 +126,12 @@ def report_stage(
             programs.append(_compiled(name, calls[name], mesh, total, on_host))
             told(programs[-1])
     collectives = {program.name: program.collectives for program in programs}
-    sizes, algorithm = dict(mesh.shape), plan.algorithm
+    sizes = dict(mesh.shape)
     stepped = {
-        role: tree for role, tree in of.state.params.items() if role not in algorithm.without_optimizer
+        role: tree for role, tree in of.state.params.items() if role not in plan.algorithm.without_optimizer
     }
     stepped_bytes = bytes_of_device((stepped, of.state.opt_state))
-    works = phase_works(plan.stage, algorithm, plan.architecture, sizes, stepped_bytes)
+    works = phase_works(plan, sizes, stepped_bytes)
     return StageReport(
         plan.stage.name, sizes, resident, programs, phases_of(works, chip, collectives, plan.stage)
     )
@@ -188,16 +188,16 @@ def _external(plan: Plan, mesh: Mesh) -> tuple[Call, Params] | None:
     if plan.external is None:
         return None
     options, stage = plan.stage.model, plan.stage
-    _, architecture, _, ensemble = plan.external
+    _, architecture, reader, ensemble = plan.external
     model = make_model(architecture, options.dtype, attention=options.attention, ensemble=ensemble)
     weights = part_structs(model, mesh, SCORER, options.role_dtype, options.frozen_memory)
-    length = stage.data.max_prompt_length + stage.rollout.max_new_tokens
+    length = reader.row_length(stage.data.max_prompt_length + stage.rollout.max_new_tokens)
     assert isinstance(stage.settings, OnlineConfig)
     count = stage.settings.rows_per_rollout
     rows = Rows(
         *(
             cast(Any, jax.ShapeDtypeStruct(shape, "int32", sharding=batch_sharding(mesh)))
-            for shape in ((count, min(length, architecture.context_length)), (count,), (count,))
+            for shape in ((count, length), (count,), (count,))
         )
     )
     program = reward_program(model, mesh, options.frozen_memory)

@@ -260,7 +260,7 @@ def _estimate(plan: Plan, candidate: Candidate, chip: Chip) -> tuple[float, floa
         slots = min(stage.rollout.slots or sampled, sampled)
         per_token = 2 * of.num_layers * of.num_kv_heads * of.head_dim * size / tensor
         cache = slots / row_parts(sizes) * length * per_token + whole * size / tensor
-    works = phase_works(stage, plan.algorithm, of, sizes, state)
+    works = phase_works(plan._replace(stage=stage), sizes, state)
     seconds = sum(_seconds(work, chip) for work in works.values())
     sent = _sent(stage, pieces, whole * size, tokens, of.num_layers * of.hidden_size * size, sizes, roles)
     steps = stage.settings.num_epochs * stage.settings.num_minibatches

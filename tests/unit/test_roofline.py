@@ -1,7 +1,8 @@
 """The least time of a step: operations and bytes against counts by hand."""
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -11,7 +12,12 @@ from rlhf_jax.bench.harness import make_architecture, make_stage
 from rlhf_jax.chips import CHIPS
 from rlhf_jax.hlo import Collective
 from rlhf_jax.models.row_attention import FLASH_LENGTH
-from rlhf_jax.roofline import Work, layer_shapes, phase_works, phases_of
+from rlhf_jax.origins import Origins
+from rlhf_jax.plan import Plan
+from rlhf_jax.reward_origin import External
+from rlhf_jax.rewards.external import RewardReader
+from rlhf_jax.roofline import ModelOnChip, Work, layer_shapes, phase_works, phases_of
+from rlhf_jax.shape_plan import blank_examples
 
 ONE = dict.fromkeys(config.MeshConfig().sizes, 1)
 TINY = make_architecture("tiny", 64)  # width 32, 2 layers, 4 heads of 8, 2 of keys, mlp 64, 512 words
@@ -29,8 +35,26 @@ def sft(**options):
     )
 
 
+def planned(stage, architecture=TINY, *, has_reward=True):
+    """Returns a plan whose reward model is like the policy."""
+    return Plan(
+        stage=stage,
+        number=0,
+        algorithm=ALGORITHMS[stage.algorithm],
+        architecture=architecture,
+        tokenizer=cast(Any, None),
+        text={},
+        train=blank_examples(stage),
+        held_out=blank_examples(stage),
+        demonstrations=None,
+        functions={},
+        gold=None,
+        origins=Origins(None, Path("judge") if has_reward else None),
+    )
+
+
 def flops(stage, sizes=ONE, architecture=TINY):
-    works = phase_works(stage, ALGORITHMS[stage.algorithm], architecture, ONE | dict(sizes), 0.0)
+    works = phase_works(planned(stage, architecture), ONE | dict(sizes), 0.0)
     return {name: work.flops for name, work in works.items()}
 
 
@@ -97,7 +121,7 @@ def test_a_step_of_trpo():
 def test_no_kernel_has_the_derivatives_of_trpo():
     """So that the scores of all pairs of tokens are written, however long the rows."""
     sizes = {"max_prompt_length": FLASH_LENGTH}
-    ppo, trpo = (phase_works(of, ALGORITHMS[of.algorithm], TINY, ONE, 0.0) for of in ppo_and_trpo(**sizes))
+    ppo, trpo = (phase_works(planned(of), ONE, 0.0) for of in ppo_and_trpo(**sizes))
     length = FLASH_LENGTH + 48
     written = 4 * 2 * 4 * 4 * ROWS * length * length * 4  # models, layers, bytes and times, pairs, heads
     assert trpo["score"].bytes - ppo["score"].bytes == pytest.approx(written)
@@ -117,6 +141,68 @@ def test_greedy_completions_are_one_of_each_prompt():
     assert found["rollout"] - found["greedy_rollout"] == pytest.approx(3 * decoded)
 
 
+def grpo(kl_coef=0.0, new=48, **sections):
+    return make_stage(
+        "grpo",
+        settings=online_config.GRPOConfig(batch_size=ROWS, group_size=4, kl_coef=kl_coef, tracks_kl=False),
+        data=config.DataConfig(max_prompt_length=16),
+        rollout=config.RolloutConfig(max_new_tokens=new),
+        **sections,
+    )
+
+
+def score_of(plan):
+    return phase_works(plan, ONE, 0.0)["score"].flops
+
+
+def test_models_that_are_not_there_score_nothing():
+    """GRPO with a reward function alone needs its policy; it keeps track of no KL."""
+    trunk = 2 * BLOCKS * 4 * ROWS * 64 + attention(4 * ROWS, 64)
+    policy = trunk + 2 * HEAD * 4 * ROWS * 48
+    assert score_of(planned(grpo(), has_reward=False)) == pytest.approx(policy)
+    assert score_of(planned(grpo())) == pytest.approx(policy + trunk)
+
+
+def test_a_reward_model_of_another_kind_counts_as_it_is():
+    """With 6 layers, and rows of 16 + 52 tokens that it is given in 128."""
+    alone = planned(grpo(new=52), has_reward=False)
+    reader = RewardReader(None, False, None, None, 1024)
+    external = External(Path("judge"), dataclasses.replace(TINY, num_layers=6), reader)
+    trunk = 3 * (2 * BLOCKS * 4 * ROWS * 128 + attention(4 * ROWS, 128))
+    assert score_of(alone._replace(external=external)) - score_of(alone) == pytest.approx(trunk)
+
+
+def test_a_base_scores_as_the_reference_whether_or_not_that_is_read():
+    lora = {"lora": config.LoraConfig(rank=4), "model": config.ModelConfig(sharing="hydra")}
+    whole = score_of(planned(grpo(kl_coef=0.1), has_reward=False))
+    assert score_of(planned(grpo(**lora), has_reward=False)) == pytest.approx(whole)
+
+
+def test_a_packed_row_of_pairs_has_the_tokens_of_both():
+    """But each sees its own sequence alone."""
+    settings = offline_config.DPOConfig(batch_size=ROWS)
+    packed, plain = (
+        make_stage("dpo", settings=settings, data=config.DataConfig(max_length=LENGTH, packing=packing))
+        for packing in (True, False)
+    )
+    assert flops(packed)["update"] == pytest.approx(flops(plain)["update"])
+
+
+def test_a_group_reads_the_keys_and_values_of_its_prompt_once():
+    """Eight rows at a time: greedy ones in 48 steps, 4 of each prompt in 4 times as many that read less."""
+    stage = make_stage(
+        "remax",
+        settings=online_config.ReMaxConfig(batch_size=ROWS, group_size=4),
+        data=config.DataConfig(max_prompt_length=16),
+        rollout=config.RolloutConfig(max_new_tokens=48, slots=ROWS),
+    )
+    works = phase_works(planned(stage), ONE, 0.0)
+    prompts = ModelOnChip(TINY, 1, 4, holds_scores=True).trunk(ROWS * 16, 16)
+    grouped, greedy = (works[name].bytes - prompts.bytes for name in ("rollout", "greedy_rollout"))
+    cached = 2 * 2 * 4 * 16 * 16  # layers, keys and values, bytes, width, prompt
+    assert 4 * greedy - grouped == pytest.approx(4 * 48 * cached * (ROWS - ROWS / 4))
+
+
 def test_matrices_of_experts_are_those_that_a_token_meets():
     experts = dataclasses.replace(TINY, num_experts=8, experts_per_token=2)
     assert len(layer_shapes(experts)) == 4 + 2 * 3
@@ -132,7 +218,7 @@ def test_decoding_a_row_is_bound_by_memory_and_much_training_by_products():
         data=config.DataConfig(max_prompt_length=512),
         rollout=config.RolloutConfig(max_new_tokens=512),
     )
-    works = phase_works(one, ALGORITHMS["grpo"], architecture, ONE, 0.0)
+    works = phase_works(planned(one, architecture), ONE, 0.0)
     phases = phases_of(works, chip, {}, one)
     assert (phases["rollout"].bound, phases["update"].bound) == ("memory", "matrix")
 
