@@ -26,6 +26,12 @@ Bound = Literal["matrix", "memory", "network"]
 ROW_AXES = ("slice", "data", "fsdp", "expert")
 """Axes of the mesh that divide rows."""
 BETWEEN_SLICES = "slice"
+_ALSO = {
+    "rollout": ("rollout_start",),
+    "greedy_rollout": ("greedy_rollout_start",),
+    "score": ("reward", "advantages"),
+}
+"""Programs of phases beside those of their names; reward is that of a reward model of its own kind."""
 
 
 class Work(NamedTuple):
@@ -220,11 +226,13 @@ def phases_of(
     Args:
         works: of `phase_works`, on a chip.
         chip: that does it.
-        collectives: of the program of each phase, where it was compiled.
+        collectives: of each program that was compiled.
         stage: says how often the loop of a rollout goes round: of those in it the one that sends least is
             that of tokens. Other loops of unknown length go round once.
     """
-    flops, memory = chip.bf16_flops / chip.devices, chip.hbm_rate / chip.devices
+    flops, memory, link, network = (
+        rate / chip.devices for rate in (chip.bf16_flops, chip.hbm_rate, chip.link_rate, chip.network_rate)
+    )
     steps, settings = {}, stage.settings
     if isinstance(settings, OnlineConfig):
         sampled = {"rollout": settings.rows_per_rollout, "greedy_rollout": settings.batch_size}
@@ -232,11 +240,11 @@ def phases_of(
     found = {}
     for name, work in works.items():
         sent = seconds = 0.0
-        for one, count in _counted(collectives.get(name, ()), steps.get(name, 1)):
-            sent += one.sent * count
-            # An axis is taken to be a ring along a dimension of the torus: two links of each chip.
-            rate = chip.network_rate if BETWEEN_SLICES in one.axes else 2 * chip.link_rate
-            seconds += one.sent * count / rate
+        for program in (name, *_ALSO.get(name, ())):
+            for one, count in _counted(collectives.get(program, ()), steps.get(program, 1)):
+                sent += one.sent * count
+                # An axis is taken to be a ring along a dimension of the torus: two links of each chip.
+                seconds += one.sent * count / (network if BETWEEN_SLICES in one.axes else 2 * link)
         found[name] = Phase(work, sent, work.flops / flops, work.bytes / memory, seconds)
     return found
 

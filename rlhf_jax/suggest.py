@@ -264,7 +264,7 @@ def _estimate(plan: Plan, candidate: Candidate, chip: Chip) -> tuple[float, floa
     seconds = sum(_seconds(work, chip) for work in works.values())
     sent = _sent(stage, pieces, whole * size, tokens, of.num_layers * of.hidden_size * size, sizes, roles)
     steps = stage.settings.num_epochs * stage.settings.num_minibatches
-    return seconds + steps * sent / (2 * chip.link_rate), max(update, resident + cache)
+    return seconds + steps * sent * chip.devices / (2 * chip.link_rate), max(update, resident + cache)
 
 
 def _sent(

@@ -248,3 +248,20 @@ def test_what_is_sent_takes_its_time_by_axis_and_loop():
     assert found["rollout"].sent == 2 * 10 * 1000 + 5000
     assert found["greedy_rollout"].sent == 10 * 1000 + 5000
     assert found["score"].sent == 1000
+
+
+def test_every_program_of_a_phase_sends_in_its_time():
+    """And what JAX sees of a chip has its part of the links, as of all else."""
+    one = Collective("all-gather", ("fsdp",), 2, 2000, 1)
+    programs = ("rollout_start", "rollout", "score", "reward", "advantages", "update")
+    collectives = {name: [one] for name in programs}
+    phases = {name: Work(1e6, 1e6) for name in ("rollout", "score", "update")}
+    halves, whole = (phases_of(phases, CHIPS[name], collectives, grpo()) for name in ("tpu7x", "v5p"))
+    for found, rate in ((halves, 100e9 / 2), (whole, 100e9)):
+        assert {name: of.sent for name, of in found.items()} == {
+            "rollout": 2000,
+            "score": 3000,
+            "update": 1000,
+        }
+        assert found["score"].network == pytest.approx(3000 / (2 * rate))
+    assert halves["update"].matrix == pytest.approx(1e6 / (2307e12 / 2))
