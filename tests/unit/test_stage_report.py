@@ -1,9 +1,19 @@
 """What a report of a stage takes from the compiler and from the options."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
+from rlhf_jax import stage_report
+from rlhf_jax.command_line import read_config
 from rlhf_jax.preflight import advice
+from rlhf_jax.reward_origin import External
+from rlhf_jax.rewards.external import RewardReader
+from rlhf_jax.shape_plan import shape_plans
 from rlhf_jax.stage_report import needed_bytes
+from tests import tiny
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -43,3 +53,17 @@ def test_advice_names_options_that_the_part_depends_on(largest, says, does_not_s
     """Only an update has microbatches and keeps activations; a base is in bfloat16 and stays there."""
     said = advice(largest)
     assert all(option in said for option in says) and not any(option in said for option in does_not_say)
+
+
+def test_a_reward_model_of_another_kind_is_compiled_for_the_rows_that_it_is_given():
+    """Prompts of 40 tokens and completions of 30 lie in rows of 128."""
+    path = ROOT / "configs" / "smoke" / "ppo.yaml"
+    flags = ("--data.max_prompt_length", "40", "--rollout.max_new_tokens", "30", "--run.dir", "unused")
+    plans = shape_plans(read_config(["--config", str(path), *flags], runs=False))
+    plan = next(plan for plan in plans if plan.stage.algorithm == "ppo")
+    other = dataclasses.replace(plan.architecture, context_length=256)
+    external = External(Path("judge"), other, RewardReader(None, False, None, None, other.context_length))
+    found = stage_report._external(plan._replace(external=external), tiny.mesh())
+    assert found is not None
+    (rows,) = found[0].own
+    assert rows.tokens.shape == (plan.stage.settings.batch_size, 128)
