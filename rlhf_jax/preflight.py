@@ -53,12 +53,14 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="find the fastest mesh, microbatches, remat and sharing that fit",
     )
-    parser.add_argument("--compiles", type=int, default=8, help="the most that --suggest tries; by default 8")
+    parser.add_argument("--compiles", type=int, help="the most that --suggest tries; by default 8")
     parser.add_argument("--json", action="store_true", help="print one line of JSON on stdout instead")
     args, others = parser.parse_known_args(argv)
     try:
         if args.suggest and args.programs:
             raise ValueError("--programs would be ignored: --suggest looks at all of them; leave it out")
+        if args.compiles is not None and not args.suggest:
+            raise ValueError("--compiles would be ignored: it is of --suggest; leave it out, or give both")
         slices = read_topology(args.topology, args.slices)
         config = read_config(others, runs=False)
         plans = chosen_plans(config, args.stage)
@@ -66,7 +68,14 @@ def main(argv: list[str] | None = None) -> int:
         devices = described_devices(slices)
         if args.suggest:
             read = partial(read_plans, stage=args.stage)
-            found = suggest(read, others, devices, slices.chip, limit=args.compiles, told=tell)
+            found = suggest(
+                read,
+                others,
+                devices,
+                slices.chip,
+                limit=8 if args.compiles is None else args.compiles,
+                told=tell,
+            )
             reports, flags = ([], []) if found is None else (found.reports, found.flags)
         else:
             reports, flags = compiled_stages(plans, devices, slices.chip, args.programs), []

@@ -1,6 +1,6 @@
 """What an algorithm is: a value that names its roles, its loss and where else it has a say.
 
-Its section in `algo_config.py` names its data.
+Its section, in `offline_config.py` or `online_config.py`, names its data.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "reward_model": REWARD_MODEL,
     "ppo": PPO,
     "trpo": TRPO,
-    # The same mathematics; their sections in algo_config.py have other defaults.
+    # The same mathematics; their sections have other defaults.
     "grpo": GRPO,
     "dr_grpo": GRPO,
     "dapo": GRPO,

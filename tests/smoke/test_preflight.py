@@ -72,6 +72,7 @@ def test_what_is_too_large_is_refused_and_told(capsys: pytest.CaptureFixture[str
             "must be at most model.context_length = 128",
         ),
         (["--topology", "v5e:2x2", "--suggest", "--programs", "update"], "--programs would be ignored"),
+        (["--topology", "v5e:2x2", "--compiles", "3"], "--compiles would be ignored"),
         (["--topology", "v5e:4x4", "--rollout.devices", "4"], "4 hosts, and weights are copied"),
     ],
 )
