@@ -2,9 +2,9 @@
 
     python -m tests.parity.make_policy_golden    # with torch and trl, which the project does not have
 
-The trainers' own loss methods run in float64, on trainers that are nothing but their settings and a model that
-says what a table holds. Three batches: usual log-probabilities, sharp ones, and ones so extreme that most
-ratios are far outside of every clip. Completions are ragged, and the first one has a single token.
+The trainers' own loss methods run in float64, on trainers that are nothing but their settings and a model
+that says what a table holds. Three batches: usual log-probabilities, sharp ones, and ones so extreme that
+most ratios are far outside of every clip. Completions are ragged, and the first one has a single token.
 
 Where TRL has another convention, ours is set here:
 

@@ -51,7 +51,10 @@ def test_policy_loss(name, batch):
         part: GOLDEN[f"{batch}/{part}"] for part in ("prompt_lengths", "lengths", "advantages", *made.TABLES)
     }
     algorithm, options = SETTINGS[name]
-    settings, batch_of = ALGORITHM_SECTIONS[algorithm](**options), policy_batch(of, name)
+    settings, batch_of = (
+        ALGORITHM_SECTIONS[algorithm](**options),
+        policy_batch(of, name),
+    )
     forward = blank_forward()._replace(
         logprobs=lambda params, frozen, rows: params["policy"], longest=made.LONGEST
     )

@@ -6,12 +6,14 @@ import pytest
 
 from rlhf_jax import train
 from rlhf_jax.algo_config import ALGORITHM_SECTIONS
-from rlhf_jax.online_config import OnlineConfig, PolicyGradientConfig
+from rlhf_jax.online_config import OnlineDPOConfig, PolicyGradientConfig, RAFTConfig
 from tests.conftest import ROOT
 
 NAMES = [name for name, section in ALGORITHM_SECTIONS.items() if issubclass(section, PolicyGradientConfig)]
-OTHERS = [name for name, section in ALGORITHM_SECTIONS.items() if issubclass(section, OnlineConfig)]
-OTHERS = [name for name in OTHERS if name not in NAMES]
+OTHERS = [
+    name for name, section in ALGORITHM_SECTIONS.items() if issubclass(section, (OnlineDPOConfig, RAFTConfig))
+]
+"""These choose among the samples of a prompt."""
 FAST = ("dapo",)
 
 

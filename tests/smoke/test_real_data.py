@@ -48,8 +48,9 @@ LENGTHS = {"max_prompt_length": 256, "max_length": 384, "max_eval_records": 32, 
 def test_a_public_data_set_runs_with_nothing_but_a_configuration(name, test_data, run_train, tmp_path):
     stages, train, held_out, options = DATA_SETS[name]
     directory = test_data / name.split()[0]
+    is_online = any("rollout" in stage for stage in stages)
     config = {
-        "run": {"dir": str(tmp_path / "run"), "num_samples": 32},
+        "run": {"dir": str(tmp_path / "run")} | ({"num_samples": 32} if is_online else {}),
         "stages": stages,
         "model": {"path": str(test_data / "tinystories656k")},
         "data": {"train": str(directory / train), "eval": str(directory / held_out)} | options | LENGTHS,
