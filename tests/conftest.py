@@ -40,13 +40,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets LLVM leave the fast tests' programs as they are: they compile for longer than they run.
+    """Lets LLVM leave the tests' programs as they are: they compile for longer than they run.
 
-    What XLA makes of a program is the same. Training that tests start in a process of its own, and the slow
-    tests, are compiled as users' programs are.
+    What XLA makes of a program is the same. Training that tests start in a process of its own is compiled as
+    users' programs are.
     """
-    if config.option.markexpr == "not slow":
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
 
 
 @pytest.hookimpl(trylast=True)

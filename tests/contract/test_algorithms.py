@@ -31,9 +31,11 @@ VARIANTS = {
     "reward_model:regression": {"loss": "regression", "normalizer": "none"},
 }
 """Settings under which an algorithm has another loss; elsewhere a colon stands before model.sharing."""
+SHARED = ["dpo:lora", "ppo:trunk", "ppo:hydra", "trpo:hydra", "reward_model:lora", "sft:lora"]
+"""Algorithms whose roles share parameters, or are adapters; the fast tests of them are in test_sharing.py."""
 IN_FULL = ("ppo", "reward_model", "sft")
 """These stand for the others, which are tested with everything changed at once."""
-AT_ONCE = [*(name for name in NAMES if name not in IN_FULL), *VARIANTS]
+AT_ONCE = [*(name for name in NAMES if name not in IN_FULL), *VARIANTS, *SHARED]
 FAST = ("dpo", "grpo", "kto")
 """Of AT_ONCE."""
 
@@ -51,8 +53,6 @@ def is_online(name: str) -> bool:
 
 
 ONLINE = [name for name in NAMES if is_online(name)]
-SHARED = ["dpo:lora", "ppo:trunk", "ppo:hydra", "trpo:hydra", "reward_model:lora", "sft:lora"]
-"""Algorithms whose roles share parameters, or are adapters; the fast tests of them are in test_sharing.py."""
 ROWS_PER_RECORD: dict[Kind, int] = {"rating": 1, **dict.fromkeys(RANKINGS, 4)}
 """Where the data decide it; rankings here are of four completions or three."""
 GRADIENT = 1e-5  # of the leaf's norm
@@ -191,10 +191,7 @@ def assert_same(found, expected):
         assert metrics[name] == pytest.approx(value, abs=VALUE * max(1, abs(value))), name
 
 
-@pytest.fixture(
-    scope="module",
-    params=[*IN_FULL, *(pytest.param(name, marks=pytest.mark.slow) for name in SHARED)],
-)
+@pytest.fixture(scope="module", params=IN_FULL)
 def reference(request):
     """The name of an algorithm, a batch, and its update on one device."""
     batch = batch_of(request.param)
@@ -295,7 +292,8 @@ def test_nothing_changes_where_everything_is_changed_at_once(name):
     assert all(smallest_norm(name, moments) > 0 for moments in gradient.values())
     assert metrics.get("policy/kl_estimate", 1) > 0.1  # else the statistics of the minibatch have no say
     changed = with_filling(longer(in_another_order(name, batch)))
-    assert_same(updated(name, changed, microbatch_size=2), expected)
+    mesh = tiny.mesh(tensor=4, sequence=2) if name in SHARED else None
+    assert_same(updated(name, changed, mesh, microbatch_size=2), expected)
     rows = packed(batch, num_empty=4)
     assert_same(updated(name, rows, tiny.mesh(data=4, fsdp=2), packing=True), expected)
 

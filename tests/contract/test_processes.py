@@ -29,7 +29,6 @@ BATCHES = 3 + 3 * 2  # of prompts: three iterations, and three evaluations of tw
 
 # Processes, CPU devices of each, and the mesh over them.
 SPLITS = {
-    "two, which divide rows": (2, 2, {"data": 4}),
     "two, which divide parameters": (2, 2, {"fsdp": 2, "tensor": 2}),
     "four, of which two hold the same rows": (4, 1, {"data": 2, "tensor": 2}),
 }
