@@ -42,8 +42,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """Lets LLVM leave the tests' programs as they are: they compile for longer than they run.
 
-    What XLA makes of a program is the same. Training that tests start in a process of its own is compiled as
-    users' programs are.
+    What XLA makes of a program is the same. Training that `run_train` starts is compiled as users' programs
+    are.
     """
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
 
