@@ -15,6 +15,7 @@ from rlhf_jax.online_config import (
     ShapedRewardConfig,
     TRPOConfig,
 )
+from rlhf_jax.options import did_you_mean
 
 
 def check_algorithm(stage: StageConfig, path: PathOf) -> Iterator[str]:
@@ -116,6 +117,26 @@ def check_policy_loss(stage: StageConfig, path: PathOf) -> Iterator[str]:
         )
     if 0 < settings.dual_clip <= 1:
         yield f"{path(section, 'dual_clip')}: must be more than 1, or 0 for none, got {settings.dual_clip:g}"
+
+
+def check_ptx(stage: StageConfig, earlier: dict[str, StageConfig], path: PathOf) -> Iterator[str]:
+    """Yields where a policy's loss finds no demonstrations to be mixed with."""
+    settings, section = stage.settings, stage.algorithm
+    if not isinstance(settings, PolicyGradientConfig) or not settings.ptx_coef:
+        return
+    of_sft = [name for name, of in earlier.items() if of.algorithm == "sft"]
+    if settings.ptx_from in of_sft:
+        return
+    near = did_you_mean(settings.ptx_from, of_sft) if settings.ptx_from else ""
+    there = near or (f"; there is {', '.join(of_sft)}" if of_sft else "; there is none: put one before it")
+    got = repr(settings.ptx_from)
+    if settings.ptx_from in earlier:
+        got += f", which runs {earlier[settings.ptx_from].algorithm}"
+    yield (
+        f"{path(section, 'ptx_from')}: must name an sft stage that comes before {stage.name} in the list, "
+        f"whose training records are the demonstrations of {section}.ptx_coef {settings.ptx_coef:g}, got "
+        f"{got}{there}"
+    )
 
 
 def check_groups(stage: StageConfig, path: PathOf) -> Iterator[str]:

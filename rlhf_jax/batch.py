@@ -181,6 +181,7 @@ class PolicyBatch(NamedTuple):
     kl_weights: Array | None = None  # f32[B, T], of the KL's terms in the loss; None: it has none
     old_kl_weights: Array | None = None  # f32[B, T], the same of the KL from the old policy
     scores: Array | None = None  # f32[B], as they were judged; None where nothing is kept of them
+    ptx: Rows | None = None  # B rows of their own length: demonstrations, which are learned beside the others
 
 
 class TrainState(NamedTuple):

@@ -446,6 +446,12 @@ class StageConfig:
     run: RunConfig
 
     @property
+    def rests_on(self) -> set[str]:
+        """Returns the stages, directories and names of the hub that this stage takes something of."""
+        named = (self.start_from, self.reward_from, getattr(self.settings, "ptx_from", ""))
+        return {name for name in named if name}
+
+    @property
     def is_online(self) -> bool:
         """Returns whether the stage learns from completions that its policy samples."""
         return isinstance(self.settings, OnlineConfig)

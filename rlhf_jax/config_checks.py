@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rlhf_jax.algo_checks import check_algorithm
+from rlhf_jax.algo_checks import check_algorithm, check_ptx
 from rlhf_jax.axes import axis_problems, axis_table
 from rlhf_jax.config import PATH_OPTIONS, RESERVED_NAMES, DataConfig, LoraConfig, StageConfig
 from rlhf_jax.config_file import PathOf, Resolved, Where, ignored
@@ -48,9 +48,10 @@ def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> 
 
         earlier = {s.name: s for s in stages[:index]}
         others = [s.name for s in stages[index:]]
-        if not unreadable.intersection((stage.start_from, stage.reward_from)):
+        if not unreadable & stage.rests_on:
             sources = list(check_sources(stage, earlier, others))
             found += sources or check_normalizer(stage, earlier, path)
+            found += check_ptx(stage, earlier, path)
         found += check_name(stage)
         found += check_local(stage, path)
         found += check_hub(stage, path)

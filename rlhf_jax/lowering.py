@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.stages import Lowered
 
 from rlhf_jax.algos.registry import ALGORITHMS
-from rlhf_jax.batch import Params, Prompts, Rollout, TrainState
+from rlhf_jax.batch import Params, Prompts, Rollout, Rows, TrainState
 from rlhf_jax.config import StageConfig
 from rlhf_jax.data.examples import Batch
 from rlhf_jax.data.loader import Loader
@@ -71,7 +71,10 @@ def stage_calls(plan: Plan, mesh: Mesh) -> StageCalls:
         blank = np.zeros((len(examples), examples.rows_per_record), np.float32)
         examples = dataclasses.replace(examples, ref_logprobs=blank)
     batch, _ = Loader[Any, Any](examples, settings.batch_size, plan.stage.run.seed).batch(0)
-    return calls_of(programs, plan.stage, plan.parts(), model, mesh, batch)
+    ptx = None
+    if plan.ptx is not None:
+        ptx, _ = Loader[Rows, Any](plan.ptx, settings.rows_per_update, plan.stage.run.seed).batch(0)
+    return calls_of(programs, plan.stage, plan.parts(), model, mesh, batch, ptx)
 
 
 def lower_programs(
@@ -83,7 +86,13 @@ def lower_programs(
 
 
 def calls_of(
-    built: Programs, stage: StageConfig, parts: Parts, model: Model, mesh: Mesh, batch: Batch
+    built: Programs,
+    stage: StageConfig,
+    parts: Parts,
+    model: Model,
+    mesh: Mesh,
+    batch: Batch,
+    ptx: Rows | None = None,
 ) -> StageCalls:
     """Returns what a step of a stage runs.
 
@@ -94,6 +103,7 @@ def calls_of(
         model: that the programs were built of.
         mesh: that they were built for; its devices need not be there, see jax.experimental.topologies.
         batch: what the stage takes of its records, arrays or shape structs.
+        ptx: the demonstrations that an online stage takes with them.
     """
     programs = cast(Any, built)  # what jax.jit returns
 
@@ -122,6 +132,8 @@ def calls_of(
             scored = scored._replace(greedy=greedy)
         calls["advantages"] = Call(programs.advantages, (), (scored, state.aux))
         learned = rows(programs.advantages.eval_shape(scored, state.aux)[0])
+        if ptx is not None:
+            learned = learned._replace(ptx=rows(ptx))
     else:
         calls["evaluate"] = Call(programs.evaluate, (trained, frozen), (learned,))
     calls["update"] = Call(programs.update, (state, frozen), (learned, key))

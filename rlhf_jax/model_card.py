@@ -88,7 +88,7 @@ def lineage(config: Config, name: str) -> list[StageConfig]:
         stage = stages.get(waiting.pop())
         if stage is not None and stage.name not in found:
             found.add(stage.name)
-            waiting += [stage.start_from, stage.reward_from]
+            waiting += stage.rests_on
     return [stage for stage in config.stages if stage.name in found]
 
 

@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 
 from rlhf_jax import keys
 from rlhf_jax.batch import Metrics, Params, Prompts, Rollout, Rows, Scored, TrainState
-from rlhf_jax.data.loader import Loader
-from rlhf_jax.data.records import PromptOnly
+from rlhf_jax.data.examples import Examples
+from rlhf_jax.data.loader import Loader, Prefetched
+from rlhf_jax.data.records import AnyRecord, PromptOnly
 from rlhf_jax.experience import Collector, Experience
 from rlhf_jax.programs import Programs
 from rlhf_jax.rollout.generate import RolloutPrograms
 from rlhf_jax.sharding import batch_sharding, gathered, place_rows, replicated
-from rlhf_jax.trainer import NextBatch
+from rlhf_jax.trainer import NextBatch, Source
 
 OF_SCORES = ("reward/", "rollout/equal_groups")
 """Metrics that a selection of groups would bias."""
@@ -163,6 +164,28 @@ def _summed(told: list[Metrics]) -> Metrics:
         return x if isinstance(x, float) else float(gathered(x))  # seconds are this process's own
 
     return {name: sum(number(of[name]) for of in told) for name in SUMMED}
+
+
+def with_ptx(source: Source, examples: Examples, num_rows: int, seed: int, mesh: Mesh) -> Source:
+    """Returns a source whose batches have demonstrations beside them: other ones at each step.
+
+    Which ones they are follows from the step alone, whatever the source takes of the prompts.
+
+    Args:
+        source: of batches of a policy.
+        examples: the demonstrations, in the order of their sft stage.
+        num_rows: of a batch.
+        seed: of the run.
+        mesh: where the batches lie.
+    """
+    loader = Prefetched(Loader[Rows, AnyRecord](examples, num_rows, seed, mesh))
+
+    def with_both(state: TrainState, position: int, key: Array) -> NextBatch:
+        found = source(state, position, key)
+        rows, _ = loader.batch(num_rows * int(state.step))
+        return found._replace(batch=found.batch._replace(ptx=place_rows(mesh, rows)))
+
+    return with_both
 
 
 class RolloutWorker:

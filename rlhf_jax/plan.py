@@ -77,6 +77,8 @@ class Plan(NamedTuple):
     """The reward model, where it has another architecture or tokenizer than the policy."""
     reward_is_whole: bool = True
     """The reward model that is read is one of its own, not an adapter of the stage's base."""
+    ptx: Examples | None = None
+    """The demonstrations that are learned beside what the policy samples."""
 
     @property
     def directory(self) -> Path:
@@ -120,7 +122,7 @@ def plan_stages(config: Config, tokenizer: Tokenizer) -> list[Plan]:
     problems: list[str] = []
     for number, stage in enumerate(config.stages):
         found: list[str] = []
-        rests_on_failed = bool(failed & {stage.start_from, stage.reward_from})
+        rests_on_failed = bool(failed & stage.rests_on)
         plan = None if rests_on_failed else _plan(stage, number, tokenizer, plans, found)
         problems += [f"stage {stage.name}: {problem}" for problem in dict.fromkeys(found)]
         if plan is None:
@@ -189,10 +191,11 @@ def _plan(
                 attempt(function.check_columns, getattr(of.records[0], "columns", {}))
         return function
 
-    lora = None
+    lora = ptx = None
     architecture = attempt(_architecture, stage, where, tokenizer, earlier)
     if architecture is not None:
         attempt(check_length, stage, algorithm, architecture)
+        ptx = attempt(ptx_examples, stage, architecture, earlier)
         lora = attempt(adapters_of, stage, architecture)
         if lora is not None:
             attempt(check_start, stage, where, lora, architecture)
@@ -250,9 +253,28 @@ def _plan(
         gold=gold,
         external=external,
         reward_is_whole=reward_is_whole(stage, where, earlier),
+        ptx=ptx,
     )
     attempt(_check_text, plan, earlier)
     return None if problems else plan
+
+
+def ptx_examples(stage: StageConfig, architecture: Architecture, earlier: dict[str, Plan]) -> Examples | None:
+    """Returns the demonstrations that a policy learns beside its samples, in batches of one length.
+
+    Their text may be another than that of the prompts, as it is where they are what the model was first
+    trained on.
+    """
+    name = getattr(stage.settings, "ptx_from", "")
+    if not name:
+        return None
+    found = dataclasses.replace(earlier[name].train, shorter=())
+    if found.length > architecture.context_length:
+        raise ValueError(
+            f"{stage.algorithm}.ptx_from: rows of {found.length} tokens of stage {name} do not fit the "
+            f"model's context of {architecture.context_length}; lower data.max_length there"
+        )
+    return found
 
 
 def with_rows_of(algorithm: Algorithm, examples: Examples) -> Algorithm:
@@ -405,7 +427,9 @@ def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
             jnp.dtype(model_section.dtype),
             head_dim=plan.architecture.head_dim,
             softcap=plan.architecture.attention_softcap,
-            is_packed=plan.stage.data.packing or getattr(plan.stage.settings, "sequences_per_row", 1) > 1,
+            is_packed=plan.stage.data.packing
+            or getattr(plan.stage.settings, "sequences_per_row", 1) > 1
+            or (plan.ptx is not None and bool(plan.ptx.packings)),
             capability=compute_capability(),
         )
         if model_section.attention == "flash" and lack:

@@ -1,4 +1,4 @@
-"""What is said of the plans of a run before it begins: mixtures, records that are lost, reward models."""
+"""What is said of the plans of a run before it begins: its data, records that are lost, reward models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_jax.plan import Plan
 
 def notes(plan: Plan) -> list[str]:
     """Returns the lines that are printed of a stage."""
-    return [*mixture(plan), *losses(plan), *reward_notes(plan)]
+    return [*mixture(plan), *losses(plan), *ptx_notes(plan), *reward_notes(plan)]
 
 
 def mixture(plan: Plan) -> list[str]:
@@ -82,6 +82,16 @@ def losses(plan: Plan) -> list[str]:
             warning = "WARNING: more than half is lost: " if 2 * of.num_dropped > total else ""
             lines.append(f"[{plan.stage.name}] {warning}data.{name}: {', '.join(parts)}")
     return lines
+
+
+def ptx_notes(plan: Plan) -> list[str]:
+    """Returns a line where demonstrations are learned beside samples: how often the stage goes through."""
+    if plan.ptx is None:
+        return []
+    settings = plan.stage.settings
+    epochs = settings.num_updates * settings.rows_per_update / sum(plan.ptx.num_units)
+    where = f"{plan.stage.algorithm}.ptx_from: {getattr(settings, 'ptx_from', '')}"
+    return [f"[{plan.stage.name}] {where}: {len(plan.ptx)} records, {epochs:.3g} epochs"]
 
 
 def reward_notes(plan: Plan) -> list[str]:

@@ -130,6 +130,7 @@ def build_programs(
     num_completion: int,
     ids: TokenIds,
     prompt_length: int = LARGEST_INT,
+    num_demonstrated: int = 0,
 ) -> Programs:
     """Returns the programs of a stage; nothing is compiled before the first call.
 
@@ -141,11 +142,14 @@ def build_programs(
         num_completion: C, the static maximum of completion tokens of a row.
         ids: EOS and pad.
         prompt_length: tokens of a usual prompt, for which ppo.length_buckets are made; the most by default.
+        num_demonstrated: C of the rows of demonstrations beside an online batch; 0: there are none.
     """
     settings = stage.settings
     temperature = stage.rollout.temperature if stage.is_online else 1.0
     longest = stage.rollout.max_new_tokens if stage.is_online else 0
-    forward = make_forward(model, num_completion, temperature, stage.model.logprob_chunk, longest)
+    forward = make_forward(
+        model, num_completion, temperature, stage.model.logprob_chunk, longest, num_demonstrated
+    )
     optimizers = optimizers_of(stage, algorithm)
     init = partial(
         init_state,

@@ -201,6 +201,11 @@ def phase_works(plan: Plan, mesh_shape: Mapping[str, int], state_bytes: float) -
     passes = 1 + backward + (stage.model.remat in ("full", "offload"))
     stepped = [role for role in algorithm.trains if role not in algorithm.without_optimizer]
     of_piece = sum((forward(role, share).times(passes) for role in stepped), Work())
+    if plan.ptx is not None:
+        rows_of_piece = rows * share / parts
+        of_ptx = model.trunk(rows_of_piece * plan.ptx.length, plan.ptx.longest_row)
+        of_ptx += model.head(rows_of_piece * plan.ptx.most_loss_tokens)
+        of_piece += of_ptx.times(passes)
     if not stage.is_online:
         of_piece += sum((forward(role, share) for role in reads), Work())
         if algorithm.minibatch_stats is not None:

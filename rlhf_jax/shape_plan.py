@@ -30,7 +30,7 @@ from rlhf_jax.models import hub
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import SINGLE, Ensemble
 from rlhf_jax.origins import Origins, checkpoint_architecture, is_stage_dir, origins, stored_architecture
-from rlhf_jax.plan import Plan, check_length, reward_is_whole, with_rows_of
+from rlhf_jax.plan import Plan, check_length, ptx_examples, reward_is_whole, with_rows_of
 from rlhf_jax.reward_origin import External
 from rlhf_jax.rewards.external import RewardReader
 
@@ -57,9 +57,7 @@ def shape_plans(config: Config) -> list[Plan]:
     plans: dict[str, Plan] = {}
     problems: list[str] = []
     for number, stage in enumerate(config.stages):
-        if {stage.start_from, stage.reward_from} & (
-            {of.name for of in config.stages[:number]} - plans.keys()
-        ):
+        if stage.rests_on & ({of.name for of in config.stages[:number]} - plans.keys()):
             continue  # rests on a stage with problems
         try:
             plans[stage.name] = _plan(stage, number, plans)
@@ -91,6 +89,7 @@ def _plan(stage: StageConfig, number: int, earlier: dict[str, Plan]) -> Plan:
         gold=None,
         external=external,
         reward_is_whole=reward_is_whole(stage, where, earlier),
+        ptx=ptx_examples(stage, architecture, earlier),
     )
 
 

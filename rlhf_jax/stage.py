@@ -38,7 +38,7 @@ from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import Ensemble
 from rlhf_jax.models.transformer import Model, make_model
 from rlhf_jax.offline_config import ReferenceConfig, RewardModelConfig
-from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, RolloutWorker, ahead_of
+from rlhf_jax.online import Asynchronous, OnPolicy, PromptBatches, RolloutWorker, ahead_of, with_ptx
 from rlhf_jax.online_config import OnlineConfig
 from rlhf_jax.origins import adapter_info, adapters_of, fingerprint, is_same_base
 from rlhf_jax.plan import Plan
@@ -84,7 +84,10 @@ def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
         stops=read_stop_ids(stage.rollout, plan.tokenizer),
     )
     prompt_length = _usual_length(plan.train.lengths, getattr(stage.settings, "sequences_per_row", 1))
-    programs = build_programs(stage, algorithm, model, mesh, num_completion, ids, prompt_length)
+    num_demonstrated = 0 if plan.ptx is None else plan.ptx.most_loss_tokens
+    programs = build_programs(
+        stage, algorithm, model, mesh, num_completion, ids, prompt_length, num_demonstrated
+    )
     stops = read_stop_strings(stage.rollout, plan.tokenizer)
     if stops is not None:
         names = ("rollout", "rollout_of_one", "greedy_rollout")
@@ -114,10 +117,10 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     if done is not None:
         return done[1]
     stage = plan.stage
-    demonstrations = plan.demonstrations and plan.demonstrations.fingerprint
+    read = (plan.train, plan.held_out, plan.demonstrations, plan.ptx)
     check_alike(
         f"stage {stage.name}: the records of data.train and data.eval, or their tokens",
-        lambda: (plan.train.fingerprint, plan.held_out.fingerprint, demonstrations, plan.text),
+        lambda: ([of and of.fingerprint for of in read], plan.text),
     )
     directories = [*plan.origins, plan.external and plan.external.path]
     check_alike(
@@ -152,6 +155,8 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
             "num_heads": model.ensemble.num_heads,
             **adapter_info(stage, plan.origins, model.lora),
         }
+        if plan.ptx is not None:
+            info["ptx"] = plan.ptx.fingerprint
         if start is not None and model.lora is None and has_reference(stage, algorithm):
             info["reference"] = on_first(lambda: fingerprint(start))
         newest = checkpointer.latest()
@@ -209,6 +214,11 @@ def _resumed_info(plan: Plan, here: dict[str, Any], stored: dict[str, Any], newe
         raise ValueError(
             f"stage {name}: the records of data.train are not those that it was trained on "
             f"until step {newest}; restore them, or choose another run.dir"
+        )
+    if stored.get("ptx") != here.get("ptx"):
+        raise ValueError(
+            f"stage {name}: the training records of {plan.stage.algorithm}.ptx_from are not those that it "
+            f"was trained on until step {newest}; restore them, or choose another run.dir"
         )
     if not is_same_base(stored.get("base"), here.get("base")):
         raise ValueError(
@@ -300,6 +310,8 @@ def _online(
     else:
         batches = PromptBatches(loader, worker.mesh, settings.group_size)
         source = Asynchronous(programs, frozen, collector, batches, worker, root, settings.num_updates)
+    if plan.ptx is not None:
+        source = with_ptx(source, plan.ptx, settings.rows_per_update, stage.run.seed, mesh)
     held_out = Loader(plan.held_out, settings.rows_per_rollout, stage.run.seed)
     holders = row_holders(mesh, settings.rows_per_rollout)
     gold = None if plan.gold is None else scored_once(plan.gold, holders)

@@ -13,7 +13,17 @@ from jax.typing import DTypeLike
 
 from rlhf_jax import keys
 from rlhf_jax.algos.algorithm import Algorithm
-from rlhf_jax.batch import Max, Mean, Metrics, Params, Rows, TrainState, num_rows, reduce_metrics
+from rlhf_jax.batch import (
+    Max,
+    Mean,
+    Metrics,
+    Params,
+    PolicyBatch,
+    Rows,
+    TrainState,
+    num_rows,
+    reduce_metrics,
+)
 from rlhf_jax.models.forward import Forward, blank_forward
 from rlhf_jax.ops.packed_rows import Placement, RowLayout
 from rlhf_jax.ops.rounding import rounded_like, widened
@@ -105,7 +115,7 @@ def make_update(
         def in_rows(at: Placement) -> tuple[Params, dict[str, Mean], Metrics]:
             assert forward.with_columns is not None
             short = forward.with_columns(at.rung.num_completion)
-            return of_rows(short, params, frozen, constrain(at.pack(minibatch)))
+            return of_rows(short, params, frozen, constrain(in_rows_of(at, minibatch)))
 
         if layout is None:
             return of_rows(forward, params, frozen, minibatch)
@@ -240,6 +250,13 @@ def make_update(
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state, aux=aux), metrics
 
     return update
+
+
+def in_rows_of(at: Placement, minibatch: Any) -> Any:
+    """Returns a minibatch in the rows of a placement; demonstrations, placed already, stay where they are."""
+    if not isinstance(minibatch, PolicyBatch) or minibatch.ptx is None:
+        return at.pack(minibatch)
+    return at.pack(minibatch._replace(ptx=None))._replace(ptx=minibatch.ptx)
 
 
 def approx_kl(metrics: Metrics) -> Array:

@@ -206,6 +206,8 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         else:
             for key in ("clip_eps", "clip_eps_high", "dual_clip"):
                 reasons[f"{section}.{key}"] = f"{section}.surrogate is 'kl'"
+        if not settings.ptx_coef:
+            reasons[f"{section}.ptx_from"] = f"{section}.ptx_coef is 0"
         if isinstance(settings, PPOConfig) and settings.ratio == "sequence":
             for key in ("gamma", "gae_lambda"):
                 reasons[f"{section}.{key}"] = f"{section}.ratio is 'sequence': a completion is one action"

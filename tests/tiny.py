@@ -148,7 +148,8 @@ def programs(
 ) -> Programs:
     """Returns the stage's programs."""
     ids, algorithm = TokenIds(EOS, PAD), algorithm or ALGORITHMS[of.algorithm]
-    return build_programs(of, algorithm, model(of), on, num_completion, ids, prompt_length)
+    made = model(of)
+    return build_programs(of, algorithm, made, on, num_completion, ids, prompt_length, num_completion)
 
 
 def rows(num_rows: int = 8, length: int = 16, seed: int = 0) -> Rows:
@@ -209,7 +210,11 @@ def packed(batch: Any, groups: Sequence[Sequence[int]], length: int) -> Any:
         return made
     others = {name: getattr(batch, name) for name in batch._fields if name != "rows"}
     of_one = of_sequence if isinstance(batch, JudgedRows) else of_token
-    others = {name: of_one(x) for name, x in others.items() if x is not None}
+    others = {
+        name: packed(x, groups, length) if isinstance(x, Rows) else of_one(x)
+        for name, x in others.items()
+        if x is not None
+    }
     if "completion_mask" in others:
         others["completion_mask"] &= made.completion_mask  # a batch is made with a mask that fits its rows
     return batch._replace(rows=made, **others)

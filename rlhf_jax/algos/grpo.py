@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rlhf_jax.algos.algorithm import Aux, Terms
-from rlhf_jax.algos.ppo import PPO, greedy_as_rewards, policy_batch, policy_terms, shaped_scores
+from rlhf_jax.algos.ppo import PPO, greedy_as_rewards, policy_batch, policy_terms, ptx_terms, shaped_scores
 from rlhf_jax.batch import Metrics, Params, PolicyBatch, Scored
 from rlhf_jax.models.forward import Forward
 from rlhf_jax.online_config import GRPOConfig
@@ -108,7 +108,8 @@ def loss(
 ) -> tuple[Terms, Metrics]:
     """Returns the policy's terms and the metrics of an update."""
     logprobs, entropy = forward.logprobs(params, frozen, batch.rows)
-    return policy_terms(forward, logprobs, entropy, batch, settings)
+    terms, metrics = policy_terms(forward, logprobs, entropy, batch, settings)
+    return terms | ptx_terms(forward, params, frozen, batch, settings), metrics
 
 
 def _rewards(scored: Scored, aux: Aux, settings: GRPOConfig) -> tuple[Array, Array, Array, Metrics]:

@@ -95,6 +95,28 @@ def policy_terms(
     return terms, metrics | {"policy/entropy": masked(lax.stop_gradient(entropy), mask)}
 
 
+def ptx_terms(
+    forward: Forward, params: Params, frozen: Params, batch: PolicyBatch, settings: PolicyGradientConfig
+) -> Terms:
+    """Returns the loss on demonstrations, that of algorithm sft; no term where the batch has none.
+
+    ptx_coef L,   L = -mean over completion tokens of log pi(token)
+
+    Args:
+        forward: reads demonstration_logprobs, which have temperature 1: no policy has sampled these tokens.
+        params, frozen: by role.
+        batch: its ptx, of which the mean is over the tokens that carry loss there.
+        settings: reads ptx_coef.
+    Source: arXiv:2203.02155 eq. 2, whose coefficient is of another mean, and whose texts are those of
+        pretraining, eight for each completion.
+    """
+    if batch.ptx is None:
+        return {}
+    assert forward.demonstration_logprobs is not None
+    logprobs = forward.demonstration_logprobs(params, frozen, batch.ptx)
+    return {"ptx": Term(masked(-logprobs, batch.ptx.completion_mask), settings.ptx_coef)}
+
+
 def clipped_value_loss(values: Array, batch: PolicyBatch, clip_eps: float) -> tuple[Mean, Metrics]:
     """Returns the clipped value loss and the share of tokens where the clip binds.
 
@@ -126,6 +148,7 @@ def loss(
     """Returns the terms of policy and value, and the metrics of an update."""
     logprobs, entropy, values = forward.policy_and_value(params, frozen, batch.rows)
     terms, metrics = policy_terms(forward, logprobs, entropy, batch, settings)
+    terms |= ptx_terms(forward, params, frozen, batch, settings)
     value, value_metrics = clipped_value_loss(values, batch, settings.value_clip_eps)
     return terms | {"value": Term(value, settings.value_coef)}, metrics | value_metrics
 

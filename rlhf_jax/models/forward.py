@@ -69,6 +69,8 @@ class Forward(NamedTuple):
     trunk."""
     head_scores: RoleFunction | None = None
     """Of each head of the reward model, f32[H, B], packed f32[H, B * S]."""
+    demonstration_logprobs: RoleFunction | None = None
+    """Of the policy on demonstrations, which nothing has sampled: f32[B, T] at temperature 1."""
     policy_change: Callable[[Params, Params, Params, Rows], tuple[Array, Array, Array]] | None = None
     """policy_change(params, old_params, frozen, rows): log-probabilities by the policy and by the old one,
     and the exact KL(old || new) of each token's distribution over the vocabulary; all f32[B, T], in nats."""
@@ -80,7 +82,12 @@ class Forward(NamedTuple):
 
 
 def make_forward(
-    model: Model, num_completion: int, temperature: float = 1.0, logprob_chunk: int = 0, longest: int = 0
+    model: Model,
+    num_completion: int,
+    temperature: float = 1.0,
+    logprob_chunk: int = 0,
+    longest: int = 0,
+    num_demonstrated: int = 0,
 ) -> Forward:
     """Returns the forward passes of a model.
 
@@ -90,6 +97,7 @@ def make_forward(
         temperature: divides the logits of policy and reference.
         logprob_chunk: tokens whose logits exist at once; 0: all.
         longest: the most completion tokens of a sequence, where rows hold several; 0: of a row.
+        num_demonstrated: C of rows of demonstrations; 0: there are none.
     """
     longest = longest or num_completion
 
@@ -167,6 +175,11 @@ def make_forward(
         trees, hidden = frozen | params, states(roles, params, frozen, rows)
         return tuple(logprobs_of(role, hidden[role], trees, rows, with_entropy=False)[0] for role in roles)
 
+    def demonstration_logprobs(params: Params, frozen: Params, rows: Rows) -> Array:
+        of_data = make_forward(model, num_demonstrated, logprob_chunk=logprob_chunk)
+        assert of_data.role_logprobs is not None
+        return of_data.role_logprobs(("policy",), params, frozen, rows)[0]
+
     def score_all(params: Params, frozen: Params, rows: Rows) -> Said:
         trees = frozen | params
         is_there = trees.keys() | ({"reference"} if "base" in trees else set())  # whose reference it is
@@ -216,6 +229,7 @@ def make_forward(
         return put(in_chunks(of_chunk, of_states, logprob_chunk), rows)
 
     alike = {"temperature": temperature, "logprob_chunk": logprob_chunk, "longest": longest}
+    alike |= {"num_demonstrated": num_demonstrated}
     return Forward(
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
@@ -227,6 +241,7 @@ def make_forward(
         longest=longest,
         role_logprobs=role_logprobs,
         head_scores=head_scores,
+        demonstration_logprobs=demonstration_logprobs if num_demonstrated else None,
         policy_change=policy_change,
         fisher=fisher,
     )
@@ -278,4 +293,5 @@ def blank_forward() -> Forward:
         said,
         role_logprobs=of_roles,
         head_scores=per_head,
+        demonstration_logprobs=per_token,
     )

@@ -23,6 +23,7 @@ from tests import tiny
 NAMES = sorted(ALGORITHMS)
 VARIANTS = {
     "grpo:kl": {"surrogate": "kl"},
+    "grpo:ptx": {"ptx_coef": 0.5, "ptx_from": "sft"},
     "reward_model:hinge": {"loss": "hinge", "margin": 1.0, "margin_from_data": True, "center_coef": 0.1},
     "reward_model:all_pairs": {"all_pairs": True, "label_smoothing": 0.1, "center_coef": 0.1},
     "reward_model:info_nce": {"loss": "info_nce", "center_coef": 0.1},
@@ -84,6 +85,8 @@ def online_batch(name: str, rows: Rows) -> PolicyBatch:
     batch = policy_batch(rows)
     if settings_of(name).surrogate == "kl":
         batch = batch._replace(old_kl_weights=jnp.full(rows.tokens.shape, 0.5))
+    if settings_of(name).ptx_coef:
+        batch = batch._replace(ptx=tiny.rows(8, 20, seed=3))
     if "value" in spec(name).trains:
         return batch
     batch = batch._replace(old_values=None, returns=None, kl_weights=jnp.full(rows.tokens.shape, 0.2))

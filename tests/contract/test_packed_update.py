@@ -49,6 +49,13 @@ def test_roles_that_share(sharing):
 
 
 @pytest.mark.slow
+def test_demonstrations_have_rows_of_their_own():
+    batch = batch_of(2)._replace(ptx=tiny.rows(8, 20, seed=3))
+    layout = {"sequences_per_row": 2, "length_buckets": 2, "microbatch_size": 2}
+    assert_same(updated("grpo:ptx", batch, **layout), updated("grpo:ptx", batch))
+
+
+@pytest.mark.slow
 def test_microbatches_of_packed_rows():
     batch = batch_of(8, filling=3)
     layout = {"sequences_per_row": 2, "length_buckets": 3, "microbatch_size": 2}

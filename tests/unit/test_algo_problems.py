@@ -178,12 +178,42 @@ rewards: {function: 'math:sin'}
             "ppo: {overlong_penalty: 2.0}",
             "ppo.overlong_penalty: would be ignored: ppo.overlong_from is 0",
         ),
+        (
+            "ppo",
+            "ppo: {ptx_from: ppo}",
+            "ppo.ptx_from: would be ignored: ppo.ptx_coef is 0",
+        ),
+        (
+            "grpo",
+            "grpo: {ptx_coef: 0.1, ptx_from: sft}",
+            "grpo.ptx_from: must name an sft stage that comes before grpo in the list, whose training "
+            "records are the demonstrations of grpo.ptx_coef 0.1, got 'sft'; there is none: put one before",
+        ),
+        ("trpo", "trpo: {ptx_coef: 0.1}", "trpo.ptx_coef: no such option"),
     ],
 )
 def test_options_of_an_algorithm_are_checked(problems, monkeypatch, algorithm, options, line):
     monkeypatch.chdir(ROOT)
     (found,) = problems(ONE.replace("NAME", algorithm) + options)
     assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("", "''; there is sft"),
+        ("stf", "'stf'; did you mean 'sft'?"),
+        ("reward", "'reward', which runs reward_model; there is sft"),
+        ("ppo", "'ppo'; there is sft"),
+        ("sft", None),
+    ],
+)
+def test_demonstrations_are_those_of_an_sft_stage(problems, name, told):
+    found = problems(CHAIN + f"ppo: {{ptx_coef: 0.1, ptx_from: '{name}'}}\n")
+    need = (
+        "ppo.ptx_from: must name an sft stage that comes before ppo in the list, whose training records are"
+    )
+    assert found == ([] if told is None else [f"{need} the demonstrations of ppo.ptx_coef 0.1, got {told}"])
 
 
 @pytest.mark.parametrize(

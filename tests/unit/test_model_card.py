@@ -24,6 +24,15 @@ def test_the_origin_is_that_of_the_model_and_not_of_its_judge():
     assert "* `reward`: data x.jsonl, " in text and "/home/me" not in text and "/models" not in text
 
 
+def test_demonstrations_beside_samples_are_among_what_a_model_came_from():
+    of = config(
+        {"name": "texts", "algorithm": "sft"},
+        {"name": "other", "algorithm": "sft"},
+        {"name": "ppo", "algorithm": "ppo", "ppo": {"ptx_coef": 1, "ptx_from": "texts"}},
+    )
+    assert [stage.name for stage in lineage(of, "ppo")] == ["texts", "ppo"]
+
+
 def test_a_chain_is_told_in_its_order():
     of = config(
         {"name": "sft", "algorithm": "sft"},
