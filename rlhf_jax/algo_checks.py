@@ -9,6 +9,7 @@ from rlhf_jax.config_file import PathOf
 from rlhf_jax.offline_config import CDPOConfig, KTOConfig
 from rlhf_jax.online_config import (
     GRPOConfig,
+    OnlineConfig,
     OnlineDPOConfig,
     PolicyGradientConfig,
     RAFTConfig,
@@ -43,7 +44,7 @@ def check_scores(stage: StageConfig, path: PathOf) -> Iterator[str]:
             yield f"{path('rewards', 'function')}: gives no score: all weights are 0"
     elif rewards.function and rewards.function_weight == 0:
         yield f"{path('rewards', 'function')}: would be ignored: {path('rewards', 'function_weight')} is 0"
-    if not stage.reward_from and not rewards.function:
+    if isinstance(stage.settings, OnlineConfig) and stage.settings.learns_from_scores and not stage.has_judge:
         yield (
             f"stages.{stage.name}: nothing gives its completions a score; set reward_from to a reward_model "
             "stage or a directory, or rewards.function to package.module:name"

@@ -20,6 +20,7 @@ from rlhf_jax.offline_config import (
 )
 from rlhf_jax.online_config import (
     DAPOConfig,
+    DistillConfig,
     DrGRPOConfig,
     GRPOConfig,
     GSPOConfig,
@@ -58,6 +59,7 @@ AlgorithmName = Literal[
     "orpo",
     "online_dpo",
     "raft",
+    "distill",
 ]
 ALGORITHM_SECTIONS: dict[str, type[OfflineConfig | OnlineConfig]] = {
     "sft": SFTConfig,
@@ -83,5 +85,6 @@ ALGORITHM_SECTIONS: dict[str, type[OfflineConfig | OnlineConfig]] = {
     "orpo": ORPOConfig,
     "online_dpo": OnlineDPOConfig,
     "raft": RAFTConfig,
+    "distill": DistillConfig,
 }
 AlgorithmConfig = OfflineConfig | OnlineConfig

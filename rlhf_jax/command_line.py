@@ -274,6 +274,7 @@ def help_text() -> str:
         *_entry("algorithm", STAGE_FIELDS["algorithm"].kind),
         *_entry("from", STAGE_FIELDS["start_from"].text),
         *_entry("reward_from", STAGE_FIELDS["reward_from"].text),
+        *_entry("teacher_from", STAGE_FIELDS["teacher_from"].text),
     ]
     for name, section in SECTIONS.items():
         kind = " Only the stages of this algorithm read it." if name in ALGORITHM_SECTIONS else ""

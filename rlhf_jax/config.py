@@ -401,7 +401,7 @@ PATH_OPTIONS = (
     "data.eval",
     "data.prompts",
 )
-"""Options, as section.option, that may be paths; `from` and `reward_from` of a stage may be paths too."""
+"""Options, as section.option, that may be paths; SOURCES of a stage may be paths too."""
 
 # What a file may hold beside `stages`. The run has one of each of the first; the others a stage may override.
 RUN_SECTIONS = {
@@ -421,6 +421,10 @@ STAGE_SECTIONS = {
 }
 
 
+SOURCES = {"from": "start_from", "reward_from": "reward_from", "teacher_from": "teacher_from"}
+"""Keys of a stage in a file that name a stage, a directory or a model of the hub, and their fields."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage, all its sections resolved: what the program is run with."""
@@ -432,6 +436,8 @@ class StageConfig:
     section."""
     reward_from: str
     """Stage, directory or `hub:OWNER/NAME` of the reward model; empty: none."""
+    teacher_from: str = ""
+    """Stage, directory or `hub:OWNER/NAME` whose policy a distill stage learns from; empty: none."""
     settings: AlgorithmConfig
     model: ModelConfig
     lora: LoraConfig
@@ -446,15 +452,24 @@ class StageConfig:
     run: RunConfig
 
     @property
-    def rests_on(self) -> set[str]:
-        """Returns the stages, directories and names of the hub that this stage takes something of."""
-        named = (self.start_from, self.reward_from, getattr(self.settings, "ptx_from", ""))
-        return {name for name in named if name}
-
-    @property
     def is_online(self) -> bool:
         """Returns whether the stage learns from completions that its policy samples."""
         return isinstance(self.settings, OnlineConfig)
+
+    @property
+    def has_judge(self) -> bool:
+        """Returns whether a reward model or a function gives its completions a score."""
+        return bool(self.reward_from or self.rewards.functions)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Returns what stands in a file as from, reward_from and teacher_from, empty ones too."""
+        return {key: getattr(self, field) for key, field in SOURCES.items()}
+
+    @property
+    def rests_on(self) -> set[str]:
+        """Returns the stages, directories and names of the hub that this stage takes something of."""
+        return {*self.sources.values(), getattr(self.settings, "ptx_from", "")} - {""}
 
 
 @dataclass(frozen=True, kw_only=True)

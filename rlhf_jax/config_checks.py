@@ -23,7 +23,7 @@ from rlhf_jax.data.columns import SERVES
 from rlhf_jax.data.records import PROMPT
 from rlhf_jax.data.sources import local_path
 from rlhf_jax.models.hub import PREFIX, is_hub, split_name
-from rlhf_jax.online_config import OnlineConfig, PPOConfig, TRPOConfig
+from rlhf_jax.online_config import DistillConfig, OnlineConfig, PPOConfig, TRPOConfig
 from rlhf_jax.options import did_you_mean
 from rlhf_jax.reward_checks import check_normalizer, check_reward_model
 from rlhf_jax.rewards.functions import load_function
@@ -73,7 +73,7 @@ def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> 
 
 
 def check_sources(stage: StageConfig, earlier: dict[str, StageConfig], others: list[str]) -> Iterator[str]:
-    """Yields what is wrong with `from` and `reward_from`: a fitting earlier stage, or a directory.
+    """Yields what is wrong with what a stage starts from or reads: a fitting earlier stage, or a directory.
 
     Args:
         stage: whose sources are checked.
@@ -113,6 +113,24 @@ def check_sources(stage: StageConfig, earlier: dict[str, StageConfig], others: l
     elif judge and (judge in others or not _is_directory(judge)):
         yield missing("reward_from", judge)
 
+    teacher = stage.teacher_from
+    if not isinstance(stage.settings, DistillConfig):
+        if teacher:
+            yield f"stages.{stage.name}.teacher_from: would be ignored: only a distill stage has a teacher"
+    elif not teacher:
+        yield (
+            f"stages.{stage.name}.teacher_from: must be given in a stage that runs {stage.algorithm}: an "
+            "earlier stage or a directory whose policy is the teacher"
+        )
+    elif teacher in earlier:
+        if earlier[teacher].algorithm == "reward_model":
+            yield (
+                f"stages.{stage.name}.teacher_from: {teacher!r} is a reward model; name the result of a "
+                "stage that trains a policy, such as sft"
+            )
+    elif teacher in others or not _is_directory(teacher):
+        yield missing("teacher_from", teacher)
+
 
 def check_name(stage: StageConfig) -> Iterator[str]:
     """Yields a name whose directory the run needs for something else."""
@@ -127,8 +145,7 @@ def check_local(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields addresses such as gs://bucket/file where a path stands: they are neither read nor written."""
     places = {path(*option.split(".")): option.split(".") for option in PATH_OPTIONS}
     values = {place: getattr(getattr(stage, section), key) for place, (section, key) in places.items()}
-    values |= {f"stages.{stage.name}.from": stage.start_from}
-    values |= {f"stages.{stage.name}.reward_from": stage.reward_from}
+    values |= {f"stages.{stage.name}.{key}": source for key, source in stage.sources.items()}
     for place, value in values.items():
         for item in [value] if isinstance(value, str) else value:
             if _is_remote(item):
@@ -142,8 +159,7 @@ def check_hub(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields names of the hub that have another form than hub:OWNER/NAME[@REVISION]."""
     values = {path("model", "path"): stage.model.path, "tokenizer.path": stage.tokenizer.path}
     values |= {path("lora", "path"): stage.lora.path}
-    values |= {f"stages.{stage.name}.from": stage.start_from}
-    values |= {f"stages.{stage.name}.reward_from": stage.reward_from}
+    values |= {f"stages.{stage.name}.{key}": source for key, source in stage.sources.items()}
     for place, value in values.items():
         try:
             if is_hub(value):

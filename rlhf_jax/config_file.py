@@ -14,11 +14,11 @@ from typing import Any
 
 from rlhf_jax import strict_yaml
 from rlhf_jax.algo_config import ALGORITHM_SECTIONS
-from rlhf_jax.config import PATH_OPTIONS, RUN_SECTIONS, STAGE_SECTIONS, Config, StageConfig
+from rlhf_jax.config import PATH_OPTIONS, RUN_SECTIONS, SOURCES, STAGE_SECTIONS, Config, StageConfig
 from rlhf_jax.options import OPTIONS, REQUIRED, SECTIONS, STAGE_FIELDS, did_you_mean, show
 from rlhf_jax.unread import ARCHITECTURE, unread
 
-STAGE_KEYS = ("name", "algorithm", "from", "reward_from")
+STAGE_KEYS = ("name", "algorithm", *SOURCES)
 EXAMPLE = "[{name: sft, algorithm: sft}, {name: ppo, algorithm: ppo, from: sft}]"
 Where = tuple[str, str, str]
 """(stage name or '' for the top level, section, option)"""
@@ -82,8 +82,7 @@ def resolve(tree: Mapping[str, Any], flags: Collection[str] = ()) -> Resolved:
         stage = StageConfig(
             name=name,
             algorithm=algorithm,
-            start_from=entry.get("from", ""),
-            reward_from=entry.get("reward_from", ""),
+            **{field: entry.get(key, "") for key, field in SOURCES.items()},
             settings=ALGORITHM_SECTIONS[algorithm](**merged[algorithm]),
             **{key: cls(**merged[key]) for key, cls in STAGE_SECTIONS.items()},
             **run_sections,
@@ -145,8 +144,7 @@ def dump_config(cfg: Config) -> str:
     tree["stages"] = []
     for name, stage in stages.items():
         entry: dict[str, Any] = {"name": name, "algorithm": stage.algorithm}
-        entry |= {"from": _escaped(stage.start_from)} if stage.start_from else {}
-        entry |= {"reward_from": _escaped(stage.reward_from)} if stage.reward_from else {}
+        entry |= {key: _escaped(source) for key, source in stage.sources.items() if source}
         values = {key: getattr(stage, key) for key in STAGE_SECTIONS} | {stage.algorithm: stage.settings}
         sections = {key: written(key, value, [name]) for key, value in values.items()}
         tree["stages"].append(entry | {key: section for key, section in sections.items() if section})
@@ -287,7 +285,7 @@ class _Reader:
         algorithm = self._stage_value(f"{path}.algorithm", entry, "algorithm", "algorithm")
         sources = {
             key: self._stage_value(f"{path}.{key}", entry, key, field)
-            for key, field in (("from", "start_from"), ("reward_from", "reward_from"))
+            for key, field in SOURCES.items()
             if key in entry
         }
         allowed = [*STAGE_SECTIONS, *([algorithm] if algorithm else ALGORITHM_SECTIONS)]
@@ -312,7 +310,7 @@ class _Reader:
             return None
         try:
             value = STAGE_FIELDS[field].read(_expanded(entry[key]))
-            return os.path.expanduser(value) if key in ("from", "reward_from") else value
+            return os.path.expanduser(value) if key in SOURCES else value
         except _UnsetVariable as error:
             self.unset.setdefault(error.name, []).append(path)
             return None

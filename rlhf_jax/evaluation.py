@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import watchdog
-from rlhf_jax.batch import Metrics, Params, Prompts, RecordRows, reduce_metrics
+from rlhf_jax.batch import Metrics, Params, Prompts, RecordRows, Rows, reduce_metrics
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import AnyRecord, PromptOnly
 from rlhf_jax.experience import Collector, text_metrics
@@ -28,7 +28,7 @@ class Evaluation(NamedTuple):
 
     metrics: dict[str, float]
     samples: list[dict]
-    """Prompt, completion and score of some completions; empty where nothing is sampled."""
+    """Prompt, completion and score, if any, of some completions; empty where nothing is sampled."""
 
 
 Evaluate = Callable[[Params, Params], Evaluation]
@@ -58,38 +58,46 @@ def evaluate_prompts(
     key: Array,
     num_samples: int,
     gold: Scores | None,
+    compare: Callable[[Params, Params, Rows], Metrics] | None = None,
 ) -> Evaluate:
     """Returns the evaluation of an online stage: held-out prompts, completed with the same key each time.
 
     The metrics are those of a rollout under eval/, with mean and deviation of the gold function's scores
     where there is one. eval/ref_perplexity is the completions' perplexity under the reference, if any.
-    Completions that the missing-EOS rule leaves out count in none of them but eval/rollout/eos_rate.
+    Completions that the missing-EOS rule leaves out count in none of them but eval/rollout/eos_rate. Of
+    `compare`, what it says of the rows as they are sampled: names with eval/, and their sums.
     """
 
     def evaluate(params: Params, frozen: Params) -> Evaluation:
-        metrics, samples, ids, counted = [], [], [], []
+        metrics, compared, samples, ids, counted = [], [], [], [], []
+        judged: dict[str, np.ndarray] = {}
         for prompts, records in loader.eval_batches():
             placed = place_rows(mesh, prompts)
             experience = collector.collect(params, frozen, placed, records, key, in_groups=False)
             metrics.append(experience.metrics)
+            if compare is not None:
+                compared.append(compare(params, frozen, experience.scored.rollout.rows))
             ids += experience.ids
             counted += experience.rows_counted.tolist()
+            said = {
+                "score": experience.scores,
+                "gold": None if gold is None else gold(records, experience.completions),
+            }
+            judged = {name: scores for name, scores in said.items() if scores is not None}
             samples += [
-                {"prompt": record.prompt, "completion": completion, "score": float(score)}
-                for record, completion, score in zip(
-                    records, experience.completions, experience.scores, strict=True
+                {"prompt": record.prompt, "completion": completion}
+                | {name: float(scores[number]) for name, scores in judged.items()}
+                for number, (record, completion) in enumerate(
+                    zip(records, experience.completions, strict=True)
                 )
             ]
-            if gold is not None:
-                gold_scores = gold(records, experience.completions)
-                for sample, score in zip(samples[-len(records) :], gold_scores, strict=True):
-                    sample["gold"] = float(score)
         over_all = _over_batches(metrics) | text_metrics(ids, np.array(counted))
         found = {f"eval/{name}": x for name, x in over_all.items() if not name.startswith("perf/")}
         if "eval/policy/ref_nll" in found:
             found["eval/ref_perplexity"] = _perplexity(found["eval/policy/ref_nll"])
+        found |= _over_batches(compared) if compared else {}
         of_counted = [sample for sample, counts in zip(samples, counted, strict=True) if counts]
-        for name in ("score", "gold") if gold is not None else ("score",):
+        for name in judged:
             found |= _mean_and_deviation(f"eval/{name}", [sample[name] for sample in of_counted])
         return Evaluation(found, samples[:num_samples])
 

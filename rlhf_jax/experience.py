@@ -26,8 +26,8 @@ class Experience(NamedTuple):
 
     scored: Scored
     """On the device; `scores` are the judges' combined verdict."""
-    scores: np.ndarray
-    """f32, one for each completion: the same on the host."""
+    scores: np.ndarray | None
+    """f32, one for each completion: the same on the host; None where nothing judges."""
     metrics: Metrics
     """Of the rollout, the judges, and the seconds that each phase took."""
     completions: list[str]
@@ -44,7 +44,7 @@ class Collector:
     def __init__(
         self,
         programs: Programs,
-        judge: Judge,
+        judge: Judge | None,
         tokenizer: Tokenizer,
         mesh: Mesh,
         *,
@@ -55,7 +55,7 @@ class Collector:
 
         Args:
             programs: of the stage.
-            judge: combines scores.
+            judge: combines scores; None: there are none.
             tokenizer: of the policy.
             mesh: where everything lies.
             leaves_out: completions without EOS do not count in metrics.
@@ -120,19 +120,21 @@ class Collector:
             clean_up_tokenization_spaces=False,
         )
         rows_counted = ended[: len(records)] | (not self._leaves_out)
-        learned = scored.scores
+        learned, scores = scored.scores, None
         if self._external is not None:
             learned, told = self._external(rows, records, completions, ended)
             metrics = metrics | told
-        verdict = self._judge(records, completions, learned, rows_counted)
-        scores = np.zeros(rows.lengths.shape, np.float32)
-        scores[: len(records)] = verdict.scores
-        scored = scored._replace(scores=place_rows(self._mesh, scores))
+        if self._judge is not None:
+            verdict = self._judge(records, completions, learned, rows_counted)
+            every, scores = np.zeros(rows.lengths.shape, np.float32), verdict.scores
+            every[: len(records)] = scores
+            scored = scored._replace(scores=place_rows(self._mesh, every))
+            metrics = metrics | verdict.metrics
         judged = time.perf_counter()
         watchdog.beat()
-        metrics = metrics | verdict.metrics | text_metrics(ids, rows_counted)
+        metrics = metrics | text_metrics(ids, rows_counted)
         metrics |= {"perf/rollout_seconds": sampled - begun, "perf/score_seconds": judged - sampled}
-        return Experience(scored, verdict.scores, metrics, completions, ids, rows_counted)
+        return Experience(scored, scores, metrics, completions, ids, rows_counted)
 
 
 def completion_ids(rows: Rows, row: int) -> np.ndarray:

@@ -17,14 +17,14 @@ from rlhf_jax.config import StageConfig
 from rlhf_jax.data.examples import Batch
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.models.forward import policy_parts
-from rlhf_jax.models.transformer import Model
+from rlhf_jax.models.transformer import POLICY, Model
 from rlhf_jax.offline_config import ReferenceConfig
 from rlhf_jax.plan import Plan
 from rlhf_jax.programs import Programs
 from rlhf_jax.role_parts import Parts, part_structs, weight_shardings
 from rlhf_jax.rollout.slots import slot_shardings
 from rlhf_jax.sharding import batch_sharding, placed_structs, replicated, stage_meshes
-from rlhf_jax.stage import stage_programs
+from rlhf_jax.stage import stage_programs, teacher_model
 
 
 class Call(NamedTuple):
@@ -46,8 +46,8 @@ class StageCalls(NamedTuple):
     """What a step of a stage runs."""
 
     calls: dict[str, Call]
-    """Online: rollout_start, rollout, score, advantages, update, and greedy_ of the first three where greedy
-    completions are read; offline: evaluate, update."""
+    """Online: rollout_start, rollout, score, advantages, update, greedy_ of the first three where greedy
+    completions are read, and evaluate where the algorithm has it; offline: evaluate, update."""
     state: TrainState
     frozen: Params
     """Placed shape structs, as the programs are given them."""
@@ -74,7 +74,8 @@ def stage_calls(plan: Plan, mesh: Mesh) -> StageCalls:
     ptx = None
     if plan.ptx is not None:
         ptx, _ = Loader[Rows, Any](plan.ptx, settings.rows_per_update, plan.stage.run.seed).batch(0)
-    return calls_of(programs, plan.stage, plan.parts(), model, mesh, batch, ptx)
+    teacher = teacher_model(plan)
+    return calls_of(programs, plan.stage, plan.parts(), model, mesh, batch, ptx=ptx, teacher=teacher)
 
 
 def lower_programs(
@@ -93,6 +94,7 @@ def calls_of(
     mesh: Mesh,
     batch: Batch,
     ptx: Rows | None = None,
+    teacher: Model | None = None,
 ) -> StageCalls:
     """Returns what a step of a stage runs.
 
@@ -104,6 +106,7 @@ def calls_of(
         mesh: that they were built for; its devices need not be there, see jax.experimental.topologies.
         batch: what the stage takes of its records, arrays or shape structs.
         ptx: the demonstrations that an online stage takes with them.
+        teacher: that the programs were built of.
     """
     programs = cast(Any, built)  # what jax.jit returns
 
@@ -114,7 +117,7 @@ def calls_of(
         count = scored.rollout.ended.shape
         return rows(scored._replace(scores=ShapeDtypeStruct(count, np.float32)))
 
-    trained, frozen = abstract_roles(stage, parts, model, mesh)
+    trained, frozen = abstract_roles(stage, parts, model, mesh, teacher)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     state = programs.init_state.eval_shape(trained)
     learned = rows(batch)
@@ -134,6 +137,8 @@ def calls_of(
         learned = rows(programs.advantages.eval_shape(scored, state.aux)[0])
         if ptx is not None:
             learned = learned._replace(ptx=rows(ptx))
+        if ALGORITHMS[stage.algorithm].evaluate is not None:
+            calls["evaluate"] = Call(programs.evaluate, (trained, frozen), (rollout.rows,))
     else:
         calls["evaluate"] = Call(programs.evaluate, (trained, frozen), (learned,))
     calls["update"] = Call(programs.update, (state, frozen), (learned, key))
@@ -157,7 +162,9 @@ def rollout_calls(
     return calls, jax.tree.map(lambda x: _placed(x, batch_sharding(mesh)), rollout)
 
 
-def abstract_roles(stage: StageConfig, parts: Parts, model: Model, mesh: Mesh) -> tuple[Params, Params]:
+def abstract_roles(
+    stage: StageConfig, parts: Parts, model: Model, mesh: Mesh, teacher: Model | None = None
+) -> tuple[Params, Params]:
     """Returns (trained, frozen): each role's parameters as they are loaded, as placed shape structs."""
     trains, cfg = ALGORITHMS[stage.algorithm].trains, stage.model
 
@@ -167,7 +174,10 @@ def abstract_roles(stage: StageConfig, parts: Parts, model: Model, mesh: Mesh) -
         return part_structs(model, mesh, parts[role], cfg.role_dtype, cfg.frozen_memory)
 
     trained = {role: part_structs(model, mesh, parts[role]) for role in trains}
-    return trained, {role: frozen(role) for role in parts if role not in trains}
+    read = {role: frozen(role) for role in parts if role not in trains}
+    if teacher is not None:
+        read["teacher"] = part_structs(teacher, mesh, POLICY, cfg.role_dtype)
+    return trained, read
 
 
 def _placed(x: Any, sharding: NamedSharding) -> ShapeDtypeStruct:

@@ -33,6 +33,7 @@ _METHODS = {
     "trpo": "TRPO against a reward",
     "online_dpo": "online DPO against a reward",
     "raft": "SFT on the best of its own samples",
+    "distill": "on-policy distillation from a teacher",
 }
 _REWARD_LOSSES = {
     "bradley_terry": "Bradley-Terry",

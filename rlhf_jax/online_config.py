@@ -35,6 +35,8 @@ class OnlineConfig:
 
     records: ClassVar[Kind] = "prompt_only"
     forward_mode: ClassVar[bool] = False
+    learns_from_scores: ClassVar[bool] = True
+    """Whether completions have to be judged; otherwise their scores are told, where something gives them."""
     num_iterations: PositiveInt = 100
     """Iterations of rollout and update."""
     batch_size: PositiveInt = 64
@@ -399,6 +401,25 @@ class RAFTConfig(OnlineConfig):
     def update_rows(self) -> str:
         """Returns what rows_per_update is, in words."""
         return "batch_size" if self.num_kept == 1 else "batch_size * num_kept"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(OnlineConfig):
+    """On-policy distillation: on what the policy samples, its distribution of each next token is made like
+    that of a frozen teacher, the stage's teacher_from; both at rollout.temperature.
+
+    Source: arXiv:2306.13649.
+    """
+
+    learns_from_scores: ClassVar[bool] = False
+    batch_size: PositiveInt = 32
+    num_epochs: PositiveInt = 1
+    num_minibatches: PositiveInt = 1
+    beta: Fraction = 0.5
+    """Which divergence is minimised: beta KL(teacher || m) + (1 - beta) KL(policy || m), m = beta teacher +
+    (1 - beta) policy, the generalised Jensen-Shannon one; at 0, where that vanishes, the forward
+    KL(teacher || policy), at 1 the reverse KL(policy || teacher). Near 0 and 1 it is about beta or 1 - beta
+    times these: a higher learning rate makes up for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ class Origins(NamedTuple):
     reward: Path | None
     adapter: Path | None = None
     """In PEFT's format: what adapters start as."""
+    teacher: Path | None = None
 
 
 def is_stage_dir(path: Path) -> bool:
@@ -49,7 +50,8 @@ def origins(stage: StageConfig, stage_names: set[str]) -> Origins:
 
     start = directory(stage.start_from) or (Path(stage.model.path) if stage.model.path else None)
     is_fresh = not stage.lora.path or fresh_adapter(stage, stage_names)
-    return Origins(start, directory(stage.reward_from), None if is_fresh else Path(stage.lora.path))
+    adapter = None if is_fresh else Path(stage.lora.path)
+    return Origins(start, directory(stage.reward_from), adapter, directory(stage.teacher_from))
 
 
 def stored_architecture(path: Path, role: str) -> Architecture:

@@ -49,7 +49,7 @@ from rlhf_jax.reward_origin import External, external_reward
 from rlhf_jax.rewards.functions import RewardFunction, load_function
 from rlhf_jax.role_parts import Parts, part_shardings, role_parts, role_shardings
 from rlhf_jax.rollout.stops import read_stop_ids, read_stop_strings
-from rlhf_jax.run_tokenizer import check_vocabulary
+from rlhf_jax.run_tokenizer import check_teacher, check_vocabulary
 from rlhf_jax.sharding import check_batch, compute_capability, stage_meshes
 from rlhf_jax.unread import unread
 
@@ -79,6 +79,8 @@ class Plan(NamedTuple):
     """The reward model that is read is one of its own, not an adapter of the stage's base."""
     ptx: Examples | None = None
     """The demonstrations that are learned beside what the policy samples."""
+    teacher: Architecture | None = None
+    """Of the frozen policy that is learned from, where there is one."""
 
     @property
     def directory(self) -> Path:
@@ -192,13 +194,18 @@ def _plan(
         return function
 
     lora = ptx = None
-    architecture = attempt(_architecture, stage, where, tokenizer, earlier)
+    teacher = attempt(_teacher, stage, where, earlier)
+    architecture = attempt(_architecture, stage, where, tokenizer, earlier, teacher)
     if architecture is not None:
         attempt(check_length, stage, algorithm, architecture)
         ptx = attempt(ptx_examples, stage, architecture, earlier)
         lora = attempt(adapters_of, stage, architecture)
         if lora is not None:
             attempt(check_start, stage, where, lora, architecture)
+    if architecture is not None and teacher is not None:
+        attempt(check_length, stage, algorithm, teacher, "teacher")
+        of_other = None if stage.teacher_from in earlier else where.teacher
+        attempt(check_teacher, of_other, tokenizer, stage.tokenizer, teacher, architecture)
     train, held_out = examples("train"), examples("eval")
     external = None
     if architecture is not None and train is not None:
@@ -254,6 +261,7 @@ def _plan(
         external=external,
         reward_is_whole=reward_is_whole(stage, where, earlier),
         ptx=ptx,
+        teacher=teacher,
     )
     attempt(_check_text, plan, earlier)
     return None if problems else plan
@@ -347,6 +355,7 @@ def _check_text(plan: Plan, earlier: dict[str, Plan]) -> None:
     """
     stage, ours = plan.stage, plan.text
     starts = () if stage.algorithm == "sft" else ((stage.start_from, plan.origins.policy),)
+    starts = (*starts, (stage.teacher_from, plan.origins.teacher))
     if plan.external is None:
         starts = (*starts, (stage.reward_from, plan.origins.reward))
     elif plan.external.reader.tokenizer is None:
@@ -371,32 +380,51 @@ def _check_text(plan: Plan, earlier: dict[str, Plan]) -> None:
             )
 
 
-def check_length(stage: StageConfig, algorithm: Algorithm, architecture: Architecture) -> None:
+def check_length(
+    stage: StageConfig, algorithm: Algorithm, architecture: Architecture, of: str = "model"
+) -> None:
     longest, options = stage.data.max_length, "data.max_length"
     if stage.is_online:
         longest = stage.data.max_prompt_length + stage.rollout.max_new_tokens
         options = "data.max_prompt_length or rollout.max_new_tokens"
     if longest > architecture.context_length:
         raise ValueError(
-            f"rows of up to {longest} tokens do not fit the model's context of "
+            f"rows of up to {longest} tokens do not fit the {of}'s context of "
             f"{architecture.context_length}; lower {options}"
         )
 
 
 def _architecture(
-    stage: StageConfig, where: Origins, tokenizer: Tokenizer, earlier: dict[str, Plan]
+    stage: StageConfig,
+    where: Origins,
+    tokenizer: Tokenizer,
+    earlier: dict[str, Plan],
+    teacher: Architecture | None,
 ) -> Architecture:
-    """Returns what the stage's models look like; ValueError where what it starts from does not fit."""
+    """Returns what the stage's models look like; ValueError where what it starts from does not fit.
+
+    A fresh one has the vocabulary of its teacher, which may have more tokens than the tokenizer.
+    """
     if stage.start_from in earlier:
         architecture = earlier[stage.start_from].architecture
     elif where.policy is not None:
         architecture = stored_architecture(where.policy, "policy")
     else:
-        architecture = Architecture.from_config(stage.model, vocab_size=len(tokenizer))
+        vocab_size = len(tokenizer) if teacher is None else teacher.vocab_size
+        architecture = Architecture.from_config(stage.model, vocab_size=vocab_size)
     check_vocabulary(
         None if stage.start_from in earlier else where.policy, tokenizer, stage.tokenizer, architecture
     )
     return architecture
+
+
+def _teacher(stage: StageConfig, where: Origins, earlier: dict[str, Plan]) -> Architecture | None:
+    """Returns what the teacher looks like; None where there is none."""
+    if where.teacher is None:
+        return None
+    if stage.teacher_from in earlier:
+        return earlier[stage.teacher_from].architecture
+    return stored_architecture(where.teacher, "policy")
 
 
 def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
@@ -422,18 +450,19 @@ def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
                 if role in ("policy", "base"):
                     _attempt(problems, part_shardings, model, sampling, parts)
         model_section = plan.stage.model
-        lack = flash_lack(
-            mesh.devices.flat[0].platform,
-            jnp.dtype(model_section.dtype),
-            head_dim=plan.architecture.head_dim,
-            softcap=plan.architecture.attention_softcap,
-            is_packed=plan.stage.data.packing
-            or getattr(plan.stage.settings, "sequences_per_row", 1) > 1
-            or (plan.ptx is not None and bool(plan.ptx.packings)),
-            capability=compute_capability(),
-        )
-        if model_section.attention == "flash" and lack:
-            problems.append(f"model.attention is 'flash', but {lack}; set it to auto")
+        for architecture in filter(None, (plan.architecture, plan.teacher)):
+            lack = flash_lack(
+                mesh.devices.flat[0].platform,
+                jnp.dtype(model_section.dtype),
+                head_dim=architecture.head_dim,
+                softcap=architecture.attention_softcap,
+                is_packed=plan.stage.data.packing
+                or getattr(plan.stage.settings, "sequences_per_row", 1) > 1
+                or (plan.ptx is not None and bool(plan.ptx.packings)),
+                capability=compute_capability(),
+            )
+            if model_section.attention == "flash" and lack:
+                problems.append(f"model.attention is 'flash', but {lack}; set it to auto")
         if slots := plan.stage.rollout.slots:
             group_size = getattr(plan.stage.settings, "group_size", 1)
             name = "rollout.slots" + f" / {plan.stage.algorithm}.group_size" * (group_size > 1)
@@ -450,6 +479,8 @@ def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
         if plan.external is not None:
             other = make_model(plan.external.architecture, ensemble=plan.external.ensemble)
             _attempt(problems, role_shardings, other, mesh, "reward")
+        if plan.teacher is not None:
+            _attempt(problems, role_shardings, make_model(plan.teacher), mesh, "policy")
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
 

@@ -78,7 +78,7 @@ class Programs(NamedTuple):
     update: Callable[[TrainState, Params, Any, Array], tuple[TrainState, Metrics]]
     """State (donated), frozen parameters, batch, key -> state, metrics. One dispatch for all epochs."""
     evaluate: Callable[[Params, Params, Any], Metrics]
-    """Offline: trained and frozen parameters, held-out batch -> sums."""
+    """Trained and frozen parameters, held-out batch, or rows of a rollout -> the algorithm's sums."""
     ref_logprobs: Callable[[Params, Rows], Array]
     """Frozen parameters -> log-probabilities of completions by the reference: f32[B], packed f32[B * S]."""
     scores: Callable[[Params, Params, Rows], Array]
@@ -131,6 +131,7 @@ def build_programs(
     ids: TokenIds,
     prompt_length: int = LARGEST_INT,
     num_demonstrated: int = 0,
+    teacher: Model | None = None,
 ) -> Programs:
     """Returns the programs of a stage; nothing is compiled before the first call.
 
@@ -143,12 +144,19 @@ def build_programs(
         ids: EOS and pad.
         prompt_length: tokens of a usual prompt, for which ppo.length_buckets are made; the most by default.
         num_demonstrated: C of the rows of demonstrations beside an online batch; 0: there are none.
+        teacher: of the frozen role `teacher`; None where there is none.
     """
     settings = stage.settings
     temperature = stage.rollout.temperature if stage.is_online else 1.0
     longest = stage.rollout.max_new_tokens if stage.is_online else 0
     forward = make_forward(
-        model, num_completion, temperature, stage.model.logprob_chunk, longest, num_demonstrated
+        model,
+        num_completion,
+        temperature,
+        stage.model.logprob_chunk,
+        longest,
+        num_demonstrated=num_demonstrated,
+        teacher=teacher,
     )
     optimizers = optimizers_of(stage, algorithm)
     init = partial(
@@ -160,6 +168,7 @@ def build_programs(
     )
     shardings = state_shardings(model, mesh, role_parts(stage, algorithm), init, optimizers)
     layout = row_layout(stage, num_completion, prompt_length)
+    is_judged = stage.has_judge or (isinstance(settings, OnlineConfig) and settings.learns_from_scores)
     rows_on = batch_sharding(mesh)
     constrain = partial(_constrain, sharding=rows_on)
 
@@ -193,7 +202,9 @@ def build_programs(
             mask, cap = batch.completion_mask, stage.rollout.importance_cap
             importance, told = importance_weights(batch.old_logprobs, sampled, mask, cap)
             batch, metrics = batch._replace(importance=importance), metrics | told
-        return constrain(batch), metrics | score_metrics(scored, counted(scored.rollout))
+        if is_judged:
+            metrics = metrics | score_metrics(scored, counted(scored.rollout))
+        return constrain(batch), metrics
 
     def evaluate(params: Params, frozen: Params, batch: Any) -> Metrics:
         assert algorithm.evaluate is not None

@@ -38,7 +38,13 @@ from rlhf_jax.sharding import Memory, in_memory, replicated
 
 
 def load_roles(
-    stage: StageConfig, algorithm: Algorithm, where: Origins, model: Model, mesh: Mesh, root: Array
+    stage: StageConfig,
+    algorithm: Algorithm,
+    where: Origins,
+    model: Model,
+    mesh: Mesh,
+    root: Array,
+    teacher: Model | None = None,
 ) -> tuple[Params, Params]:
     """Returns (trained, frozen): parameters by role, on the mesh; `role_parts` says what each holds.
 
@@ -50,6 +56,7 @@ def load_roles(
                to be trained: the policy's trunk, a fresh one or a fresh adapter to it, with a fresh head
     value      a copy of that reward model where it has the parts that the value model has, or without one the
                policy's trunk, or a fresh adapter to it, with a zero head
+    teacher    the policy of the stage or checkpoint that is the teacher, a model of its own kind
 
     Raises:
         ValueError: adapters of a model that has changed, or of another than this stage's base.
@@ -119,6 +126,9 @@ def load_roles(
     frozen = {role: placed(role, cfg.role_dtype, cfg.frozen_memory) for role in reads if role in parts}
     if "base" in parts:
         frozen["base"] = placed("base", cfg.base_dtype)
+    if teacher is not None:
+        assert where.teacher is not None
+        frozen["teacher"] = load_policy(where.teacher, teacher, mesh, cfg.role_dtype)
     return trained, {role: weights for role, weights in frozen.items() if weights is not None}
 
 

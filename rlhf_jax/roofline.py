@@ -161,6 +161,13 @@ def phase_works(plan: Plan, mesh_shape: Mapping[str, int], state_bytes: float) -
         has_words = role in ("policy", "reference")
         return trunk + (model.head(rows * share * columns / parts) if has_words else Work())
 
+    def teacher(share: float) -> Work:
+        """Returns a pass of the teacher over a share of the rows."""
+        if plan.teacher is None:
+            return Work()
+        of = model_of(plan.teacher, length)
+        return of.trunk(rows * share * length / parts, longest) + of.head(rows * share * columns / parts)
+
     reads = algorithm.reads(settings)
     works: dict[str, Work] = {}
     if isinstance(settings, OnlineConfig):
@@ -200,7 +207,7 @@ def phase_works(plan: Plan, mesh_shape: Mapping[str, int], state_bytes: float) -
     backward = 1 + (stage.lora.rank == 0)
     passes = 1 + backward + (stage.model.remat in ("full", "offload"))
     stepped = [role for role in algorithm.trains if role not in algorithm.without_optimizer]
-    of_piece = sum((forward(role, share).times(passes) for role in stepped), Work())
+    of_piece = sum((forward(role, share).times(passes) for role in stepped), teacher(share))
     if plan.ptx is not None:
         rows_of_piece = rows * share / parts
         of_ptx = model.trunk(rows_of_piece * plan.ptx.length, plan.ptx.longest_row)

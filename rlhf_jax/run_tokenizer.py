@@ -31,13 +31,14 @@ def prepare_tokenizer(config: Config) -> Tokenizer:
         return load_tokenizer(dataclasses.replace(first.tokenizer, path=str(stored)))
     if first.tokenizer.path or first.model.path:
         return load_tokenizer(first.tokenizer, first.model.path)
-    if first.start_from:
-        start = Path(first.start_from)
+    if source := first.start_from or first.teacher_from:
+        start = Path(source)
         if not is_stage_dir(start):
             try:
                 checkpoint_architecture(start, "policy")
             except ValueError as error:
-                raise ValueError(f"stages.{first.name}.from: {error}") from None
+                key = "from" if first.start_from else "teacher_from"
+                raise ValueError(f"stages.{first.name}.{key}: {error}") from None
         beside = start.parent / TOKENIZER if is_stage_dir(start) else start
         return load_tokenizer(dataclasses.replace(first.tokenizer, path=str(beside)))
     try:
@@ -83,6 +84,29 @@ def check_vocabulary(
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has "
             f"{architecture.vocab_size}; use the tokenizer that the model was trained with (tokenizer.path)"
+        )
+
+
+def check_teacher(
+    path: Path | None, tokenizer: Tokenizer, cfg: TokenizerConfig, teacher: Architecture, policy: Architecture
+) -> None:
+    """Raises ValueError where a teacher's distributions are not of the tokens of the policy's.
+
+    Args:
+        path: of the teacher, a stage of another run or a checkpoint; None: it is of this run.
+        tokenizer: of the run.
+        cfg: of it.
+        teacher, policy: the architectures.
+    """
+    if path is not None and is_stage_dir(path):
+        _check_ids(path, tokenizer_dir(path), tokenizer, cfg)
+    elif path is not None and any((path / name).is_file() for name in TOKENIZER_FILES):
+        _check_ids(path, path, tokenizer, cfg)
+    if teacher.vocab_size != policy.vocab_size:
+        raise ValueError(
+            f"teacher_from: the teacher's vocabulary has {teacher.vocab_size} tokens, the policy's "
+            f"{policy.vocab_size} (the tokenizer's {len(tokenizer)}); take models of one size, as their "
+            "distributions are compared token by token"
         )
 
 

@@ -33,6 +33,7 @@ from rlhf_jax.origins import Origins, checkpoint_architecture, is_stage_dir, ori
 from rlhf_jax.plan import Plan, check_length, ptx_examples, reward_is_whole, with_rows_of
 from rlhf_jax.reward_origin import External
 from rlhf_jax.rewards.external import RewardReader
+from rlhf_jax.run_tokenizer import check_teacher
 
 RANKED = 4
 """Completions of a ranking, of which no option tells the number."""
@@ -70,8 +71,12 @@ def shape_plans(config: Config) -> list[Plan]:
 
 def _plan(stage: StageConfig, number: int, earlier: dict[str, Plan]) -> Plan:
     algorithm, where = ALGORITHMS[stage.algorithm], origins(stage, set(earlier))
-    architecture = _architecture(stage, where.policy, earlier)
+    teacher = _teacher(stage, where.teacher, earlier)
+    architecture = _architecture(stage, where.policy, earlier, teacher)
     check_length(stage, algorithm, architecture)
+    if teacher is not None:
+        check_length(stage, algorithm, teacher, "teacher")
+        check_teacher(None, _any_tokenizer(), stage.tokenizer, teacher, architecture)
     external = _external(stage, where, architecture, earlier)
     examples = blank_examples(stage)
     return Plan(
@@ -90,14 +95,19 @@ def _plan(stage: StageConfig, number: int, earlier: dict[str, Plan]) -> Plan:
         external=external,
         reward_is_whole=reward_is_whole(stage, where, earlier),
         ptx=ptx_examples(stage, architecture, earlier),
+        teacher=teacher,
     )
 
 
-def _architecture(stage: StageConfig, start: Path | None, earlier: dict[str, Plan]) -> Architecture:
+def _architecture(
+    stage: StageConfig, start: Path | None, earlier: dict[str, Plan], teacher: Architecture | None
+) -> Architecture:
     if stage.start_from in earlier:
         return earlier[stage.start_from].architecture
     if start is not None:
         return _stored(start, "policy")
+    if teacher is not None:
+        return Architecture.from_config(stage.model, vocab_size=teacher.vocab_size)
     if not stage.tokenizer.path:
         return Architecture.from_config(stage.model, vocab_size=stage.tokenizer.vocab_size)
     return Architecture.from_config(stage.model, vocab_size=len(load_tokenizer(stage.tokenizer)))
@@ -118,6 +128,14 @@ def _external(
         return None
     reader = RewardReader(None, False, None, None, of_reward.context_length)
     return External(where.reward, of_reward, reader, ensemble)
+
+
+def _teacher(stage: StageConfig, path: Path | None, earlier: dict[str, Plan]) -> Architecture | None:
+    if path is None:
+        return None
+    return (
+        earlier[stage.teacher_from].architecture if stage.teacher_from in earlier else _stored(path, "policy")
+    )
 
 
 def _stored(path: Path, role: str) -> Architecture:

@@ -14,7 +14,7 @@ from rlhf_jax.models.transformer import SCORER, make_model
 from rlhf_jax.plan import Plan
 from rlhf_jax.role_parts import part_structs
 from rlhf_jax.sharding import HOST_MEMORY
-from rlhf_jax.stage import stage_programs
+from rlhf_jax.stage import stage_programs, teacher_model
 
 HEADER = ("role", "parameter", "shape", "type", "axes", "on the mesh", "bytes", "a device")
 
@@ -40,9 +40,11 @@ def layout(plan: Plan, mesh: Mesh) -> Layout:
     """Returns where the roles of a stage and the state of their optimisers are going to lie."""
     model, programs = stage_programs(plan, mesh)
     parts = plan.parts()
-    trained, frozen = abstract_roles(plan.stage, parts, model, mesh)
+    teacher = teacher_model(plan)
+    trained, frozen = abstract_roles(plan.stage, parts, model, mesh, teacher)
     state = cast(Any, programs.init_state).eval_shape(trained)
-    roles = {role: (model.axes_of(parts[role]), of) for role, of in (state.params | frozen).items()}
+    models = {} if teacher is None else {"teacher": teacher}
+    roles = {role: (models.get(role, model).axes_of(of), of) for role, of in (state.params | frozen).items()}
     if plan.external is not None:
         other = make_model(plan.external.architecture, ensemble=plan.external.ensemble)
         cfg = plan.stage.model

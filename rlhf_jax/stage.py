@@ -69,6 +69,14 @@ def stage_model(stage: StageConfig, architecture: Architecture) -> Model:
     )
 
 
+def teacher_model(plan: Plan) -> Model | None:
+    """Returns the model of a stage's teacher, as pure functions; None where it has none."""
+    if plan.teacher is None:
+        return None
+    options = plan.stage.model
+    return make_model(plan.teacher, options.dtype, attention=options.attention, unroll=options.unroll)
+
+
 def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
     """Returns the model of a stage, as pure functions, and its programs; nothing is compiled yet."""
     stage, algorithm = plan.stage, plan.algorithm
@@ -84,9 +92,16 @@ def stage_programs(plan: Plan, mesh: Mesh) -> tuple[Model, Programs]:
         stops=read_stop_ids(stage.rollout, plan.tokenizer),
     )
     prompt_length = _usual_length(plan.train.lengths, getattr(stage.settings, "sequences_per_row", 1))
-    num_demonstrated = 0 if plan.ptx is None else plan.ptx.most_loss_tokens
     programs = build_programs(
-        stage, algorithm, model, mesh, num_completion, ids, prompt_length, num_demonstrated
+        stage,
+        algorithm,
+        model,
+        mesh,
+        num_completion,
+        ids,
+        prompt_length,
+        num_demonstrated=0 if plan.ptx is None else plan.ptx.most_loss_tokens,
+        teacher=teacher_model(plan),
     )
     stops = read_stop_strings(stage.rollout, plan.tokenizer)
     if stops is not None:
@@ -138,7 +153,8 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     is_online = stage.is_online
     mesh, sampling = stage_meshes(stage, mesh)
     model, programs = stage_programs(plan, mesh)
-    trained, frozen = load_roles(stage, algorithm, plan.origins, model, mesh, root)
+    teacher = teacher_model(plan)
+    trained, frozen = load_roles(stage, algorithm, plan.origins, model, mesh, root, teacher)
     with (
         Checkpointer(
             plan.directory / "checkpoints", stage.checkpoint.keep, stage.distributed.save_timeout
@@ -159,6 +175,8 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
             info["ptx"] = plan.ptx.fingerprint
         if start is not None and model.lora is None and has_reference(stage, algorithm):
             info["reference"] = on_first(lambda: fingerprint(start))
+        if (taught_by := plan.origins.teacher) is not None:
+            info["teacher"] = on_first(lambda: fingerprint(taught_by))
         newest = checkpointer.latest()
         if newest is not None:
             info = _resumed_info(plan, info, checkpointer.info(newest), newest)
@@ -225,11 +243,12 @@ def _resumed_info(plan: Plan, here: dict[str, Any], stored: dict[str, Any], newe
             f"stage {name}: {start} is not the model any more to which its "
             f"adapters belonged until step {newest}; put that back, or choose another run.dir"
         )
-    if stored.get("reference", here.get("reference")) != here.get("reference"):
-        raise ValueError(
-            f"stage {name}: {start} is not the model any more that was its reference until step {newest}; "
-            "put that back, or choose another run.dir"
-        )
+    for role, path in (("reference", start), ("teacher", plan.origins.teacher)):
+        if stored.get(role, here.get(role)) != here.get(role):
+            raise ValueError(
+                f"stage {name}: {path} is not the model any more that was its {role} until step {newest}; "
+                "put that back, or choose another run.dir"
+            )
     return stored | ({"base": here["base"]} if "base" in here else {})  # it may have moved
 
 
@@ -291,7 +310,7 @@ def _online(
         functions = {spec: scored_once(function, holders) for spec, function in plan.functions.items()}
         return Collector(
             programs,
-            Judge(stage.rewards, functions, has_model=has_model),
+            Judge(stage.rewards, functions, has_model=has_model) if functions or has_model else None,
             plan.tokenizer,
             mesh,
             leaves_out=plan.algorithm.leaves_out(settings),
@@ -316,7 +335,8 @@ def _online(
     holders = row_holders(mesh, settings.rows_per_rollout)
     gold = None if plan.gold is None else scored_once(plan.gold, holders)
     key = keys.named(root, "evaluate")
-    return source, evaluate_prompts(collector, held_out, mesh, key, stage.run.num_samples, gold)
+    compare = None if plan.algorithm.evaluate is None else programs.evaluate
+    return source, evaluate_prompts(collector, held_out, mesh, key, stage.run.num_samples, gold, compare)
 
 
 def _worker(plan: Plan, programs: Programs, frozen: Params, mesh: Mesh, sampling: Mesh) -> RolloutWorker:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.chips import Chip
 from rlhf_jax.config import MeshConfig
+from rlhf_jax.models.transformer import POLICY, make_model
 from rlhf_jax.plan import Plan, check_mesh
 from rlhf_jax.programs import rows_per_unit
 from rlhf_jax.roofline import ROW_AXES, Work, phase_works
@@ -243,6 +244,8 @@ def _estimate(plan: Plan, candidate: Candidate, chip: Chip) -> tuple[float, floa
         trained = whole * (1 if stage.model.sharing == "trunk" else roles)
         is_near = stage.model.frozen_memory == "device"
         frozen = is_near * len(reads) * whole * jnp.dtype(stage.model.role_dtype).itemsize
+    if plan.teacher is not None:
+        frozen += _count(make_model(plan.teacher).shapes, POLICY) * jnp.dtype(stage.model.role_dtype).itemsize
     of_parameter = (
         jnp.dtype(stage.model.param_dtype).itemsize + 2 * jnp.dtype(stage.optimizer.state_dtype).itemsize
     )

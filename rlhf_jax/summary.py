@@ -28,8 +28,9 @@ class Sample(NamedTuple):
     prompt: str
     before: str
     after: str
-    score_before: float
-    score_after: float
+    score_before: float | None
+    """Of the completion; None where nothing judged."""
+    score_after: float | None
 
 
 class Row(NamedTuple):
@@ -56,7 +57,7 @@ def comparisons(run_dir: Path | str, count: int = 2) -> list[Sample]:
     own = sorted(path for path in files if _stage_of(path) == _stage_of(files[-1]))
     first, last = (_read_samples(path) for path in (own[0], own[-1]))
     return [
-        Sample(_as_text(a["prompt"]), a["completion"], b["completion"], a["score"], b["score"])
+        Sample(_as_text(a["prompt"]), a["completion"], b["completion"], a.get("score"), b.get("score"))
         for a, b in zip(first[:count], last, strict=False)
     ]
 
@@ -147,7 +148,7 @@ def _sample_text(sample: Sample, width: int) -> rich.text.Text:
         ("before", sample.before, sample.score_before),
         ("after", sample.after, sample.score_after),
     ):
-        head = f"{label:6}  ({format_number(score)}) "
+        head = f"{label:6}  " + ("" if score is None else f"({format_number(score)}) ")
         text.append("\n" + head).append(_one_line(completion, width - len(head)), style="not dim")
     return text.append("\n")
 

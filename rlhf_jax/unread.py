@@ -9,6 +9,7 @@ from rlhf_jax.config import PROMPTLESS_FORMATS, StageConfig
 from rlhf_jax.config_types import COMPARISONS
 from rlhf_jax.offline_config import PairLossConfig, ReferenceConfig, RewardModelConfig
 from rlhf_jax.online_config import (
+    DistillConfig,
     GRPOConfig,
     OnlineConfig,
     PolicyGradientConfig,
@@ -84,7 +85,7 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
     first = next(iter(stages.values()), stage)
     if stage.tokenizer.path:
         reasons["tokenizer.vocab_size"] = "tokenizer.path names a trained tokenizer"
-    elif source := first.start_from or first.model.path:
+    elif source := first.start_from or first.model.path or first.teacher_from:
         reasons["tokenizer.vocab_size"] = f"the tokenizer of {source!r} is used"
     else:
         for key in ("eos_token", "pad_token"):
@@ -104,6 +105,8 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         needs_reference = isinstance(settings, ReferenceConfig) and not settings.precompute_ref
         if not has_base and not needs_reference:
             reasons["model.frozen_dtype"] = "the stage has no frozen model, for lora.rank is 0"
+    elif isinstance(settings, DistillConfig):
+        reasons["model.frozen_memory"] = "the teacher of distill is needed in each step"
     elif stage.model.sharing == "hydra" and not _has_whole_judge(stage, stages):
         reasons["model.frozen_memory"] = "the base of model.sharing 'hydra' is needed all the time"
 
@@ -179,8 +182,10 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
             reasons["rewards.function_weight"] = "rewards.function is not set"
         elif isinstance(stage.rewards.function, dict):
             reasons["rewards.function_weight"] = "rewards.function tells the weight of each"
+        section = stage.algorithm
+        if not settings.learns_from_scores:
+            reasons[f"{section}.missing_eos"] = f"the loss of {section} is of tokens and reads no score"
         if settings.missing_eos in ("none", "mask"):
-            section = stage.algorithm
             reasons[f"{section}.missing_eos_value"] = f"{section}.missing_eos is {settings.missing_eos!r}"
         if not isinstance(settings, ShapedRewardConfig):
             for key in ("importance", "importance_cap"):

@@ -40,6 +40,10 @@ ARCHITECTURE = Architecture(
     norm_eps=1e-5,
     tie_embeddings=True,
 )
+TEACHER = dataclasses.replace(
+    ARCHITECTURE, hidden_size=48, num_layers=1, num_heads=4, head_dim=8, mlp_size=64, tie_embeddings=False
+)
+"""Of distill: another model than the policy."""
 MESHES = [
     pytest.param({"data": 8}, marks=pytest.mark.slow),
     pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
@@ -63,7 +67,7 @@ def stage(algorithm: str, sharing: str = "separate", **sections: dict[str, Any])
     fixed = {"rollout": {"max_new_tokens": 8}, "optimizer": {"learning_rate": 1e-3}, "mesh": {"data": 1}}
     classes = {field.name: field.type for field in dataclasses.fields(config.StageConfig)}
     made = {}
-    for name in classes.keys() - {"name", "algorithm", "start_from", "reward_from", "settings", "run"}:
+    for name in classes.keys() - {"name", "algorithm", *config.SOURCES.values(), "settings", "run"}:
         cls = getattr(config, classes[name])
         made[name] = cls(**(fixed.get(name, {}) | sections.pop(name, {})))
     assert not sections, sections
@@ -136,7 +140,15 @@ def roles(algorithm: str, on: Mesh, sharing: str = "separate", num_heads: int = 
 
     every = {role: tree(role, parts) for role, parts in role_parts(of, spec).items()}
     trained = {role: every.pop(role) for role in spec.trains}
+    if taught(of):
+        params = jax.tree.map(lambda x: 3 * x, make_model(TEACHER).init_policy(jax.random.key(5)))
+        every["teacher"] = jax.device_put(params, role_shardings(make_model(TEACHER), on, "policy"))
     return trained, every
+
+
+def taught(of: config.StageConfig) -> Model | None:
+    """Returns the teacher of a stage; None where it has none."""
+    return make_model(TEACHER) if isinstance(of.settings, online_config.DistillConfig) else None
 
 
 def programs(
@@ -148,8 +160,17 @@ def programs(
 ) -> Programs:
     """Returns the stage's programs."""
     ids, algorithm = TokenIds(EOS, PAD), algorithm or ALGORITHMS[of.algorithm]
-    made = model(of)
-    return build_programs(of, algorithm, made, on, num_completion, ids, prompt_length, num_completion)
+    return build_programs(
+        of,
+        algorithm,
+        model(of),
+        on,
+        num_completion,
+        ids,
+        prompt_length,
+        num_demonstrated=num_completion,
+        teacher=taught(of),
+    )
 
 
 def rows(num_rows: int = 8, length: int = 16, seed: int = 0) -> Rows:

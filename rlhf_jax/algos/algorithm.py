@@ -49,12 +49,13 @@ class Algorithm(NamedTuple):
     loss: LossFunction
     """loss(forward, params, frozen, batch, settings, **minibatch_stats) -> terms, metrics."""
     reads: Callable[[Any], tuple[str, ...]] = lambda settings: ()
-    """Roles that are frozen."""
+    """Roles that are frozen; a teacher is none of them, for it is a model of its own kind."""
     minibatch_stats: Callable[[Forward, Params, Params, Any, Any], dict[str, Mean]] | None = None
     """What a loss needs of the whole minibatch, without a gradient: sums over a part of it, of the same
     arguments as the loss, which is given their values by name."""
     evaluate: Callable[[Forward, Params, Params, Any, Any], Metrics] | None = None
-    """Offline: sums over one held-out batch, of the same arguments as the loss."""
+    """Sums over one held-out batch, of the same arguments as the loss; online, where it is given, over the
+    completions of held-out prompts."""
     rows_per_record: int = 1
     """Sequences of a batch that belong together: one behind the other, never parted, not by a microbatch. Of
     rankings and ratings the data decide it, and the plan has it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf_jax.algos.algorithm import Algorithm
+from rlhf_jax.algos.distill import DISTILL
 from rlhf_jax.algos.dpo import DPO
 from rlhf_jax.algos.grpo import GRPO
 from rlhf_jax.algos.kto import KTO
@@ -39,4 +40,5 @@ ALGORITHMS: dict[str, Algorithm] = {
     "orpo": ORPO,
     "online_dpo": ONLINE_DPO,
     "raft": RAFT,
+    "distill": DISTILL,
 }

@@ -46,7 +46,10 @@ from rlhf_jax.stage import stage_model
 from rlhf_jax.stored_policy import read_prompts
 
 SHARED = "shared"  # the run of the SFT and the reward model
-POLICIES = [name for name, of in ALGORITHMS.items() if "policy" in of.trains and name != "sft"]
+POLICIES = [
+    name for name, of in ALGORITHMS.items() if "policy" in of.trains and name not in ("sft", "distill")
+]
+"""Those that learn from preferences or rewards."""
 SAMPLES = 4  # completions of each held-out prompt
 COLUMNS = (
     "algorithm", "seeds", "gold reward", "gain over SFT", "in standard errors", "KL", "tokens", "distinct-2",

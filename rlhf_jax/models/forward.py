@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from rlhf_jax.batch import Params, Rows
 from rlhf_jax.models import heads
 from rlhf_jax.models.transformer import Model
+from rlhf_jax.ops.divergence import Comparison, compare_logits
 from rlhf_jax.ops.logprobs import (
     Columns,
     contiguous_columns,
@@ -79,6 +80,9 @@ class Forward(NamedTuple):
     like these, moves the distribution of each token: the squared norm of the change of its logits, by forward
     mode, in the metric of `fisher_of_logits`. Half its gradient with respect to the tangents is their product
     with the Fisher matrix, by Gauss and Newton."""
+    compare: Callable[[Params, Params, Rows, float], Comparison] | None = None
+    """compare(params, frozen, rows, beta): policy and teacher, over the whole vocabulary; None where there is
+    no teacher."""
 
 
 def make_forward(
@@ -88,23 +92,27 @@ def make_forward(
     logprob_chunk: int = 0,
     longest: int = 0,
     num_demonstrated: int = 0,
+    teacher: Model | None = None,
 ) -> Forward:
     """Returns the forward passes of a model.
 
     Args:
         model: the transformer's pure functions.
         num_completion: C, the static maximum of completion tokens of a row; the LM head runs on C columns.
-        temperature: divides the logits of policy and reference.
+        temperature: divides the logits of policy, reference and teacher.
         logprob_chunk: tokens whose logits exist at once; 0: all.
         longest: the most completion tokens of a sequence, where rows hold several; 0: of a row.
         num_demonstrated: C of rows of demonstrations; 0: there are none.
+        teacher: of the frozen role `teacher`, which is always a whole policy; its vocabulary is the model's.
     """
     longest = longest or num_completion
 
+    def inputs(rows: Rows) -> tuple[Array, ...]:
+        return (rows.tokens, rows.positions, rows.segments) if rows.is_packed else (rows.tokens,)
+
     def states(roles: Sequence[str], params: Params, frozen: Params, rows: Rows) -> dict[str, Array]:
         """Returns the hidden states [B, T, D] of each role; those on one trunk go through it together."""
-        trees = frozen | params
-        where = (rows.tokens, rows.positions, rows.segments) if rows.is_packed else (rows.tokens,)
+        trees, where = frozen | params, inputs(rows)
         passes: dict[str, dict[str, Params | None]] = {}  # whose trunk -> whose adapter
         place: dict[str, tuple[str, str]] = {}
         for role in roles:
@@ -228,8 +236,27 @@ def make_forward(
         of_states = jax.jvp(of_policy, (params["policy"],), (tangents,))
         return put(in_chunks(of_chunk, of_states, logprob_chunk), rows)
 
-    alike = {"temperature": temperature, "logprob_chunk": logprob_chunk, "longest": longest}
-    alike |= {"num_demonstrated": num_demonstrated}
+    def compare(params: Params, frozen: Params, rows: Rows, beta: float) -> Comparison:
+        assert teacher is not None
+        weights, teacher_logits = frozen["teacher"], teacher.logits
+
+        def of_chunk(hidden: Array, teacher_hidden: Array) -> Comparison:
+            logits = logits_of(frozen | params, hidden)
+            return compare_logits(logits, teacher_logits(weights, teacher_hidden) / temperature, beta)
+
+        hidden = predictors(params, frozen, rows)
+        teacher_hidden = gather_predictors(teacher.hidden(weights["trunk"], *inputs(rows)), columns(rows))
+        # Of what has no gradient the backward pass keeps nothing.
+        found = in_chunks(of_chunk, (hidden, lax.stop_gradient(teacher_hidden)), logprob_chunk)
+        return jax.tree.map(lambda x_BC: put(x_BC, rows), found)
+
+    alike: dict[str, Any] = {
+        "temperature": temperature,
+        "logprob_chunk": logprob_chunk,
+        "longest": longest,
+        "num_demonstrated": num_demonstrated,
+        "teacher": teacher,
+    }
     return Forward(
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
@@ -244,6 +271,7 @@ def make_forward(
         demonstration_logprobs=demonstration_logprobs if num_demonstrated else None,
         policy_change=policy_change,
         fisher=fisher,
+        compare=None if teacher is None else compare,
     )
 
 
@@ -294,4 +322,5 @@ def blank_forward() -> Forward:
         role_logprobs=of_roles,
         head_scores=per_head,
         demonstration_logprobs=per_token,
+        compare=lambda params, frozen, rows, beta: Comparison(*times(4)(params, frozen, rows)),
     )

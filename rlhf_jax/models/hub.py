@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.config import Config
+from rlhf_jax.config import SOURCES, Config
 from rlhf_jax.data.third_party import reason, told_as
 from rlhf_jax.files import replace_file, to_json
 
@@ -87,7 +87,7 @@ def fetch_models(
     """Returns the configuration with directories instead of names of the hub, and {name: commit} of these.
 
     Args:
-        config: `model.path`, `lora.path`, `tokenizer.path`, `from` and `reward_from` may be names of the hub.
+        config: `model.path`, `lora.path`, `tokenizer.path` and SOURCES may be names of the hub.
         commits: of names that were fetched before: a run goes on with what it began with.
         configs_only: of models that are started from their architectures alone; tokenizers stay as they are.
 
@@ -98,8 +98,8 @@ def fetch_models(
     for stage in config.stages:
         wanted.setdefault(stage.model.path, ("model.path", True))
         wanted.setdefault(stage.lora.path, ("lora.path", True))
-        wanted.setdefault(stage.start_from, (f"stages.{stage.name}.from", True))
-        wanted.setdefault(stage.reward_from, (f"stages.{stage.name}.reward_from", True))
+        for key, source in stage.sources.items():
+            wanted.setdefault(source, (f"stages.{stage.name}.{key}", True))
     if not configs_only or not config.stages[0].model.path:
         wanted.setdefault(config.stages[0].tokenizer.path, ("tokenizer.path", False))
 
@@ -125,8 +125,7 @@ def fetch_models(
     stages = tuple(
         dataclasses.replace(
             stage,
-            start_from=local(stage.start_from),
-            reward_from=local(stage.reward_from),
+            **{field: local(stage.sources[key]) for key, field in SOURCES.items()},
             model=dataclasses.replace(stage.model, path=local(stage.model.path)),
             lora=dataclasses.replace(stage.lora, path=local(stage.lora.path)),
             tokenizer=dataclasses.replace(stage.tokenizer, path=local(stage.tokenizer.path)),

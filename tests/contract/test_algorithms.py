@@ -32,7 +32,15 @@ VARIANTS = {
     "reward_model:regression": {"loss": "regression", "normalizer": "none"},
 }
 """Settings under which an algorithm has another loss; elsewhere a colon stands before model.sharing."""
-SHARED = ["dpo:lora", "ppo:trunk", "ppo:hydra", "trpo:hydra", "reward_model:lora", "sft:lora"]
+SHARED = [
+    "dpo:lora",
+    "ppo:trunk",
+    "ppo:hydra",
+    "trpo:hydra",
+    "reward_model:lora",
+    "sft:lora",
+    "distill:hydra",
+]
 """Algorithms whose roles share parameters, or are adapters; the fast tests of them are in test_sharing.py."""
 IN_FULL = ("ppo", "reward_model", "sft")
 """These stand for the others, which are tested with everything changed at once."""

@@ -124,8 +124,8 @@ def run_ppo(start, directory, mesh, wrap, monkeypatch):
     config, _ = read_command_line(["--config", str(file)])
     (plan,) = plan_stages(config, prepare_tokenizer(config))
 
-    def build(*args):
-        programs = build_programs(*args)
+    def build(*args, **named):
+        programs = build_programs(*args, **named)
         wrapped = wrap(plan, programs)
         return programs._replace(rollout=wrapped, rollout_of_one=wrapped)
 

@@ -18,7 +18,7 @@ from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import PolicyBatch, Prompts, Rollout, Rows
 from rlhf_jax.lowering import rollout_calls
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.online_config import OnlineConfig
+from rlhf_jax.online_config import OnlineConfig, ShapedRewardConfig
 from rlhf_jax.programs import TokenIds, build_programs
 from rlhf_jax.role_parts import role_shardings
 from rlhf_jax.sharding import batch_sharding
@@ -33,6 +33,7 @@ PROGRAMS = [
     pytest.param("ppo", "score", marks=pytest.mark.slow),
     ("ppo", "update"),
     pytest.param("trpo", "update", marks=pytest.mark.slow),
+    pytest.param("distill", "update", marks=pytest.mark.slow),
 ]
 
 
@@ -64,7 +65,9 @@ def compiled(name: str, program: str, chunk: int, layout: dict[str, int] | None 
         | (layout or {})
     )
     stage = tiny.stage(name, settings=settings, model={"logprob_chunk": chunk * over.get("data", 1) * fsdp})
-    programs = build_programs(stage, algorithm, model, mesh, C * sequence, TokenIds(1, 1))
+    teacher = model if name == "distill" else None
+    ids = TokenIds(1, 1)
+    programs = build_programs(stage, algorithm, model, mesh, C * sequence, ids, teacher=teacher)
 
     def placed(tree: Any, at: Any) -> Any:
         return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), tree, at)
@@ -78,7 +81,8 @@ def compiled(name: str, program: str, chunk: int, layout: dict[str, int] | None 
 
     integers, numbers = jnp.zeros((num_rows,), jnp.int32), jnp.zeros((num_rows, length), jnp.float32)
     rows = Rows(jnp.zeros((num_rows, length), jnp.int32), integers, integers)
-    trained, frozen = roles(algorithm.trains), roles(algorithm.reads(stage.settings))
+    read = ("teacher",) if teacher else algorithm.reads(stage.settings)
+    trained, frozen = roles(algorithm.trains), roles(read)
     key = jax.random.key(0)
     if program == "rollout":
         prompts = Prompts(jnp.zeros((num_rows, 5), jnp.int32), integers, integers)
@@ -88,8 +92,8 @@ def compiled(name: str, program: str, chunk: int, layout: dict[str, int] | None 
         rollout = Rollout(rows, jnp.zeros((num_rows,), bool), numbers)
         return programs.score.lower(trained, frozen, rows_of(rollout)).compile()
     state = cast(Any, programs.init_state).eval_shape(trained)
-    is_online = issubclass(ALGORITHM_SECTIONS[name], OnlineConfig)
-    batch = PolicyBatch(rows, rows.completion_mask, *[numbers] * 5) if is_online else rows
+    has_advantages = issubclass(ALGORITHM_SECTIONS[name], ShapedRewardConfig)
+    batch = PolicyBatch(rows, rows.completion_mask, *[numbers] * 5) if has_advantages else rows
     return programs.update.lower(state, frozen, rows_of(batch), key).compile()
 
 

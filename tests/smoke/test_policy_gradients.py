@@ -50,3 +50,22 @@ def test_smoke_config_of_what_learns_from_chosen_samples(name, tmp_path):
         assert line["rollout/equal_groups"] < 1
     assert steps[-1]["policy/kl"] is not None
     assert json.loads((tmp_path / "run" / "summary.json").read_text())[name]["score_after"] is not None
+
+
+@pytest.mark.slow
+def test_the_policy_comes_nearer_to_its_teacher(tmp_path):
+    """Which is larger, and the result of another stage; nothing judges the completions."""
+    config = ROOT / "configs" / "smoke" / "distill.yaml"
+    assert train.main(["--config", str(config), "--run.dir", str(tmp_path / "run")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["stage"] == "distill" and "loss/divergence" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        assert line["update/skipped"] == 0
+        assert line["policy/grad_norm"] > 0
+        assert not any(name.startswith(("reward/", "eval/score")) for name in line)
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())["distill"]
+    assert 0 < found["divergence_after"] < 0.8 * found["divergence_before"]
+    assert 0 < found["teacher_kl_after"] < 0.8 * found["teacher_kl_before"]
+    samples = (tmp_path / "run" / "samples" / "distill-6.jsonl").read_text().splitlines()
+    assert {"prompt", "completion"} == json.loads(samples[0]).keys()

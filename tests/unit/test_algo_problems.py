@@ -263,3 +263,83 @@ def test_demonstrations_are_those_of_an_sft_stage(problems, name, told):
 )
 def test_what_trpo_cannot_do(problems, addition, flags, line):
     assert problems(f"{CHAIN.replace('ppo', 'trpo')}{addition}\n", *flags) == [line]
+
+
+TAUGHT = """
+run: {dir: RUN}
+stages:
+  - {name: sft, algorithm: sft}
+  - {name: reward, algorithm: reward_model, from: sft}
+  - {name: distill, algorithm: distill, from: sft, teacher_from: sft}
+"""
+
+
+def test_a_teacher_is_all_that_distillation_needs(problems):
+    assert problems(TAUGHT) == []
+    assert problems(TAUGHT + "rewards: {function: 'math:sin'}\n") == []
+
+
+@pytest.mark.parametrize(
+    "old, new, line",
+    [
+        (
+            ", teacher_from: sft",
+            "",
+            "stages.distill.teacher_from: must be given in a stage that runs distill: an earlier stage or a",
+        ),
+        (
+            "teacher_from: sft",
+            "teacher_from: reward",
+            "stages.distill.teacher_from: 'reward' is a reward model; name the result of a stage that",
+        ),
+        (
+            "teacher_from: sft",
+            "teacher_from: distil",
+            "stages.distill.teacher_from: 'distil' is neither an earlier stage nor a directory; earlier sta",
+        ),
+        (
+            "teacher_from: sft",
+            "teacher_from: distill",
+            "stages.distill.teacher_from: 'distill' is this stage itself; name an earlier stage or a dir",
+        ),
+        (
+            "teacher_from: sft",
+            "teacher_from: 'hub:a/b@'",
+            "stages.distill.teacher_from: 'hub:a/b@' must read hub:OWNER/NAME[@REVISION]",
+        ),
+        (
+            "teacher_from: sft",
+            "teacher_from: 'gs://bucket/run/sft'",
+            "stages.distill.teacher_from: 'gs://bucket/run/sft' is not on this machine; only local files",
+        ),
+        (
+            "algorithm: sft}",
+            "algorithm: sft, teacher_from: sft}",
+            "stages.sft.teacher_from: would be ignored: only a distill stage has a teacher",
+        ),
+        (
+            "from: sft, t",
+            "distill: {beta: 1.5}, t",
+            "stages.distill.distill.beta: must be >= 0 and <= 1, got",
+        ),
+        (
+            "from: sft, t",
+            "distill: {missing_eos: mask}, t",
+            "stages.distill.distill.missing_eos: would be ignored: the loss of distill is of tokens and re",
+        ),
+        (
+            "from: sft, t",
+            "model: {frozen_memory: host}, t",
+            "stages.distill.model.frozen_memory: would be ignored: the teacher of distill is needed in each",
+        ),
+        (
+            "from: sft, t",
+            "rollout: {importance: always}, t",
+            "stages.distill.rollout.importance: would be ignored: the loss of distill has no ratio to be",
+        ),
+    ],
+)
+def test_what_distillation_cannot_do(problems, old, new, line):
+    assert TAUGHT.count(old) == 1
+    (found,) = problems(TAUGHT.replace(old, new))
+    assert found.startswith(line)

@@ -27,7 +27,8 @@ def test_every_program_takes_the_shapes_that_are_told(name: str):
     plan = next(plan for plan in plans if plan.stage.algorithm == name)
     of = stage_calls(plan, tiny.mesh())
     names = ONLINE if issubclass(ALGORITHM_SECTIONS[name], OnlineConfig) else OFFLINE
-    assert set(of.calls) == {*names, *(GREEDY if name == "remax" else [])}
+    more = {"remax": GREEDY, "distill": ["evaluate"]}
+    assert set(of.calls) == {*names, *more.get(name, [])}
     for call in of.calls.values():
         call.program.eval_shape(*call.resident, *call.own)
     update = of.calls["update"]

@@ -23,7 +23,7 @@ from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.row_attention import flash_lack
 from rlhf_jax.models.scorers import save_scorer
 from rlhf_jax.models.transformer import make_model
-from rlhf_jax.origins import stored_architecture
+from rlhf_jax.origins import Origins, stored_architecture
 from rlhf_jax.plan import Plan, check_mesh, plan_stages
 from rlhf_jax.plan_notes import losses, mixture, reward_notes
 from rlhf_jax.run_tokenizer import prepare_tokenizer
@@ -32,6 +32,7 @@ from tests import tiny
 MODEL = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_size": 48}
 TOKENIZER = train_tokenizer(["the lamp is broken"] * 3, 260)
 ARCHITECTURE = Architecture.from_config(config.ModelConfig(**MODEL, context_length=256), len(TOKENIZER))
+WIDE = dataclasses.replace(ARCHITECTURE, mlp_size=64)
 PPO = """
 run: {dir: HERE/new}
 stages: [{name: ppo, algorithm: ppo, from: FROM, reward_from: HERE/run/reward}]
@@ -174,7 +175,7 @@ def test_a_first_stage_that_starts_from_a_whole_run(plans, tmp_path):
 def test_stages_of_another_run_that_fit(plans, tmp_path):
     (plan,) = plans()
     assert plan.architecture == ARCHITECTURE
-    assert plan.origins == (tmp_path / "run" / "sft", tmp_path / "run" / "reward", None)
+    assert plan.origins == Origins(tmp_path / "run" / "sft", tmp_path / "run" / "reward")
     half = "data.{}: 1 of 5 records dropped (prompt longer than 128 tokens)"
     assert mixture(plan) == []
     assert losses(plan) == [f"[ppo] {half.format(split)}" for split in ("train", "eval")]
@@ -335,6 +336,61 @@ def test_a_start_that_does_not_fit(plans, tmp_path, start, message):
     assert str(raised.value).count("\n") == 0
 
 
+def taught(plans, teacher, start="HERE/run/sft"):
+    """Returns the plan of a distill stage with this teacher."""
+    before = f"stages: [{{name: ppo, algorithm: ppo, from: {start}, reward_from: HERE/run/reward}}]\ndata"
+    start_from = f"from: {start}, " if start else ""
+    stage = f"stages: [{{name: distill, algorithm: distill, {start_from}teacher_from: {teacher}}}]\ndata:"
+    (plan,) = plans(start, **{before: stage})
+    return plan
+
+
+def test_a_teacher_may_be_another_model(plans, tmp_path):
+    write_stage(tmp_path / "large", "sft", "sft", WIDE)
+    plan = taught(plans, "HERE/large/sft")
+    assert (plan.architecture, plan.teacher) == (ARCHITECTURE, WIDE)
+    assert plan.origins.teacher == tmp_path / "large" / "sft"
+    assert plan.parts().keys() == {"policy"}
+    check_mesh([plan], tiny.mesh())
+
+
+def test_a_fresh_policy_has_its_teacher_s_vocabulary(plans, tmp_path):
+    """Embeddings may be padded beyond the tokenizer."""
+    padded = dataclasses.replace(WIDE, vocab_size=320)
+    write_stage(tmp_path / "large", "sft", "sft", padded)
+    plan = taught(plans, "HERE/large/sft", "")
+    assert plan.teacher == padded
+    assert (plan.architecture.vocab_size, plan.architecture.mlp_size) == (320, 192)
+
+
+@pytest.mark.parametrize(
+    "teacher, message",
+    [
+        (
+            "HERE/padded/sft",
+            "teacher_from: the teacher's vocabulary has 320 tokens, the policy's 260 (the tokenizer's 260); "
+            "take models of one size",
+        ),
+        ("HERE/other/sft", "other/sft was trained with another tokenizer: "),
+        (
+            "HERE/short/sft",
+            "rows of up to 192 tokens do not fit the teacher's context of 100; lower data.max",
+        ),
+        ("HERE/chat/sft", "chat/sft was trained on text that is treated otherwise: conversations True there"),
+        ("HERE/run/reward", "run/reward is the result of reward_model, which trains no policy; name the"),
+    ],
+)
+def test_a_teacher_that_does_not_fit(plans, tmp_path, teacher, message):
+    write_stage(tmp_path / "padded", "sft", "sft", dataclasses.replace(WIDE, vocab_size=320))
+    write_stage(tmp_path / "other", "sft", "sft", tokenizer=train_tokenizer(["another text"] * 3, 260))
+    write_stage(tmp_path / "short", "sft", "sft", dataclasses.replace(WIDE, context_length=100))
+    write_stage(tmp_path / "chat", "sft", "sft", conversations=True)
+    with pytest.raises(ValueError) as raised:
+        taught(plans, teacher)
+    assert message in str(raised.value)
+    assert str(raised.value).count("\n") == 0
+
+
 def test_a_policy_is_no_reward_model(plans, tmp_path):
     with pytest.raises(ValueError, match="is the result of sft, which trains no reward; .* reward_model"):
         stored_architecture(tmp_path / "run" / "sft", "reward")
@@ -342,7 +398,6 @@ def test_a_policy_is_no_reward_model(plans, tmp_path):
         stored_architecture(tmp_path / "new", "reward")
 
 
-WIDE = dataclasses.replace(ARCHITECTURE, mlp_size=64)
 OTHER = train_tokenizer(["quite another text"] * 3, 270)
 
 
