@@ -119,7 +119,8 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--layers", type=int, default=0, help="0: those of the shape")
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="sft")
+    without_teacher = [name for name in ALGORITHMS if name != "distill"]
+    parser.add_argument("--algorithm", choices=without_teacher, default="sft")
     parser.add_argument("--rows", type=int, default=32, help="batch_size")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row, prompt and completion")
     parser.add_argument("--completion", type=int, default=512, help="tokens of a completion, of ppo")
