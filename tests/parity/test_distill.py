@@ -17,9 +17,9 @@ from tests.parity import make_distill_golden as made
 
 GOLDEN = np.load(made.GOLDEN)
 GRADIENT = 1e-5
-OF_DIFFERENCES = 1e-4
+OF_DIFFERENCES = 2e-4
 """Of the reverse KL of extreme logits: its gradient, 1e-2, is a difference of log ratios of 1e2, of which one
-digit in float32 is 8e-6; TRL in float32 is 6e-5 off."""
+digit in float32 is 8e-6; TRL in float32 is 6e-5 off, XLA without LLVM's passes 1.1e-4."""
 MODEL = cast(
     Any,
     SimpleNamespace(
