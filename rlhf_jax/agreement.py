@@ -82,17 +82,27 @@ def check_alike(what: str, make: Callable[[], object]) -> None:
 
     Args:
         what: it returns, in the plural, for the message.
-        make: is not called where there is one process.
+        make: is not called where there is one process. Of dicts the message names the keys that differ.
     """
     if num_processes() == 1:
         return
     told = exchanged(make())
-    others = [str(rank) for rank, found in enumerate(told) if found != told[0]]
+    others = [rank for rank, found in enumerate(told) if found != told[0]]
     if others:
         raise ValueError(
-            f"{what} are not the same on process 0 and on {', '.join(others)}; give all hosts the same files "
-            "and the same command"
+            f"{what} are not the same on process 0 and on {', '.join(map(str, others))}"
+            f"{_difference(told[0], told[others[0]])}; give all hosts the same files and the same command"
         )
+
+
+def _difference(one: object, other: object, most: int = 5) -> str:
+    """Returns in what two dicts differ, with the values if these are short; nothing of other things."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return ""
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    shown = [f"{key} ({one.get(key, 'missing')}, {other.get(key, 'missing')})" for key in keys[:most]]
+    return f": {', '.join(shown)}{more}"
 
 
 def is_of_another(error: BaseException) -> bool:

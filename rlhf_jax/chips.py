@@ -34,6 +34,8 @@ class Chip:
 
     name: str
     """As topologies of libtpu begin."""
+    kind: str
+    """What JAX calls the kind of its devices."""
     accelerator: str
     """As accelerator types of Google Cloud begin."""
     counts_cores: bool
@@ -66,32 +68,62 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            name="v4", accelerator="v4", counts_cores=True, hbm=32 * GIB, usable_hbm=int(30.75 * GIB),
-            hbm_rate=1228e9, bf16_flops=275e12, links=6, link_rate=50e9,
+            name="v4", kind="TPU v4", accelerator="v4", counts_cores=True, hbm=32 * GIB,
+            usable_hbm=int(30.75 * GIB), hbm_rate=1228e9, bf16_flops=275e12, links=6, link_rate=50e9,
             network_rate=6.25e9, host_chips=4, one_host=4,
         ),
         Chip(
-            name="v5e", accelerator="v5litepod", counts_cores=False, hbm=16 * GIB,
+            name="v5e", kind="TPU v5 lite", accelerator="v5litepod", counts_cores=False, hbm=16 * GIB,
             usable_hbm=int(15.75 * GIB), hbm_rate=819e9, bf16_flops=197e12, links=4,
             link_rate=50e9, network_rate=3.125e9, host_chips=4, one_host=8,
         ),
         Chip(
-            name="v5p", accelerator="v5p", counts_cores=True, hbm=96 * GIB, usable_hbm=int(95.73 * GIB),
-            hbm_rate=2765e9, bf16_flops=459e12, links=6, link_rate=100e9,
+            name="v5p", kind="TPU v5", accelerator="v5p", counts_cores=True, hbm=96 * GIB,
+            usable_hbm=int(95.73 * GIB), hbm_rate=2765e9, bf16_flops=459e12, links=6, link_rate=100e9,
             network_rate=6.25e9, host_chips=4, one_host=4,
         ),
         Chip(
-            name="v6e", accelerator="v6e", counts_cores=False, hbm=32 * GIB, usable_hbm=int(31.24 * GIB),
-            hbm_rate=1638e9, bf16_flops=918e12, links=4, link_rate=100e9,
+            name="v6e", kind="TPU v6 lite", accelerator="v6e", counts_cores=False, hbm=32 * GIB,
+            usable_hbm=int(31.24 * GIB), hbm_rate=1638e9, bf16_flops=918e12, links=4, link_rate=100e9,
             network_rate=12.5e9, host_chips=4, one_host=8,
         ),
         Chip(
-            name="tpu7x", accelerator="tpu7x", counts_cores=True, devices=2, hbm=192 * GIB,
+            name="tpu7x", kind="TPU7x", accelerator="tpu7x", counts_cores=True, devices=2, hbm=192 * GIB,
             usable_hbm=int(189.48 * GIB), hbm_rate=7380e9, bf16_flops=2307e12, links=6,
             link_rate=100e9, network_rate=12.5e9, host_chips=4, one_host=4,
         ),
     )
 }  # fmt: skip
+
+
+class Peak(NamedTuple):
+    """The most that a device does in a second."""
+
+    flops: float
+    """Of products in bfloat16."""
+    bytes: float
+    """Of its memory, read and written."""
+
+
+GPUS = {
+    "NVIDIA A100-SXM4-40GB": Peak(312e12, 1555e9),
+    "NVIDIA A100-SXM4-80GB": Peak(312e12, 2039e9),
+    "NVIDIA H100 80GB HBM3": Peak(989e12, 3350e9),
+    "NVIDIA H200": Peak(989e12, 4800e9),
+}
+"""By what JAX calls them, without sparsity: NVIDIA's data sheets of A100, H100 and H200 (SXM)."""
+
+
+def chip_of(kind: str) -> Chip | None:
+    """Returns the TPU chip that devices of a kind, as JAX calls it, are or are parts of; None: of none."""
+    return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
+
+
+def peak_of(kind: str) -> Peak | None:
+    """Returns the most that a device of a kind does in a second; None where that is not known."""
+    if (chip := chip_of(kind)) is None:
+        return GPUS.get(kind)
+    return Peak(chip.bf16_flops / chip.devices, chip.hbm_rate / chip.devices)
 
 
 class Slices(NamedTuple):

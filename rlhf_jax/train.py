@@ -131,6 +131,7 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
     """
     from rlhf_jax.agreement import check_alike, on_first, together
     from rlhf_jax.distributed import is_first, process_id
+    from rlhf_jax.machine import code_sums, machine_lines, module_sums, versions
     from rlhf_jax.models import hub
     from rlhf_jax.plan import check_mesh, plan_stages
     from rlhf_jax.plan_notes import notes
@@ -139,6 +140,8 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
     from rlhf_jax.sharding_table import sharding_line
 
     run_dir = Path(config.run.dir)
+    check_alike("the files of rlhf_jax", code_sums)
+    check_alike("the versions", versions)
     check_alike("the configurations", lambda: (dump_config(config), writes))
     known = on_first(lambda: hub.read_commits(run_dir))
     found = on_first(lambda: hub.fetch_models(config, known))  # the others fetch the commits that it found
@@ -154,8 +157,13 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
         return tokenizer, plans, mesh
 
     tokenizer, plans, mesh = together(planned)  # nothing is written before all have planned
+    functions = [of for plan in plans for of in (*plan.functions.values(), plan.gold) if of]
+    modules = {of.name.partition(":")[0] for of in functions}
+    check_alike("the files of reward functions", lambda: module_sums(modules))
+    machine = machine_lines(mesh)
 
     def tell_and_write() -> None:
+        print("\n".join(machine), file=sys.stderr)
         for plan in plans:
             for line in (*notes(plan), sharding_line(plan, stage_meshes(plan.stage, mesh)[0])):
                 print(line, file=sys.stderr)

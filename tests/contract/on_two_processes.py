@@ -47,6 +47,8 @@ def check_what_processes_tell_each_other():
     check_alike("these", lambda: {"a": 1})
     with pytest.raises(ValueError, match="these are not the same on process 0 and on 1"):
         check_alike("these", process_id)
+    with pytest.raises(ValueError, match=r"these are not .* on 1: b \(0, 1\), c \(missing, 3\); give all"):
+        check_alike("these", lambda: {"a": 0, "b": rank} | ({"c": 3} if rank else {}))
 
 
 def check_batches():

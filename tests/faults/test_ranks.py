@@ -268,6 +268,22 @@ def test_a_configuration_of_its_own_is_refused_by_all(tmp_path, flag, said):
     assert not (tmp_path / "run").exists()
 
 
+def test_other_code_on_one_host_is_refused_by_all(tmp_path):
+    program = """
+import os, sys
+from rlhf_jax import machine, train
+if os.environ["RLHF_JAX_PROCESS_ID"] == "1":
+    sums = machine.code_sums()
+    machine.code_sums = lambda: sums | {"step.py": "other"}
+sys.exit(train.main())
+"""
+    results = launch(2, ["-c", program, "--config", config(tmp_path)], devices=1, timeout=MINUTE)
+    assert [result.returncode for result in results] == [2, 2]
+    said = r"the files of rlhf_jax are not the same on process 0 and on 1: step.py \(\w{16}, other\); give"
+    assert all(re.search(said, result.stderr) for result in results), results
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_does_not_find_the_others_says_where_it_looked(tmp_path, rank):
     arguments = ["--config", config(tmp_path), "--distributed.initialization_timeout", "3"]
