@@ -46,6 +46,30 @@ class RunConfig:
     """The run stops after so many steps in a row in which an update was skipped as not finite."""
     tensorboard: bool = False
     """Also write TensorBoard event files under the run directory."""
+    compilation_cache: str = ""
+    """Directory of compiled programs, which a run that is started again reads instead of compiling them; or
+    `gs://BUCKET/PATH` (pip install gcsfs). On several hosts it has to be one that all of them share. Empty:
+    that of JAX_COMPILATION_CACHE_DIR, or none."""
+    profile_steps: Annotated[str, Field(pattern=r"^([1-9]\d{0,8}-[1-9]\d{0,8})?$")] = ""
+    """Steps of each stage that are traced, such as `10-12`, by JAX's profiler into RUN/profile/STAGE; empty:
+    none. The first two steps of a stage compile."""
+    profile_stage: str = ""
+    """The one stage whose steps are traced; empty: each."""
+    profile_hosts: Literal["first", "all"] = "first"
+    """Who writes traces: the first process alone, or a process of each host."""
+
+    @property
+    def profile_range(self) -> tuple[int, int]:
+        """Returns the first and the last step of profile_steps, which is not empty."""
+        first, _, last = self.profile_steps.partition("-")
+        return int(first), int(last)
+
+    def profiled_steps(self, stage: str) -> range:
+        """Returns the steps of a stage that are traced."""
+        if not self.profile_steps or self.profile_stage not in ("", stage):
+            return range(0)
+        first, last = self.profile_range
+        return range(first, last + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,10 +414,11 @@ class CheckpointConfig:
     """Newest checkpoints kept of a stage."""
 
 
-RESERVED_NAMES = ("checkpoints", "export", "samples", "tensorboard", "tokenizer")
+RESERVED_NAMES = ("checkpoints", "export", "profile", "samples", "tensorboard", "tokenizer")
 """Directories of a run that are not a stage's."""
 PATH_OPTIONS = (
     "run.dir",
+    "run.compilation_cache",
     "tokenizer.path",
     "model.path",
     "lora.path",

@@ -27,6 +27,7 @@ from rlhf_jax.online_config import DistillConfig, OnlineConfig, PPOConfig, TRPOC
 from rlhf_jax.options import did_you_mean
 from rlhf_jax.reward_checks import check_normalizer, check_reward_model
 from rlhf_jax.rewards.functions import load_function
+from rlhf_jax.run_checks import check_cache, check_profile
 from rlhf_jax.run_directory import check_run_directory
 
 
@@ -63,6 +64,8 @@ def problems(resolved: Resolved, file_alone: Resolved, *, runs: bool = True) -> 
         found += check_formats(stage, path)
         found += check_paths(stage, path)
         found += check_functions(stage, path)
+        found += check_cache(stage, path)
+        found += check_profile(stage, resolved.names, path)
     found += check_mesh(resolved)
     if resolved.complete:
         found += check_ignored(resolved, file_alone)
@@ -143,7 +146,8 @@ def check_name(stage: StageConfig) -> Iterator[str]:
 
 def check_local(stage: StageConfig, path: PathOf) -> Iterator[str]:
     """Yields addresses such as gs://bucket/file where a path stands: they are neither read nor written."""
-    places = {path(*option.split(".")): option.split(".") for option in PATH_OPTIONS}
+    options = [option.split(".") for option in PATH_OPTIONS if option != "run.compilation_cache"]
+    places = {path(*option): option for option in options}
     values = {place: getattr(getattr(stage, section), key) for place, (section, key) in places.items()}
     values |= {f"stages.{stage.name}.{key}": source for key, source in stage.sources.items()}
     for place, value in values.items():

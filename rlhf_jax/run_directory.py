@@ -13,7 +13,8 @@ from rlhf_jax.config_file import dump_config, resolve
 from rlhf_jax.options import show
 
 MAY_DIFFER = re.compile(
-    r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates)$|mesh\.|distributed\.|"
+    r"run\.(dir|log_every|tensorboard|num_samples|max_skipped_updates|compilation_cache|profile_\w+)$|"
+    r"mesh\.|distributed\.|"
     r"stages\.[^.]+\.(checkpoint\.|data\.cache_dir$|"
     r"model\.(frozen_memory|remat|unroll|attention|logprob_chunk)$|"
     r"rollout\.(slots|refill_size|steps_per_call)$|"

@@ -61,6 +61,8 @@ def _main(argv: list[str]) -> int:
         return 2
 
     # Only now, so that a wrong configuration is told at once, and before any device is touched.
+    import jax
+
     from rlhf_jax import distributed, watchdog
     from rlhf_jax.agreement import is_of_another
     from rlhf_jax.failures import is_of_runtime
@@ -81,6 +83,8 @@ def _main(argv: list[str]) -> int:
             lifeline.fail(f"{trace}rlhf_jax: {message}", code, may_follow=may_follow)
         return _failed(message, code)
 
+    if config.run.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.run.compilation_cache)
     try:
         distributed.initialize(config.stages[0].distributed, watchdog.idle)
         with StopSignals() as signals, axis_rules(config.stages[0].mesh.axes):

@@ -23,6 +23,7 @@ from rlhf_jax.metrics import MetricWriter, Progress, to_host, write_samples
 from rlhf_jax.programs import Programs
 from rlhf_jax.rewards.functions import RewardError
 from rlhf_jax.sharding import place
+from rlhf_jax.step_traces import StepTraces
 from rlhf_jax.stop_signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
@@ -117,12 +118,16 @@ class Trainer:
             self._writer.amend(start, self._evaluated(state, frozen, start))
         self._last_log = time.perf_counter()
         self._newly_compiled()
-        with Progress(self._stage.name, num_steps, start, self._stage.run.log_every) as progress:
+        with (
+            Progress(self._stage.name, num_steps, start, self._stage.run.log_every) as progress,
+            StepTraces(self._stage.run, self._stage.name) as traces,
+        ):
             try:
                 for iteration in range(start, num_steps):
                     watchdog.beat()
                     self._signals.check()
                     step, key = iteration + 1, keys.at_iteration(root, iteration)
+                    traces.begin(step, state)
                     batch, position, gathered, meanwhile = self._source(
                         state, position, keys.named(key, "rollout")
                     )
@@ -140,6 +145,7 @@ class Trainer:
                         jax.block_until_ready(state)
                         gathered = gathered | {"perf/update_seconds": time.perf_counter() - begun}
                     compiled = {"perf/compilations": float(self._newly_compiled())}
+                    traces.end(step, state)
                     self._pending = (step, gathered | metrics | compiled)
                     evaluates, is_last = self._is_evaluated(step), step == num_steps
                     saves = not is_last and step % self._stage.checkpoint.every == 0

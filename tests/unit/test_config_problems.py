@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_jax import config, online_config
+from rlhf_jax import config, online_config, run_checks
 from rlhf_jax.command_line import ConfigError, parse, read_config
 from tests.configurations import CHAIN
 from tests.conftest import ROOT
@@ -662,6 +662,58 @@ def test_parse_gives_texts_by_path():
     assert line.config == "a.yaml"
     assert line.overrides == {"ppo.clip_eps": "0.1", "mesh.data": "-1"}
     assert (line.json, line.print_config, line.help) == (True, False, False)
+
+
+# What is looked at while it runs
+
+
+@pytest.mark.parametrize(
+    "flags, lines",
+    [
+        (["--run.profile_steps=3-9", "--run.profile_stage=sft", "--run.profile_hosts=all"], []),
+        (
+            ["--run.profile_steps=9-3"],
+            ["--run.profile_steps: must be FIRST-LAST, the first step not behind the last, got '9-3'"],
+        ),
+        (
+            ["--run.profile_steps=30-31"],
+            [
+                "--run.profile_steps: stage ppo has 30 steps, got '30-31'; name steps that it has, or name "
+                "one stage in run.profile_stage"
+            ],
+        ),
+        (["--run.profile_steps=30-31", "--run.profile_stage=reward"], []),
+        (
+            ["--run.profile_steps=1-2", "--run.profile_stage=rewards"],
+            ["--run.profile_stage: there is no stage 'rewards'; did you mean 'reward'?"],
+        ),
+        (
+            ["--run.profile_hosts=all"],
+            ["--run.profile_hosts: 'all' would be ignored: run.profile_steps names no steps"],
+        ),
+        (
+            ["--run.compilation_cache=s3://bucket/x"],
+            [
+                "--run.compilation_cache: 's3://bucket/x': must be a directory or an address gs://BUCKET/PATH",
+            ],
+        ),
+        (
+            ["--run.compilation_cache=gs://bucket/x"],
+            [
+                "--run.compilation_cache: 'gs://bucket/x' needs gcsfs; pip install gcsfs, or mount the "
+                "bucket and give its path"
+            ],
+        ),
+    ],
+)
+def test_options_of_profiles_and_of_the_compilation_cache(problems, monkeypatch, flags, lines):
+    monkeypatch.setattr(run_checks, "find_spec", lambda name: None)
+    assert problems(CHAIN, "--ppo.num_iterations=30", *flags) == lines
+
+
+def test_a_compilation_cache_in_a_bucket(problems, monkeypatch):
+    monkeypatch.setattr(run_checks, "find_spec", lambda name: name == "gcsfs")
+    assert problems(CHAIN, "--run.compilation_cache=gs://bucket/x") == []
 
 
 # Paths

@@ -17,6 +17,8 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
         "--checkpoint.every=7",
         "--stages.ppo.checkpoint.keep=9",
         "--run.log_every=1",
+        "--run.profile_steps=1-2",
+        "--run.compilation_cache=cache",
         "--model.remat=full",
         "--model.unroll=2",
         "--model.attention=xla",
