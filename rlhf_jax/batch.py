@@ -195,9 +195,14 @@ class TrainState(NamedTuple):
     ahead: Rollout | None = None  # of the next step, where it was made before this one's update was done
 
 
-def num_tokens(batch: RecordRows) -> int:
-    """Returns the tokens of a batch on the host, without padding."""
-    return sum(int(rows.lengths.sum()) for rows in parts_of(batch))
+def token_counts(batch: RecordRows) -> dict[str, float]:
+    """Returns metrics of a batch on the host: tokens without padding, the prompts' among them, sequences."""
+    parts = parts_of(batch)
+    return {
+        "perf/tokens": float(sum(rows.lengths.sum() for rows in parts)),
+        "perf/prompt_tokens": float(sum(rows.prompt_lengths.sum() for rows in parts)),
+        "perf/sequences": float(sum((rows.lengths > 0).sum() for rows in parts)),
+    }
 
 
 def num_rows(batch: object) -> int:

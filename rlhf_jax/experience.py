@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -130,10 +131,17 @@ class Collector:
             every[: len(records)] = scores
             scored = scored._replace(scores=place_rows(self._mesh, every))
             metrics = metrics | verdict.metrics
+        jax.block_until_ready(scored)  # where nothing has asked for a model's scores
         judged = time.perf_counter()
         watchdog.beat()
+        is_there = rows.lengths > 0
         metrics = metrics | text_metrics(ids, rows_counted)
-        metrics |= {"perf/rollout_seconds": sampled - begun, "perf/score_seconds": judged - sampled}
+        metrics |= {
+            "perf/prompt_tokens": float(rows.prompt_lengths[is_there].sum()),
+            "perf/sequences": float(is_there.sum()),
+            "perf/rollout_seconds": sampled - begun,
+            "perf/score_seconds": judged - sampled,
+        }
         return Experience(scored, scores, metrics, completions, ids, rows_counted)
 
 

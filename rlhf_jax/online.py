@@ -25,7 +25,13 @@ from rlhf_jax.trainer import NextBatch, Source
 
 OF_SCORES = ("reward/", "rollout/equal_groups")
 """Metrics that a selection of groups would bias."""
-SUMMED = ("perf/tokens", "perf/rollout_seconds", "perf/score_seconds")
+SUMMED = (
+    "perf/tokens",
+    "perf/prompt_tokens",
+    "perf/sequences",
+    "perf/rollout_seconds",
+    "perf/score_seconds",
+)
 
 
 class PromptBatch(NamedTuple):

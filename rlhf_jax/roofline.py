@@ -127,27 +127,52 @@ class ModelOnChip(NamedTuple):
         return blocks + self.head(rows)
 
 
-def phase_works(plan: Plan, mesh_shape: Mapping[str, int], state_bytes: float) -> dict[str, Work]:
+class Lengths(NamedTuple):
+    """How many tokens a step's rows have on average."""
+
+    row: float
+    """Of a row, of a packed one those of all its sequences."""
+    sequence: float
+    """Of a sequence."""
+    columns: float
+    """Of a row, those of which the LM head tells the log-probability."""
+    prompt: float = 0.0
+    """Of a prompt that is completed."""
+    new: float = 0.0
+    """Of a completion that is sampled."""
+
+
+def longest(plan: Plan) -> Lengths:
+    """Returns the most that the options allow."""
+    stage = plan.stage
+    if not stage.is_online:
+        length = plan.train.length
+        return Lengths(row=length, sequence=stage.data.max_length, columns=length)
+    prompt, new = stage.data.max_prompt_length, stage.rollout.max_new_tokens
+    return Lengths(row=prompt + new, sequence=prompt + new, columns=new, prompt=prompt, new=new)
+
+
+def phase_works(
+    plan: Plan, mesh_shape: Mapping[str, int], state_bytes: float, lengths: Lengths | None = None
+) -> dict[str, Work]:
     """Returns what a chip does in each phase of a step: update, online rollout and score before it, and
     greedy_ of both where greedy completions are read.
 
     Args:
-        plan: of the stage; its rows have the length of its examples.
+        plan: of the stage.
         mesh_shape: sizes of its axes.
         state_bytes: of what optimisers step on a chip: parameters and moments.
+        lengths: of a step's rows, none of which waits for a longer one; by default the longest that are
+            allowed.
     """
     stage, algorithm = plan.stage, plan.algorithm
     settings, attention = stage.settings, stage.model.attention
     row_parts, tensor = math.prod(mesh_shape[axis] for axis in ROW_AXES), mesh_shape["tensor"]
     parts = row_parts * mesh_shape["sequence"]
-    new = stage.rollout.max_new_tokens if stage.is_online else 0
-    prompt = stage.data.max_prompt_length
-    length = prompt + new if stage.is_online else plan.train.length
-    longest = prompt + new if stage.is_online else stage.data.max_length  # of the sequences of packed rows
+    length, sequence, columns, prompt, new = lengths or longest(plan)
     rows = settings.rows_per_update * rows_per_unit(stage, algorithm)
-    columns = new if stage.is_online else length
 
-    def model_of(architecture: Architecture, length: int, *, forward_mode: bool = False) -> ModelOnChip:
+    def model_of(architecture: Architecture, length: float, *, forward_mode: bool = False) -> ModelOnChip:
         is_short = attention == "auto" and length < FLASH_LENGTH
         holds_scores = attention == "xla" or is_short or forward_mode
         return ModelOnChip(architecture, tensor, jnp.dtype(stage.model.dtype).itemsize, holds_scores)
@@ -157,7 +182,7 @@ def phase_works(plan: Plan, mesh_shape: Mapping[str, int], state_bytes: float) -
     def forward(role: str, share: float = 1.0) -> Work:
         """Returns a pass of a role over a share of the rows."""
         is_shared = role == "value" and stage.model.sharing == "trunk"
-        trunk = Work() if is_shared else model.trunk(rows * share * length / parts, longest)
+        trunk = Work() if is_shared else model.trunk(rows * share * length / parts, sequence)
         has_words = role in ("policy", "reference")
         return trunk + (model.head(rows * share * columns / parts) if has_words else Work())
 
@@ -180,12 +205,13 @@ def phase_works(plan: Plan, mesh_shape: Mapping[str, int], state_bytes: float) -
             slots = min(stage.rollout.slots or sampled, sampled)
             of_token = decoding.decode_step(slots / row_parts, prompt, new / 2, group_size)
             of_prompts = model.trunk(prompts * prompt / row_parts, prompt)
-            return of_prompts + of_token.times(_decode_steps(stage, sampled))
+            steps = new * sampled / slots if lengths else _decode_steps(stage, sampled)
+            return of_prompts + of_token.times(steps)
 
         def external(sampled: int) -> Work:
             if plan.external is None:
                 return Work()
-            read = plan.external.reader.row_length(length)
+            read = plan.external.reader.row_length(math.ceil(length))
             return model_of(plan.external.architecture, read).trunk(sampled * read / parts, read)
 
         def score(roles: Iterable[str], sampled: int) -> Work:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -22,8 +24,8 @@ from rlhf_jax.batch import (
     RecordRows,
     Rows,
     TrainState,
-    num_tokens,
     rows_of,
+    token_counts,
 )
 from rlhf_jax.checkpoint import Checkpointer, abstract_leaf, read_result, write_result
 from rlhf_jax.config import StageConfig
@@ -32,7 +34,7 @@ from rlhf_jax.data.records import AnyRecord, Preference, PromptOnly, Ranking
 from rlhf_jax.data.tokenize import text_difference
 from rlhf_jax.evaluation import Evaluate, evaluate_prompts, evaluate_records
 from rlhf_jax.experience import Collector
-from rlhf_jax.files import to_json
+from rlhf_jax.files import replace_file, to_json
 from rlhf_jax.metrics import MetricWriter
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.heads import Ensemble
@@ -53,6 +55,7 @@ from rlhf_jax.rollout.stops import read_stop_ids, read_stop_strings
 from rlhf_jax.sharding import gathered, place, place_rows, row_holders, stage_meshes
 from rlhf_jax.stop_signals import StopSignals
 from rlhf_jax.trainer import NextBatch, Source, Trainer
+from rlhf_jax.utilization import utilization
 
 
 def stage_model(stage: StageConfig, architecture: Architecture) -> Model:
@@ -148,6 +151,7 @@ def run_stage(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
 
 def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
     """Returns what a stage measured that was not done."""
+    started = time.time()
     stage, algorithm = plan.stage, plan.algorithm
     root = keys.stage_root(stage.run.seed, plan.number)
     is_online = stage.is_online
@@ -181,6 +185,7 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
         if newest is not None:
             info = _resumed_info(plan, info, checkpointer.info(newest), newest)
         # What follows may take long, and writes: the stage is known to be the same now.
+        info["begun"] = on_first(lambda: _first_start(plan.directory, started))
         if is_online:
             worker = None if sampling is mesh else _worker(plan, programs, frozen, mesh, sampling)
             source, evaluate = _online(plan, programs, frozen, mesh, root, worker)
@@ -197,7 +202,8 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
             if distributed.is_first():
                 print(f"[{stage.name}] goes on after step {newest}", file=sys.stderr)
         writer.resume(0 if newest is None else newest + 1)
-        trainer = Trainer(stage, programs, source, evaluate, writer, checkpointer, info, signals)
+        used = utilization(plan, mesh, sampling)
+        trainer = Trainer(stage, programs, source, evaluate, writer, checkpointer, info, signals, used)
         with signals.deferred():
             state = trainer.train(state, frozen, root)
             if plan.demonstrations is not None and newest != int(state.step):
@@ -205,7 +211,7 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
             if checkpointer.latest() != int(state.step):
                 trainer.save(state)
             checkpointer.wait()
-            result = _result(plan, trainer.info)
+            result = _result(plan, trainer.info) | {"time": trainer.times()}
             write_result(plan.directory, int(state.step), result)
     return result
 
@@ -214,6 +220,14 @@ def has_reference(stage: StageConfig, algorithm: Algorithm) -> bool:
     """Returns whether a stage reads the policy as it was at the start, be it only before the first step."""
     precomputes = isinstance(stage.settings, ReferenceConfig) and stage.settings.precompute_ref
     return precomputes or "reference" in algorithm.reads(stage.settings)
+
+
+def _first_start(directory: Path, now: float) -> float:
+    """Returns when the stage was first started, which its directory remembers also where nothing is saved."""
+    path = directory / "begun"
+    if not path.exists():
+        replace_file(path, f"{now:.3f}\n")
+    return float(path.read_text(encoding="utf-8"))
 
 
 def _resumed_info(plan: Plan, here: dict[str, Any], stored: dict[str, Any], newest: int) -> dict[str, Any]:
@@ -259,7 +273,7 @@ def _offline(plan: Plan, programs: Programs, mesh: Mesh) -> tuple[Source, Evalua
 
     def source(state: TrainState, position: int, key: Array) -> NextBatch:
         batch, position = loader.batch(position)
-        return NextBatch(place_rows(mesh, batch), position, {"perf/tokens": float(num_tokens(batch))})
+        return NextBatch(place_rows(mesh, batch), position, dict(token_counts(batch)))
 
     return source, evaluate_records(programs, Loader(plan.held_out, settings.batch_size, seed, mesh), mesh)
 

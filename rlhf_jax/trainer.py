@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ class Trainer:
         checkpointer: Checkpointer,
         info: dict,
         signals: StopSignals,
+        utilization: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda found: {},
     ) -> None:
         """Makes the trainer of a stage.
 
@@ -73,9 +75,12 @@ class Trainer:
             evaluate: on held-out data.
             writer: of metrics.jsonl.
             checkpointer: of the stage's directory.
-            info: saved beside every checkpoint. `seconds`, `before` and `after` (evaluations), `evaluated`
-                (the step of `after`) and `skipped_in_a_row` are kept up to date in it.
+            info: saved beside every checkpoint. `seconds`, `in_steps` (the seconds of the steps that are not
+                lost, without what was compiled), `before` and `after` (evaluations), `evaluated` (the step of
+                `after`) and `skipped_in_a_row` are kept up to date in it; `begun` is when the stage was first
+                started, now by default.
             signals: asked between two steps, and before an evaluation.
+            utilization: metrics of a step -> further ones.
         """
         self._stage = stage
         self._programs = programs
@@ -84,11 +89,13 @@ class Trainer:
         self._writer = writer
         self._checkpointer = checkpointer
         self._signals = signals
-        empty = {"seconds": 0.0, "before": {}, "after": {}, "evaluated": 0, "skipped_in_a_row": 0}
+        empty: dict[str, Any] = {"seconds": 0.0, "in_steps": 0.0, "begun": time.time()}
+        empty |= {"before": {}, "after": {}, "evaluated": 0, "skipped_in_a_row": 0}
         self.info = empty | info
+        self._utilization = utilization
         self._pending: tuple[int, Metrics] | None = None
         self._clock = self._last_log = time.perf_counter()
-        self._compiled = compilations.count()
+        self._compiled, self._compile_seconds = compilations.count(), compilations.seconds()
         self._known: set[object] = set()  # shapes of batches, and what else was done: it is compiled
         self._may_compile_until = 0  # step
 
@@ -116,7 +123,7 @@ class Trainer:
             self._writer.write(0, self.info["before"])
         elif self._is_evaluated(start) and self.info["evaluated"] != start:  # the last run did not come to it
             self._writer.amend(start, self._evaluated(state, frozen, start))
-        self._last_log = time.perf_counter()
+        self._last_log, self._compile_seconds = time.perf_counter(), compilations.seconds()
         self._newly_compiled()
         with (
             Progress(self._stage.name, num_steps, start, self._stage.run.log_every) as progress,
@@ -157,7 +164,8 @@ class Trainer:
                         self._log_pending(progress, found)
                     if saves:
                         self._expect_compilations("saving", step + 1)
-                        self.save(state)
+                        with self._apart():
+                            self.save(state)
             except (RewardError, Stopped):
                 self._log_pending(progress)
                 if int(state.step) > 0 and self._checkpointer.latest() != int(state.step):
@@ -170,6 +178,15 @@ class Trainer:
         settings = self._stage.settings
         return step == settings.num_updates or step % settings.eval_every == 0
 
+    def times(self) -> dict[str, float]:
+        """Returns the seconds since the stage was first started, those in steps, and their share: goodput.
+
+        Steps that had to be made again count once. What is compiled, loaded, evaluated and saved is in none.
+        """
+        passed = time.time() - self.info["begun"]
+        in_steps = self.info["in_steps"]
+        return {"goodput": in_steps / max(passed, 1e-9), "in_steps": in_steps, "since_begun": passed}
+
     def save(self, state: TrainState) -> None:
         """Saves the state and the info; returns before the files are written."""
         now = time.perf_counter()
@@ -177,12 +194,21 @@ class Trainer:
         self._clock = now
         self._checkpointer.save(int(state.step), state, self.info)
 
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Keeps the time of what is done in it out of the seconds of steps."""
+        start, compiled = time.perf_counter(), compilations.seconds()
+        yield
+        self._last_log += time.perf_counter() - start
+        self._compile_seconds += compilations.seconds() - compiled
+
     def _evaluated(self, state: TrainState, frozen: Params, step: int) -> dict[str, float]:
         start = time.perf_counter()
         self._expect_compilations("evaluation", step)
-        metrics, samples = self._evaluate(state.params, frozen)
-        if samples:
-            write_samples(self._stage.run.dir, self._stage.name, step, samples)
+        with self._apart():
+            metrics, samples = self._evaluate(state.params, frozen)
+            if samples:
+                write_samples(self._stage.run.dir, self._stage.name, step, samples)
         if self._stage.is_online and "eval/score" in metrics:  # the reference is the policy at step 0
             of_reference = self.info["before"].get("eval/score", metrics["eval/score"])
             metrics["eval/ref_score"] = math.nan if of_reference is None else of_reference
@@ -201,13 +227,16 @@ class Trainer:
         ]
         bad.sort(key=lambda name: not name.startswith("loss/"))  # a loss comes before its gradient
         found = {name: x for name, x in found.items() if not name.startswith(NOT_FINITE)}
-        now = time.perf_counter()
-        seconds = now - self._last_log - evaluated.get("perf/eval_seconds", 0.0)
-        self._last_log = now
+        now, compiled = time.perf_counter(), compilations.seconds()
+        seconds, compiling = now - self._last_log, compiled - self._compile_seconds
+        self._last_log, self._compile_seconds = now, compiled
+        self.info["in_steps"] += max(seconds - compiling, 0.0)
         found |= {
             "perf/step_seconds": seconds,
             "perf/tokens_per_s": found["perf/tokens"] / max(seconds, 1e-9),
+            "perf/goodput": self.times()["goodput"],
         }
+        found |= self._utilization(found)
         found["perf/compilations"] += self._newly_compiled() if evaluated else 0
         if found["perf/compilations"] > 0 and step > self._may_compile_until:
             logger.warning(

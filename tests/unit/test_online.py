@@ -67,10 +67,11 @@ def test_a_baselines_completions_are_of_each_prompt_once_and_count():
     assert greedy.events == ["greedy 4 ['prompt 4', 'prompt 5']"]
     assert found.batch.greedy == "greedy"
     np.testing.assert_array_equal(found.batch.scores, Judged.SCORES[0])
-    assert [found.metrics[name] for name in METRICS] == [20, 4, 2, 1]
+    assert [found.metrics[name] for name in METRICS] == [20, 12, 8, 1, 4, 2]
 
 
-METRICS = {"perf/tokens": jnp.float32(10), "perf/rollout_seconds": 2.0, "perf/score_seconds": 1.0, "a": 1.0}
+METRICS = {"perf/tokens": jnp.float32(10), "perf/prompt_tokens": 6.0, "perf/sequences": 4.0, "a": 1.0}
+METRICS |= {"perf/rollout_seconds": 2.0, "perf/score_seconds": 1.0}
 
 
 class Judged(Recorded):
@@ -122,6 +123,7 @@ def test_groups_of_equal_scores_are_replaced(max_rollouts, scores, position, rol
     assert found.position == position
     assert found.metrics.get("rollout/rollouts") == rollouts
     assert float(found.metrics["perf/tokens"]) == 10 * (rollouts or 1)
+    assert found.metrics["perf/sequences"] == 4 * (rollouts or 1)
     assert found.metrics["perf/rollout_seconds"] == 2 * (rollouts or 1)
     assert found.metrics["reward/score"] == 13 / 4  # of what was sampled first, before a selection
     assert found.metrics["value/mean"] == np.mean(scores)

@@ -37,6 +37,8 @@ def new_state(step=0, w=0.0):
 class Run:
     """A stage in a directory; each `train` is one start of the program."""
 
+    utilization = staticmethod(lambda found: {})
+
     def __init__(self, directory, bad_steps=(), num_steps=9, most_skipped=3, every=2, eval_every=100):
         stage = tiny.stage("sft", settings={"num_steps": num_steps, "eval_every": eval_every})
         run = RunConfig(dir=str(directory), max_skipped_updates=most_skipped)
@@ -60,7 +62,15 @@ class Run:
             programs = SimpleNamespace(update=self.update)
             with StopSignals() as signals:
                 self.trainer = Trainer(
-                    self.stage, programs, self.source, self.evaluate, writer, checkpointer, info, signals
+                    self.stage,
+                    programs,
+                    self.source,
+                    self.evaluate,
+                    writer,
+                    checkpointer,
+                    info,
+                    signals,
+                    self.utilization,
                 )
                 with signals.deferred():
                     state = self.trainer.train(state, {}, jax.random.key(0))
@@ -395,3 +405,78 @@ def test_a_batch_of_a_new_shape_may_be_compiled_for(tmp_path, caplog):
     told = [r.getMessage() for r in caplog.records if "compiled" in r.getMessage()]
     assert [message.partition(":")[0] for message in told] == ["stage sft, step 9"]
     assert [line["perf/compilations"] for line in run.lines()[6:]] == [1, 1, 0, 1]
+
+
+class Clock:
+    """Stands for the module `time`."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def perf_counter(self):
+        return self.now
+
+    time = perf_counter
+
+
+def test_goodput_is_the_share_of_the_time_in_steps_that_last(tmp_path, monkeypatch):
+    """Of 137 seconds six steps took one each; of the rest evaluations are 20, saves 10, a step that was lost
+    is 1, and 100 passed until the run went on.
+    """
+    clock, compiled = Clock(), [0.0]
+    monkeypatch.setattr("rlhf_jax.trainer.time", clock)
+    monkeypatch.setattr("rlhf_jax.trainer.compilations.seconds", lambda: compiled[0])
+    save = Checkpointer.save
+
+    def slow_save(*args):
+        clock.now += 5
+        save(*args)
+
+    monkeypatch.setattr(Checkpointer, "save", slow_save)
+
+    class Clocked(Run):
+        has_failed = False
+
+        def update(self, state, frozen, step, key):
+            clock.now += 1
+            if step == 5 and not self.has_failed:
+                self.has_failed = True
+                raise KeyError("lost")
+            return super().update(state, frozen, step, key)
+
+        def evaluate(self, params, frozen):
+            clock.now += 10
+            compiled[0] += 4  # is part of the evaluation
+            return super().evaluate(params, frozen)
+
+    run = Clocked(tmp_path, num_steps=6)
+    with pytest.raises(KeyError):
+        run.train()
+    clock.now += 100
+    run.train()
+    assert run.trainer.times() == {"goodput": 6 / 137, "in_steps": 6, "since_begun": 137}
+    assert run.lines()[-1]["perf/goodput"] == 6 / 137
+    assert sum(line.get("perf/step_seconds", 0) for line in run.lines()) == 6
+
+
+def test_what_a_step_compiles_is_no_part_of_goodput(tmp_path, monkeypatch):
+    clock, compiled = Clock(), [0.0]
+    monkeypatch.setattr("rlhf_jax.trainer.time", clock)
+    monkeypatch.setattr("rlhf_jax.trainer.compilations.seconds", lambda: compiled[0])
+
+    class Compiling(Run):
+        def update(self, state, frozen, step, key):
+            clock.now += 1 + 7 * (step == 1)
+            compiled[0] += 7 * (step == 1)
+            return super().update(state, frozen, step, key)
+
+    run = Compiling(tmp_path, num_steps=4)
+    run.train()
+    assert run.trainer.times() == {"goodput": 4 / 11, "in_steps": 4, "since_begun": 11}
+
+
+def test_figures_of_use_are_told_with_the_other_metrics_of_a_step(tmp_path):
+    run = Run(tmp_path, num_steps=2)
+    run.utilization = lambda found: {"perf/mfu": found["perf/step_seconds"] + found["perf/tokens"]}
+    run.train()
+    assert [line["perf/mfu"] - line["perf/step_seconds"] for line in run.lines()[1:]] == [1.0, 1.0]
