@@ -191,7 +191,7 @@ def phase_works(
         if plan.teacher is None:
             return Work()
         of = model_of(plan.teacher, length)
-        return of.trunk(rows * share * length / parts, longest) + of.head(rows * share * columns / parts)
+        return of.trunk(rows * share * length / parts, sequence) + of.head(rows * share * columns / parts)
 
     reads = algorithm.reads(settings)
     works: dict[str, Work] = {}
