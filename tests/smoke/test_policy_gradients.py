@@ -67,5 +67,5 @@ def test_the_policy_comes_nearer_to_its_teacher(tmp_path):
     found = json.loads((tmp_path / "run" / "summary.json").read_text())["distill"]
     assert 0 < found["divergence_after"] < 0.8 * found["divergence_before"]
     assert 0 < found["teacher_kl_after"] < 0.8 * found["teacher_kl_before"]
-    samples = (tmp_path / "run" / "samples" / "distill-6.jsonl").read_text().splitlines()
-    assert {"prompt", "completion"} == json.loads(samples[0]).keys()
+    samples = (tmp_path / "run" / "samples" / "distill-000006.jsonl").read_text().splitlines()
+    assert json.loads(samples[0]).keys() == {"stage", "step", "prompt", "completion"}
