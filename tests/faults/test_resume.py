@@ -61,7 +61,8 @@ def start(directory, *kill):
     config = directory / "short.yaml"
     text = SHORT.format(dir=directory / "run").replace(
         "ppo: {num_iterations: 4,",
-        "ppo: {num_iterations: 6, kl_controller: adaptive, kl_target: 0.5, kl_horizon: 20,",
+        "ppo: {num_iterations: 6, kl_controller: adaptive, kl_target: 0.5, kl_horizon: 20, ptx_coef: 0.5, "
+        "ptx_from: sft,",
     )
     assert "adaptive" in text
     config.write_text(text)
