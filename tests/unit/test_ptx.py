@@ -94,11 +94,24 @@ def test_the_gradient_is_the_sum_of_both_algorithms_gradients(name):
 
 
 @pytest.mark.slow
-def test_the_same_of_adapters_on_a_shared_base():
-    stage = tiny.stage("ppo", "hydra", settings={"ptx_coef": COEF, "ptx_from": "sft"})
-    model, roles = tiny.model(stage), tiny.roles("ppo", tiny.mesh(), "hydra")
-    of_samples = make_forward(model, 8, 0.7, num_demonstrated=8)
-    assert_the_sum("ppo:hydra", of_samples, make_forward(model, 8), *roles, stage.settings)
+def test_the_loss_and_its_gradient_of_adapters_on_a_shared_base_are_those_of_sft():
+    stage = tiny.stage("grpo", "hydra", settings={"ptx_coef": COEF, "ptx_from": "sft"})
+    model, (trained, frozen) = tiny.model(stage), tiny.roles("grpo", tiny.mesh(), "hydra")
+    demonstrations, of_samples = tiny.rows(5, 20, seed=3), make_forward(model, 8, 0.7, num_demonstrated=8)
+    batch = batch_of("grpo")._replace(ptx=demonstrations)
+
+    def mixed(params):
+        return ptx_terms(of_samples, params, frozen, batch, stage.settings)["ptx"].mean.value
+
+    def alone(params):
+        terms, _ = sft.loss(make_forward(model, 8), params, frozen, demonstrations, SFTConfig())
+        return terms["nll"].mean.value
+
+    (found, gradient), (expected, of_sft) = jax.jit(
+        lambda: [jax.value_and_grad(of)(trained) for of in (mixed, alone)]
+    )()
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert tiny.relative_difference(gradient, of_sft) < 1e-5
 
 
 def test_the_temperature_of_sampling_divides_the_logits_of_samples_alone():
