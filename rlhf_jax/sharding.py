@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.axes import LOGICAL_AXES, MESH_AXES, WHOLE, Table, axis_problems, axis_table, collisions
@@ -95,10 +95,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh.slice is {shape[0]}, but the {len(devices)} devices are in {num_slices} "
             f"slice{'s' if num_slices > 1 else ''}; set mesh.slice to {num_slices}"
         )
-    if num_slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    # An axis may take a part of a dimension of the torus, as 8 of 4x4x4 does; few sizes fit otherwise.
     within, across = (1, *shape[1:]), (num_slices, *(1 for _ in shape[1:]))
-    return Mesh(create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=types)
+    if num_slices == 1:
+        placed = create_device_mesh(within, devices, allow_split_physical_axes=True)
+    else:
+        placed = create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def stage_meshes(stage: StageConfig, mesh: Mesh) -> tuple[Mesh, Mesh]:

@@ -77,16 +77,22 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
         make_mesh(MeshConfig(**sizes))
 
 
-@pytest.fixture(scope="module")
-def two_slices():
-    """The devices of two slices of four TPUs, as the TPU compiler describes them."""
+def described(topology, number=1):
+    """Returns the devices of so many slices, as the TPU compiler describes them."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
+    options = {"num_slices": number} if number > 1 else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+
+
+@pytest.fixture(scope="module")
+def two_slices():
+    """The devices of two slices of four TPUs."""
+    return described("v5e:2x2", 2)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}, {"fsdp": 4}, {"data": -1, "sequence": 4}])
@@ -109,6 +115,18 @@ def test_a_slice_is_one(two_slices):
     assert make_mesh(MeshConfig(fsdp=4), one).shape["fsdp"] == 4
     with pytest.raises(ValueError, match="mesh.slice is 2, but the 4 devices are in 1 slice; set"):
         make_mesh(MeshConfig(slice=2, data=2), one)
+
+
+def test_an_axis_takes_a_part_of_a_dimension_of_the_torus():
+    """8 of 4x4x4 chips, and 4 of a row of 8: neither is a product of whole dimensions."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, tensor=8), described("v5p:4x4x4"))
+    assert (mesh.shape["fsdp"], mesh.shape["tensor"]) == (8, 8)
+    mesh = make_mesh(MeshConfig(slice=2, data=1, fsdp=16, tensor=4), described("v5e:8x8", 2))
+    for place, devices in enumerate(mesh.devices):
+        assert {device.slice_index for device in devices.flat} == {place}
+    for group in mesh.devices.reshape(-1, 4):  # tensor is the innermost axis: near each other
+        across, up = (sorted(device.coords[axis] for device in group) for axis in (0, 1))
+        assert (across[-1] - across[0] + 1) * (up[-1] - up[0] + 1) == 4
 
 
 def test_on_a_cpu_slices_are_an_axis_like_others():
