@@ -166,8 +166,9 @@ class Slices(NamedTuple):
         chip, several = self.chip, f"{self.number} slices of " if self.number > 1 else ""
         cores = " (the number counts TensorCores, 2 of a chip)" if chip.counts_cores else ""
         return (
-            f"{several}{self.topology} = {self.accelerator_type}{cores}: {self.chips} chips on {self.hosts} "
-            f"host{'s' if self.hosts > 1 else ''}, {self.chips * chip.hbm / GIB:,.0f} GiB of HBM"
+            f"{several}{self.topology} = {self.accelerator_type}{cores}: {self.chips} "
+            f"chip{'s' if self.chips > 1 else ''} on {self.hosts} host{'s' if self.hosts > 1 else ''}, "
+            f"{self.chips * chip.hbm / GIB:,.0f} GiB of HBM"
         )
 
 

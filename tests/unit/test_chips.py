@@ -21,7 +21,7 @@ def test_a_slice_by_both_of_its_names(topology, accelerator_type, chips, hosts):
     slices = read_topology(topology)
     assert (slices.topology, slices.accelerator_type) == (topology, accelerator_type)
     assert (slices.chips, slices.hosts) == (chips, hosts)
-    assert f"{chips} chips" in slices.text and accelerator_type in slices.text
+    assert f": {chips} chip{'s' if chips > 1 else ''} on " in slices.text and accelerator_type in slices.text
 
 
 def test_several_slices_count_together():
