@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.command_line import read_tree
+from rlhf_jax import preflight
+from rlhf_jax.chips import described_devices, read_topology
+from rlhf_jax.command_line import read_config, read_tree
 from tests import tiny_hub
 from tests.conftest import ROOT
 from tests.stand_in_hub import StandIn
@@ -20,6 +22,22 @@ from tests.stand_in_hub import StandIn
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 RECIPES = [path for path in CONFIGS if re.fullmatch(r"(sft|reward_model|ppo|grpo)_[^_]+_[^_]+", path.stem)]
 FIELDS = ("Paper", "Settings", "Hardware", "Time", "Expected")
+ON_SLICES = [path for path in RECIPES if "-on-" in path.stem]
+"""Recipes for TPU slices, whose header begins the hardware with their topology."""
+EIGHT_CHIPS = "ppo_llama-3.1-8b-on-v6e-8_ultrafeedback"
+"""Of those the one whose mesh eight devices have: it is started for all, which differ in sizes alone."""
+SIZES = {
+    "Qwen2.5-0.5B": tiny_hub.QWEN
+    | dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
+    | dict(num_attention_heads=14, num_key_value_heads=2),
+    "Llama-3.1-8B": tiny_hub.LLAMA
+    | dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    | dict(num_attention_heads=32, num_key_value_heads=8),
+    "Llama-3.1-70B": tiny_hub.LLAMA
+    | dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80)
+    | dict(num_attention_heads=64, num_key_value_heads=8),
+}
+"""The config.json of the models of these, with the real ones' sizes."""
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +86,33 @@ def test_a_recipe_says_what_it_is(path: Path):
     assert tree["stages"][-1]["algorithm"] == re.match(r"(sft|reward_model|ppo|grpo)_", path.stem)[1]
 
 
+@pytest.mark.parametrize("path", ON_SLICES, ids=lambda path: path.stem)
+def test_a_recipe_for_a_slice_has_a_mesh_for_it(path: Path, tmp_path: Path):
+    """With the model's real sizes, on the devices of the header's slices; nothing is compiled."""
+    pytest.importorskip("libtpu")
+    hardware = re.search(
+        r"^# Hardware: (?:(\d) x )?(\w+:[\dx]+), ([\w-]+) by", path.read_text(), re.MULTILINE
+    )
+    assert hardware is not None
+    slices = read_topology(hardware[2], int(hardware[1] or 1))
+    assert hardware[3] == slices.accelerator_type
+    model = read_tree(str(path))["model"]["path"].rpartition("/")[2].removesuffix("-Instruct")
+    (tmp_path / "config.json").write_text(json.dumps(SIZES[model]))
+    config = read_config(["--config", str(path), "--model.path", str(tmp_path)], runs=False)
+    plans = preflight.chosen_plans(config, "")
+    preflight.check_hosts(plans, slices)
+    devices = described_devices(slices)
+    assert preflight.compiled_stages(plans, devices, slices.chip, ["none of them"]) == []
+
+
 FAST = ("quickstart_hydra", "ppo_pythia-1b_tldr")
 """Of all configurations, two that have between them every kind of stage; the others are slow tests."""
+STARTED = [path for path in CONFIGS if path not in ON_SLICES or path.stem == EIGHT_CHIPS]
 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[] if path.stem in FAST else pytest.mark.slow) for path in CONFIGS],
+    [pytest.param(path, marks=[] if path.stem in FAST else pytest.mark.slow) for path in STARTED],
     ids=lambda path: path.stem,
 )
 def test_a_config_can_start(path: Path, hub: dict[str, str | None], tmp_path: Path):
