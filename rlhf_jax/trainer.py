@@ -93,8 +93,8 @@ class Trainer:
         empty |= {"before": {}, "after": {}, "evaluated": 0, "skipped_in_a_row": 0}
         self.info = empty | info
         self._utilization = utilization
-        self._pending: tuple[int, Metrics] | None = None
-        self._clock = self._last_log = time.perf_counter()
+        self._pending: tuple[int, Metrics, tuple[float, float] | None] | None = None
+        self._clock = self._step_end = time.perf_counter()
         self._compiled, self._compile_seconds = compilations.count(), compilations.seconds()
         self._known: set[object] = set()  # shapes of batches, and what else was done: it is compiled
         self._may_compile_until = 0  # step
@@ -123,7 +123,7 @@ class Trainer:
             self._writer.write(0, self.info["before"])
         elif self._is_evaluated(start) and self.info["evaluated"] != start:  # the last run did not come to it
             self._writer.amend(start, self._evaluated(state, frozen, start))
-        self._last_log, self._compile_seconds = time.perf_counter(), compilations.seconds()
+        self._step_end, self._compile_seconds = time.perf_counter(), compilations.seconds()
         self._newly_compiled()
         with (
             Progress(self._stage.name, num_steps, start, self._stage.run.log_every) as progress,
@@ -148,12 +148,14 @@ class Trainer:
                         state, gathered = state._replace(ahead=ahead), gathered | told
                         del meanwhile  # and the weights that it has sampled with
                     self._log_pending(progress)
+                    passed = None
                     if is_online:
                         jax.block_until_ready(state)
+                        passed = self._passed()  # its line may come when the next batch is there
                         gathered = gathered | {"perf/update_seconds": time.perf_counter() - begun}
                     compiled = {"perf/compilations": float(self._newly_compiled())}
                     traces.end(step, state)
-                    self._pending = (step, gathered | metrics | compiled)
+                    self._pending = (step, gathered | metrics | compiled, passed)
                     evaluates, is_last = self._is_evaluated(step), step == num_steps
                     saves = not is_last and step % self._stage.checkpoint.every == 0
                     if evaluates and not is_last:
@@ -199,7 +201,7 @@ class Trainer:
         """Keeps the time of what is done in it out of the seconds of steps."""
         start, compiled = time.perf_counter(), compilations.seconds()
         yield
-        self._last_log += time.perf_counter() - start
+        self._step_end += time.perf_counter() - start
         self._compile_seconds += compilations.seconds() - compiled
 
     def _evaluated(self, state: TrainState, frozen: Params, step: int) -> dict[str, float]:
@@ -219,7 +221,7 @@ class Trainer:
         """Writes the line of the step that is not yet written, if there is one, with its evaluation."""
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, passed = self._pending
         self._pending = None
         found = to_host(metrics)
         bad = [
@@ -227,9 +229,7 @@ class Trainer:
         ]
         bad.sort(key=lambda name: not name.startswith("loss/"))  # a loss comes before its gradient
         found = {name: x for name, x in found.items() if not name.startswith(NOT_FINITE)}
-        now, compiled = time.perf_counter(), compilations.seconds()
-        seconds, compiling = now - self._last_log, compiled - self._compile_seconds
-        self._last_log, self._compile_seconds = now, compiled
+        seconds, compiling = passed or self._passed()
         self.info["in_steps"] += max(seconds - compiling, 0.0)
         found |= {
             "perf/step_seconds": seconds,
@@ -260,6 +260,13 @@ class Trainer:
                     limit,
                 )
         self._watch(step, bad)
+
+    def _passed(self) -> tuple[float, float]:
+        """Returns the seconds since it was asked before, but for those apart, and of these the compiling."""
+        now, compiled = time.perf_counter(), compilations.seconds()
+        passed = now - self._step_end, compiled - self._compile_seconds
+        self._step_end, self._compile_seconds = now, compiled
+        return passed
 
     def _newly_compiled(self) -> int:
         """Returns how many programs were compiled since it was asked before."""

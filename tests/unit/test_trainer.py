@@ -480,3 +480,29 @@ def test_figures_of_use_are_told_with_the_other_metrics_of_a_step(tmp_path):
     run.utilization = lambda found: {"perf/mfu": found["perf/step_seconds"] + found["perf/tokens"]}
     run.train()
     assert [line["perf/mfu"] - line["perf/step_seconds"] for line in run.lines()[1:]] == [1.0, 1.0]
+
+
+def test_every_online_step_has_the_seconds_of_its_own_batch_and_update(tmp_path, monkeypatch):
+    """Though its line is written at once where it is saved or evaluated, else behind the next rollout."""
+    clock, compiled = Clock(), [0.0]
+    monkeypatch.setattr("rlhf_jax.trainer.time", clock)
+    monkeypatch.setattr("rlhf_jax.trainer.compilations.seconds", lambda: compiled[0])
+
+    class Online(Run):
+        def source(self, state, position, key):
+            clock.now += 3
+            compiled[0] += 2
+            return super().source(state, position, key)._replace(meanwhile=lambda: (None, {}))
+
+        def update(self, state, frozen, step, key):
+            clock.now += 1
+            return super().update(state, frozen, step, key)
+
+        def evaluate(self, params, frozen):
+            clock.now += 10
+            return super().evaluate(params, frozen)
+
+    run = Online(tmp_path, num_steps=6, every=2, eval_every=5)
+    run.train()
+    assert [line["perf/step_seconds"] for line in run.lines()[1:]] == [4] * 6
+    assert run.trainer.info["in_steps"] == 6 * 2
