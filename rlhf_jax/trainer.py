@@ -127,7 +127,7 @@ class Trainer:
         self._newly_compiled()
         with (
             Progress(self._stage.name, num_steps, start, self._stage.run.log_every) as progress,
-            StepTraces(self._stage.run, self._stage.name) as traces,
+            StepTraces(self._stage.run, self._stage.name, self._apart) as traces,
         ):
             try:
                 for iteration in range(start, num_steps):
@@ -200,9 +200,11 @@ class Trainer:
     def _apart(self) -> Iterator[None]:
         """Keeps the time of what is done in it out of the seconds of steps."""
         start, compiled = time.perf_counter(), compilations.seconds()
-        yield
-        self._step_end += time.perf_counter() - start
-        self._compile_seconds += compilations.seconds() - compiled
+        try:
+            yield
+        finally:
+            self._step_end += time.perf_counter() - start
+            self._compile_seconds += compilations.seconds() - compiled
 
     def _evaluated(self, state: TrainState, frozen: Params, step: int) -> dict[str, float]:
         start = time.perf_counter()
