@@ -94,10 +94,18 @@ class Collector:
         """
         begun = time.perf_counter()
         complete = self._programs.rollout if in_groups else self._programs.rollout_of_one
-        return self.judge(params, frozen, complete(params, frozen, prompts, key), records, begun)
+        rollout = complete(params, frozen, prompts, key)
+        return self.judge(params, frozen, rollout, records, begun, waits=True)
 
     def judge(
-        self, params: Params, frozen: Params, rollout: Rollout, records: Sequence[PromptOnly], begun: float
+        self,
+        params: Params,
+        frozen: Params,
+        rollout: Rollout,
+        records: Sequence[PromptOnly],
+        begun: float,
+        *,
+        waits: bool = False,
     ) -> Experience:
         """Returns a rollout, scored by the models and the judge's functions; see `collect`.
 
@@ -106,6 +114,8 @@ class Collector:
             rollout: on the mesh.
             records: see `collect`.
             begun: when waiting for the rollout began, by time.perf_counter.
+            waits: for the models' scores also where the host does not read them, so that the seconds are
+                theirs; not where other devices wait for the host.
         """
         rows, ended = gathered((rollout.rows, rollout.ended))
         sampled = time.perf_counter()
@@ -121,6 +131,7 @@ class Collector:
             clean_up_tokenization_spaces=False,
         )
         rows_counted = ended[: len(records)] | (not self._leaves_out)
+        metrics = metrics | text_metrics(ids, rows_counted)
         learned, scores = scored.scores, None
         if self._external is not None:
             learned, told = self._external(rows, records, completions, ended)
@@ -131,12 +142,12 @@ class Collector:
             every[: len(records)] = scores
             scored = scored._replace(scores=place_rows(self._mesh, every))
             metrics = metrics | verdict.metrics
-        jax.block_until_ready(scored)  # where nothing has asked for a model's scores
+        if waits:
+            jax.block_until_ready(scored)
         judged = time.perf_counter()
         watchdog.beat()
         is_there = rows.lengths > 0
-        metrics = metrics | text_metrics(ids, rows_counted)
-        metrics |= {
+        metrics = metrics | {
             "perf/prompt_tokens": float(rows.prompt_lengths[is_there].sum()),
             "perf/sequences": float(is_there.sum()),
             "perf/rollout_seconds": sampled - begun,

@@ -34,8 +34,8 @@ def utilization(plan: Plan, mesh: Mesh, sampling: Mesh) -> Utilization:
         perf/score_mfu, update_mfu    the same of a phase of an online step
         perf/rollout_mbu              bytes that sampling needs / (its seconds * peak of the memory)
 
-    all but the first where the peak of the device is known. Where rollouts have devices of their own, rollout
-    and update overlap, and only the step and the scores are told.
+    all but the first where the peak of the device is known. Where rollouts have devices of their own, the
+    phases overlap, and only the step is told.
 
     Args:
         plan: of the stage.
@@ -53,13 +53,13 @@ def utilization(plan: Plan, mesh: Mesh, sampling: Mesh) -> Utilization:
             return told
         flops = {name: work.flops for name, work in needed_works(plan, whole, found).items()}
         told["perf/mfu"] = sum(flops.values()) / (found["perf/step_seconds"] * every_device * peak.flops)
-        if not isinstance(plan.stage.settings, OnlineConfig):
+        if sampling is not mesh or not isinstance(plan.stage.settings, OnlineConfig):
             return told
-        told["perf/score_mfu"] = flops["score"] / (found["perf/score_seconds"] * devices * peak.flops)
-        if sampling is mesh:
-            told["perf/update_mfu"] = flops["update"] / (found["perf/update_seconds"] * devices * peak.flops)
-            read = needed_works(plan, mesh.shape, found)["rollout"].bytes
-            told["perf/rollout_mbu"] = read / (found["perf/rollout_seconds"] * peak.bytes)
+        for phase in ("score", "update"):
+            seconds = found[f"perf/{phase}_seconds"]
+            told[f"perf/{phase}_mfu"] = flops[phase] / (seconds * devices * peak.flops)
+        read = needed_works(plan, mesh.shape, found)["rollout"].bytes
+        told["perf/rollout_mbu"] = read / (found["perf/rollout_seconds"] * peak.bytes)
         return told
 
     return used

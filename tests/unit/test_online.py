@@ -1,15 +1,17 @@
 """Where online batches come from: what is made when, told by a loader and models that record it."""
 
 from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import experience
 from rlhf_jax.batch import Prompts, Rollout, Rows, Scored
 from rlhf_jax.data.records import PromptOnly
-from rlhf_jax.experience import Experience
+from rlhf_jax.experience import Collector, Experience
 from rlhf_jax.online import OnPolicy, PromptBatches
 from tests import tiny
 
@@ -127,3 +129,34 @@ def test_groups_of_equal_scores_are_replaced(max_rollouts, scores, position, rol
     assert found.metrics["perf/rollout_seconds"] == 2 * (rollouts or 1)
     assert found.metrics["reward/score"] == 13 / 4  # of what was sampled first, before a selection
     assert found.metrics["value/mean"] == np.mean(scores)
+
+
+def test_scores_are_awaited_only_where_no_other_devices_wait(monkeypatch):
+    """What is told of the texts comes while the models score: before the judge, who reads the scores."""
+    events = []
+
+    def tell(event, value=None):
+        events.append(event)
+        return value
+
+    rows = Rows(np.ones((2, 4), np.int32), np.full(2, 2, np.int32), np.full(2, 4, np.int32))
+    rollout = Rollout(rows, np.ones(2, bool), np.zeros((2, 2), np.float32))
+    scored = Scored(rollout, jnp.zeros(2), None, None, jnp.zeros(2))
+    programs = SimpleNamespace(rollout=lambda *args: rollout, score=lambda *args: tell("score", (scored, {})))
+    verdict = SimpleNamespace(scores=np.zeros(2, np.float32), metrics={})
+    collector = Collector(
+        cast(Any, programs),
+        cast(Any, lambda *args: tell("judge", verdict)),
+        cast(Any, SimpleNamespace(batch_decode=lambda ids, **options: ["a", "b"])),
+        tiny.mesh(),
+        leaves_out=False,
+    )
+    text_metrics = experience.text_metrics
+    monkeypatch.setattr(experience, "text_metrics", lambda *args: tell("texts", text_metrics(*args)))
+    monkeypatch.setattr(jax, "block_until_ready", lambda scored: tell("wait"))
+    records = [PromptOnly("a"), PromptOnly("b")]
+    collector.judge({}, {}, rollout, records, 0.0)
+    assert events == ["score", "texts", "judge"]
+    found = collector.collect({}, {}, cast(Any, None), records, jax.random.key(0))
+    assert events[3:] == ["score", "texts", "judge", "wait"]
+    assert found.metrics["perf/score_seconds"] > 0 and found.metrics["perf/sequences"] == 2

@@ -100,7 +100,7 @@ def test_phases_that_overlap_are_not_told(peak):
     mesh = make_mesh(config.MeshConfig(data=2), jax.devices()[:2])
     other = make_mesh(config.MeshConfig(data=2), jax.devices()[2:4])
     found = utilization(planned(ppo()), mesh, other)(SAMPLED | SECONDS | PHASES)
-    assert found.keys() == {"perf/tokens_per_s_per_chip", "perf/mfu", "perf/score_mfu"}
+    assert found.keys() == {"perf/tokens_per_s_per_chip", "perf/mfu"}
     assert found["perf/tokens_per_s_per_chip"] == 8  # of all four
 
 
