@@ -185,7 +185,7 @@ def _trained(plan: Plan, mesh: Mesh, signals: StopSignals) -> dict[str, Any]:
         if newest is not None:
             info = _resumed_info(plan, info, checkpointer.info(newest), newest)
         # What follows may take long, and writes: the stage is known to be the same now.
-        info["begun"] = on_first(lambda: _first_start(plan.directory, started))
+        info["begun"] = on_first(lambda: _first_start(plan.directory, info, started))
         if is_online:
             worker = None if sampling is mesh else _worker(plan, programs, frozen, mesh, sampling)
             source, evaluate = _online(plan, programs, frozen, mesh, root, worker)
@@ -222,11 +222,14 @@ def has_reference(stage: StageConfig, algorithm: Algorithm) -> bool:
     return precomputes or "reference" in algorithm.reads(stage.settings)
 
 
-def _first_start(directory: Path, now: float) -> float:
-    """Returns when the stage was first started, which its directory remembers also where nothing is saved."""
+def _first_start(directory: Path, info: dict[str, Any], now: float) -> float:
+    """Returns when the stage was first started, which its directory remembers also where nothing is saved.
+
+    Where the directory does not, the info of a checkpoint may.
+    """
     path = directory / "begun"
     if not path.exists():
-        replace_file(path, f"{now:.3f}\n")
+        replace_file(path, f"{info.get('begun', now):.3f}\n")
     return float(path.read_text(encoding="utf-8"))
 
 

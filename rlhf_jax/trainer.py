@@ -187,7 +187,12 @@ class Trainer:
         """
         passed = time.time() - self.info["begun"]
         in_steps = self.info["in_steps"]
-        return {"goodput": in_steps / max(passed, 1e-9), "in_steps": in_steps, "since_begun": passed}
+        # No more than 1, though the clock was set back, or a host's is behind that of the first start.
+        return {
+            "goodput": min(in_steps / max(passed, 1e-9), 1.0),
+            "in_steps": in_steps,
+            "since_begun": passed,
+        }
 
     def save(self, state: TrainState) -> None:
         """Saves the state and the info; returns before the files are written."""

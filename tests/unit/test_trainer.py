@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import jax
@@ -457,6 +458,13 @@ def test_goodput_is_the_share_of_the_time_in_steps_that_last(tmp_path, monkeypat
     assert run.trainer.times() == {"goodput": 6 / 137, "in_steps": 6, "since_begun": 137}
     assert run.lines()[-1]["perf/goodput"] == 6 / 137
     assert sum(line.get("perf/step_seconds", 0) for line in run.lines()) == 6
+
+
+def test_goodput_is_at_most_one_where_a_clock_was_set_back(tmp_path):
+    run = Run(tmp_path, num_steps=1)
+    run.train()
+    run.trainer.info |= {"begun": time.time() + 100, "in_steps": 5.0}
+    assert run.trainer.times()["goodput"] == 1
 
 
 def test_what_a_step_compiles_is_no_part_of_goodput(tmp_path, monkeypatch):
