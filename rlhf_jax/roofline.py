@@ -80,6 +80,22 @@ def layer_shapes(architecture: Architecture) -> list[tuple[int, int]]:
     return [(width, queries), (width, keys), (width, keys), (queries, width), *of_mlp * experts]
 
 
+class Passes(NamedTuple):
+    """How often the operations of a forward pass are done."""
+
+    products: float = 1.0
+    """Those of products with weights."""
+    attention: float = 1.0
+    """Those of queries, keys and values, which have derivatives also where all weights are frozen."""
+
+    def __add__(self, other: Passes) -> Passes:  # type: ignore[override]
+        """Returns both, one behind the other."""
+        return Passes(self.products + other.products, self.attention + other.attention)
+
+
+ONCE = Passes()
+
+
 class ModelOnChip(NamedTuple):
     """A model on a mesh: what one of its chips does of a pass."""
 
@@ -99,8 +115,8 @@ class ModelOnChip(NamedTuple):
             work += Work(2 * tokens * weights, self.size * (weights + tokens * arrays))
         return work
 
-    def trunk(self, tokens: float, length: float) -> Work:
-        """Returns the forward pass of a chip's tokens, each of which sees half of the length on average."""
+    def trunk(self, tokens: float, length: float, passes: Passes = ONCE) -> Work:
+        """Returns passes over a chip's tokens, each of which sees half of the length on average."""
         of = self.architecture
         heads, kv_heads = (
             of.num_heads * of.head_dim / self.tensor,
@@ -109,11 +125,13 @@ class ModelOnChip(NamedTuple):
         attention = Work(2 * tokens * length * heads, 2 * self.size * tokens * (heads + kv_heads))
         if self.holds_scores:
             attention += Work(0.0, 4 * 4 * tokens * length * of.num_heads / self.tensor)
-        return (self.products(tokens, layer_shapes(of)) + attention).times(of.num_layers)
+        products = self.products(tokens, layer_shapes(of)).times(passes.products)
+        return (products + attention.times(passes.attention)).times(of.num_layers)
 
-    def head(self, columns: float) -> Work:
+    def head(self, columns: float, passes: Passes = ONCE) -> Work:
         """Returns the LM head's product."""
-        return self.products(columns, [(self.architecture.hidden_size, self.architecture.vocab_size)])
+        shape = self.architecture.hidden_size, self.architecture.vocab_size
+        return self.products(columns, [shape]).times(passes.products)
 
     def decode_step(self, rows: float, prompt: float, completed: float, group_size: int) -> Work:
         """Returns a token of each of a chip's rows, after a prompt and so many others.
@@ -179,12 +197,12 @@ def phase_works(
 
     model = model_of(plan.architecture, length, forward_mode=settings.forward_mode)
 
-    def forward(role: str, share: float = 1.0) -> Work:
-        """Returns a pass of a role over a share of the rows."""
+    def forward(role: str, share: float = 1.0, passes: Passes = ONCE) -> Work:
+        """Returns passes of a role over a share of the rows."""
         is_shared = role == "value" and stage.model.sharing == "trunk"
-        trunk = Work() if is_shared else model.trunk(rows * share * length / parts, sequence)
+        trunk = Work() if is_shared else model.trunk(rows * share * length / parts, sequence, passes)
         has_words = role in ("policy", "reference")
-        return trunk + (model.head(rows * share * columns / parts) if has_words else Work())
+        return trunk + (model.head(rows * share * columns / parts, passes) if has_words else Work())
 
     def teacher(share: float) -> Work:
         """Returns a pass of the teacher over a share of the rows."""
@@ -230,15 +248,14 @@ def phase_works(
     )
     share = 1 / num_minibatches / pieces
     # Forward, and backward for inputs and weights; frozen weights have no gradient.
-    backward = 1 + (stage.lora.rank == 0)
-    passes = 1 + backward + (stage.model.remat in ("full", "offload"))
+    backward = Passes(1 + (stage.lora.rank == 0), 2)
+    passes = ONCE + backward + (ONCE if stage.model.remat in ("full", "offload") else Passes(0, 0))
     stepped = [role for role in algorithm.trains if role not in algorithm.without_optimizer]
-    of_piece = sum((forward(role, share).times(passes) for role in stepped), teacher(share))
+    of_piece = sum((forward(role, share, passes) for role in stepped), teacher(share))
     if plan.ptx is not None:
         rows_of_piece = rows * share / parts
-        of_ptx = model.trunk(rows_of_piece * plan.ptx.length, plan.ptx.longest_row)
-        of_ptx += model.head(rows_of_piece * plan.ptx.most_loss_tokens)
-        of_piece += of_ptx.times(passes)
+        of_piece += model.trunk(rows_of_piece * plan.ptx.length, plan.ptx.longest_row, passes)
+        of_piece += model.head(rows_of_piece * plan.ptx.most_loss_tokens, passes)
     if not stage.is_online:
         of_piece += sum((forward(role, share) for role in reads), Work())
         if algorithm.minibatch_stats is not None:
@@ -250,9 +267,9 @@ def phase_works(
         # Once over the batch: a gradient; one product with the Fisher matrix, for which a derivative along a
         # direction comes first, as much as a backward pass; such a derivative for the length of the step; one
         # trial, of the new policy beside the old one.
-        gradient, product, length_of_step, trial = passes, passes + backward, 1 + backward, 2
-        of_batch = forward(role, share).times(pieces * num_minibatches)
-        works["update"] += of_batch.times(gradient + product + length_of_step + trial)
+        gradient, product, length_of_step, trial = passes, passes + backward, ONCE + backward, ONCE + ONCE
+        every = gradient + product + length_of_step + trial
+        works["update"] += forward(role, share, every).times(pieces * num_minibatches)
     return works
 
 
