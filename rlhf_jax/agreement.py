@@ -77,12 +77,15 @@ def together[T](make: Callable[[], T]) -> T:
     return value  # pyright: ignore[reportReturnType]
 
 
-def check_alike(what: str, make: Callable[[], object]) -> None:
+def check_alike(
+    what: str, make: Callable[[], object], remedy: str = "give all hosts the same files and the same command"
+) -> None:
     """Raises ValueError, on every process, where a function does not return the same on all of them.
 
     Args:
         what: it returns, in the plural, for the message.
         make: is not called where there is one process. Of dicts the message names the keys that differ.
+        remedy: what makes them the same.
     """
     if num_processes() == 1:
         return
@@ -91,7 +94,7 @@ def check_alike(what: str, make: Callable[[], object]) -> None:
     if others:
         raise ValueError(
             f"{what} are not the same on process 0 and on {', '.join(map(str, others))}"
-            f"{_difference(told[0], told[others[0]])}; give all hosts the same files and the same command"
+            f"{_difference(told[0], told[others[0]])}; {remedy}"
         )
 
 

@@ -34,8 +34,8 @@ class Chip:
 
     name: str
     """As topologies of libtpu begin."""
-    kind: str
-    """What JAX calls the kind of its devices."""
+    kinds: tuple[str, ...]
+    """What JAX may call the kind of its devices: jax/_src/tpu_info.py."""
     accelerator: str
     """As accelerator types of Google Cloud begin."""
     counts_cores: bool
@@ -68,27 +68,27 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            name="v4", kind="TPU v4", accelerator="v4", counts_cores=True, hbm=32 * GIB,
+            name="v4", kinds=("TPU v4",), accelerator="v4", counts_cores=True, hbm=32 * GIB,
             usable_hbm=int(30.75 * GIB), hbm_rate=1228e9, bf16_flops=275e12, links=6, link_rate=50e9,
             network_rate=6.25e9, host_chips=4, one_host=4,
         ),
         Chip(
-            name="v5e", kind="TPU v5 lite", accelerator="v5litepod", counts_cores=False, hbm=16 * GIB,
-            usable_hbm=int(15.75 * GIB), hbm_rate=819e9, bf16_flops=197e12, links=4,
+            name="v5e", kinds=("TPU v5 lite", "TPU v5e"), accelerator="v5litepod", counts_cores=False,
+            hbm=16 * GIB, usable_hbm=int(15.75 * GIB), hbm_rate=819e9, bf16_flops=197e12, links=4,
             link_rate=50e9, network_rate=3.125e9, host_chips=4, one_host=8,
         ),
         Chip(
-            name="v5p", kind="TPU v5", accelerator="v5p", counts_cores=True, hbm=96 * GIB,
+            name="v5p", kinds=("TPU v5", "TPU v5p"), accelerator="v5p", counts_cores=True, hbm=96 * GIB,
             usable_hbm=int(95.73 * GIB), hbm_rate=2765e9, bf16_flops=459e12, links=6, link_rate=100e9,
             network_rate=6.25e9, host_chips=4, one_host=4,
         ),
         Chip(
-            name="v6e", kind="TPU v6 lite", accelerator="v6e", counts_cores=False, hbm=32 * GIB,
+            name="v6e", kinds=("TPU v6 lite", "TPU v6e"), accelerator="v6e", counts_cores=False, hbm=32 * GIB,
             usable_hbm=int(31.24 * GIB), hbm_rate=1638e9, bf16_flops=918e12, links=4, link_rate=100e9,
             network_rate=12.5e9, host_chips=4, one_host=8,
         ),
         Chip(
-            name="tpu7x", kind="TPU7x", accelerator="tpu7x", counts_cores=True, devices=2, hbm=192 * GIB,
+            name="tpu7x", kinds=("TPU7x",), accelerator="tpu7x", counts_cores=True, devices=2, hbm=192 * GIB,
             usable_hbm=int(189.48 * GIB), hbm_rate=7380e9, bf16_flops=2307e12, links=6,
             link_rate=100e9, network_rate=12.5e9, host_chips=4, one_host=4,
         ),
@@ -116,7 +116,7 @@ GPUS = {
 
 def chip_of(kind: str) -> Chip | None:
     """Returns the TPU chip that devices of a kind, as JAX calls it, are or are parts of; None: of none."""
-    return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
+    return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
 def peak_of(kind: str) -> Peak | None:

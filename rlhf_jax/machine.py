@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.agreement import exchanged
-from rlhf_jax.chips import GIB, chip_of
+from rlhf_jax.chips import GIB, chip_of, peak_of
 from rlhf_jax.distributed import num_processes
 
 PACKAGES = (
@@ -81,11 +81,13 @@ def machine_lines(mesh: Mesh) -> list[str]:
     if memory := device_memory(device):
         of_kind += f" of {memory / GIB:.1f} GiB"
     over = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    is_unknown = device.platform != "cpu" and peak_of(device.device_kind) is None
+    without_peak = "; its peak is not known: no MFU, no MBU" if is_unknown else ""
     found = versions()
     shown = ", ".join(f"{name} {found[name]}" for name in SHOWN if name in found)
     return [
         f"machine: {_counted(hosts, 'host')}, {_counted(num_processes(), 'process')}, {of_kind}, "
-        f"mesh {over or 'of one device'}",
+        f"mesh {over or 'of one device'}{without_peak}",
         f"code: rlhf_jax {code_version()}, {shown}, Python {found['Python']}",
     ]
 

@@ -145,7 +145,7 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
 
     run_dir = Path(config.run.dir)
     check_alike("the files of rlhf_jax", code_sums)
-    check_alike("the versions", versions)
+    check_alike("the versions", versions, "install the same Python and packages on all hosts")
     check_alike("the configurations", lambda: (dump_config(config), writes))
     known = on_first(lambda: hub.read_commits(run_dir))
     found = on_first(lambda: hub.fetch_models(config, known))  # the others fetch the commits that it found

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from rlhf_jax import machine
+from rlhf_jax import agreement, machine
 from rlhf_jax.chips import CHIPS, GIB, Peak, chip_of, peak_of
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.sharding import make_mesh
@@ -25,7 +25,7 @@ def test_the_lines_of_a_run_on_cpu_devices():
 
 def test_the_lines_of_a_run_on_tpus(monkeypatch):
     """Of a chip that JAX sees as two devices both are told; memory is what the device says, or is known."""
-    device = SimpleNamespace(device_kind="TPU7x", memory_stats=lambda: None)
+    device = SimpleNamespace(platform="tpu", device_kind="TPU7x", memory_stats=lambda: None)
     monkeypatch.setattr(machine.jax, "local_devices", lambda: [device])
     monkeypatch.setattr(machine, "exchanged", lambda host: ["a", "b", "b"])
     monkeypatch.setattr(machine, "num_processes", lambda: 3)
@@ -34,6 +34,9 @@ def test_the_lines_of_a_run_on_tpus(monkeypatch):
     assert machine.machine_lines(mesh)[0] == told  # type: ignore[arg-type]
     device.memory_stats = lambda: {"bytes_limit": 90 * GIB}
     assert "of 90.0 GiB" in machine.machine_lines(mesh)[0]  # type: ignore[arg-type]
+    device.device_kind = "TPU v99"
+    told = "16 x TPU v99 of 90.0 GiB, mesh fsdp=16; its peak is not known: no MFU, no MBU"
+    assert machine.machine_lines(mesh)[0].endswith(told)  # type: ignore[arg-type]
 
 
 def test_any_file_of_the_program_changes_its_version(tmp_path):
@@ -58,12 +61,28 @@ def test_reward_functions_are_compared_by_their_files():
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=str)
 def test_peaks_of_devices(chip):
-    assert chip_of(chip.kind) is chip
-    peak = peak_of(chip.kind)
-    assert peak is not None
-    assert (peak.flops * chip.devices, peak.bytes * chip.devices) == (chip.bf16_flops, chip.hbm_rate)
+    for kind in chip.kinds:
+        assert chip_of(kind) is chip
+        peak = peak_of(kind)
+        assert peak is not None
+        assert (peak.flops * chip.devices, peak.bytes * chip.devices) == (chip.bf16_flops, chip.hbm_rate)
+
+
+def test_a_chip_by_all_the_names_that_jax_has_for_it():
+    names = {"v4": ("TPU v4",), "v5e": ("TPU v5e", "TPU v5 lite"), "v5p": ("TPU v5", "TPU v5p")}
+    names |= {"v6e": ("TPU v6e", "TPU v6 lite"), "tpu7x": ("TPU7x",)}
+    for name, kinds in names.items():
+        assert [chip_of(kind) for kind in kinds] == [CHIPS[name]] * len(kinds)
 
 
 def test_peaks_of_other_devices():
     assert peak_of("NVIDIA H100 80GB HBM3") == Peak(989e12, 3350e9)
     assert peak_of("cpu") is None
+
+
+def test_versions_that_differ_are_to_be_installed_and_not_copied(monkeypatch):
+    monkeypatch.setattr(agreement, "num_processes", lambda: 2)
+    monkeypatch.setattr(agreement, "exchanged", lambda found: [found, found | {"jax": "0.1"}])
+    told = r"the versions are not the same on process 0 and on 1: jax \(0.2, 0.1\); install jax"
+    with pytest.raises(ValueError, match=f"{told}$"):
+        agreement.check_alike("the versions", lambda: {"jax": "0.2", "numpy": "2"}, "install jax")
