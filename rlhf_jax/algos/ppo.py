@@ -98,18 +98,19 @@ def policy_terms(
 def ptx_terms(
     forward: Forward, params: Params, frozen: Params, batch: PolicyBatch, settings: PolicyGradientConfig
 ) -> Terms:
-    """Returns the loss on demonstrations, that of algorithm sft; no term where the batch has none.
+    """Returns the loss on demonstrations, that of algorithm sft; no term where its weight is 0.
 
     ptx_coef L,   L = -mean over completion tokens of log pi(token)
 
     Args:
         forward: reads demonstration_logprobs, which have temperature 1: no policy has sampled these tokens.
         params, frozen: by role.
-        batch: its ptx, of which the mean is over the tokens that carry loss there.
+        batch: its ptx, there where ptx_coef is not 0; the mean is over the tokens that carry loss in it.
         settings: reads ptx_coef.
     Source: arXiv:2203.02155 eq. 2, whose coefficient is of another mean, and whose texts are those of
         pretraining, eight for each completion.
     """
+    assert (batch.ptx is not None) == bool(settings.ptx_coef), "demonstrations go with ptx_coef"
     if batch.ptx is None:
         return {}
     assert forward.demonstration_logprobs is not None

@@ -98,6 +98,7 @@ def test_every_line_is_the_same(runs):
     assert [(line["stage"], line["step"]) for line in parted] == [
         (stage, step) for stage, last in LAST.items() for step in range(last + 1)
     ]
+    assert all(("loss/ptx" in line) == (line["stage"] == "ppo" and line["step"] > 0) for line in whole)
     for found, expected in zip(parted, whole, strict=True):
         assert found.keys() == expected.keys()
         for name in found.keys() - {"stage", "time"}:

@@ -31,6 +31,7 @@ def test_smoke_config(name, tmp_path):
         assert line["policy/grad_norm"] > 0
         assert line["policy/ratio_gap_first"] < 1e-4
     assert ("loss/kl" in steps[0]) == (name in ("grpo", "gspo"))
+    assert all(("loss/ptx" in line) == (name == "ppo") for line in steps)
     assert all(line["policy/kl"] is not None for line in steps)
     assert all(("reward/greedy_score" in line) == (name == "remax") for line in steps)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())[name]["score_after"] is not None

@@ -72,7 +72,7 @@ def assert_the_sum(name, of_samples, of_data, params, frozen, settings):
         mixed = batch._replace(ptx=demonstrations)
         return (
             gradient(loss, of_samples, mixed, settings),
-            gradient(loss, of_samples, batch, settings)[0],
+            gradient(loss, of_samples, batch, dataclasses.replace(settings, ptx_coef=0.0))[0],
             gradient(sft.loss, of_data, demonstrations, SFTConfig()),
         )
 
@@ -134,7 +134,7 @@ def test_the_temperature_of_sampling_divides_the_logits_of_samples_alone():
 
 
 def test_the_loss_is_a_mean_over_the_tokens_of_completions():
-    """Against a loop over tokens; elsewhere is poison. Without demonstrations there is no term."""
+    """Against a loop over tokens; elsewhere is poison. It is there where it has a weight."""
     rows = Rows(jnp.zeros((2, 5), jnp.int32), jnp.array([2, 1]), jnp.array([5, 3]))
     table = np.full((2, 5), 1e6, np.float32)
     table[0, 2:], table[1, 1:3] = [-1.0, -2.0, -4.0], [-0.5, -0.25]
@@ -145,6 +145,9 @@ def test_the_loss_is_a_mean_over_the_tokens_of_completions():
     assert (float(terms["ptx"].mean.total), float(terms["ptx"].mean.weight)) == (total, 5.0)
     assert terms["ptx"].coef == 0.5
     assert ptx_terms(forward, {}, {}, none, PPOConfig()) == {}
+    for batch, coef in ((none, 0.5), (none._replace(ptx=rows), 0.0)):
+        with pytest.raises(AssertionError, match="demonstrations go with ptx_coef"):
+            ptx_terms(forward, {}, {}, batch, PPOConfig(ptx_coef=coef))
 
 
 @pytest.fixture(scope="module")
