@@ -118,10 +118,10 @@ class ModelConfig:
     all are adapters (section lora) and heads on one frozen model, which alone is the reference."""
     frozen_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type in which frozen models are stored, heads and adapters excepted; auto: bfloat16 of the base of
-    adapters, float32 of reference and reward models of their own."""
+    adapters, float32 of reference and reward models of their own and of a teacher."""
     frozen_memory: Literal["device", "host"] = "device"
     """Where reference and reward models of their own lie while they are not needed: on the devices, or in the
-    host's memory, from which they are copied for each pass."""
+    host's memory, from which they are copied for each pass. A teacher is always on the devices."""
 
     @property
     def base_dtype(self) -> Literal["float32", "bfloat16"]:
@@ -130,7 +130,7 @@ class ModelConfig:
 
     @property
     def role_dtype(self) -> Literal["float32", "bfloat16"]:
-        """Returns the type of reference and reward models of their own."""
+        """Returns the type of a teacher, and of reference and reward models of their own."""
         return "float32" if self.frozen_dtype == "auto" else self.frozen_dtype
 
 

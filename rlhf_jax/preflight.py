@@ -196,6 +196,11 @@ def advice(largest: str) -> str:
         return f"Lower batch_size{chunk}, or divide rows and tokens by more chips (mesh.fsdp, mesh.sequence)"
     if largest == "frozen base":
         return "Divide it by more chips (mesh.fsdp, mesh.tensor), or take a smaller model"
+    if largest == "frozen teacher":  # which each step needs
+        return (
+            "Store it in bfloat16 (model.frozen_dtype), divide it by more chips (mesh.fsdp, mesh.tensor), or "
+            "take a smaller one"
+        )
     if largest.startswith("frozen"):
         return (
             "Store it in bfloat16 or in the host's memory (model.frozen_dtype, model.frozen_memory), or "

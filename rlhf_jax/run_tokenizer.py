@@ -105,8 +105,8 @@ def check_teacher(
     if teacher.vocab_size != policy.vocab_size:
         raise ValueError(
             f"teacher_from: the teacher's vocabulary has {teacher.vocab_size} tokens, the policy's "
-            f"{policy.vocab_size} (the tokenizer's {len(tokenizer)}); take models of one size, as their "
-            "distributions are compared token by token"
+            f"{policy.vocab_size}; take models of one size, as their distributions are compared token by "
+            "token"
         )
 
 

@@ -105,7 +105,7 @@ def unread(stage: StageConfig, stages: Mapping[str, StageConfig]) -> dict[str, s
         needs_reference = isinstance(settings, ReferenceConfig) and not settings.precompute_ref
         if not has_base and not needs_reference:
             reasons["model.frozen_dtype"] = "the stage has no frozen model, for lora.rank is 0"
-    elif isinstance(settings, DistillConfig):
+    elif isinstance(settings, DistillConfig) and not stage.reward_from:
         reasons["model.frozen_memory"] = "the teacher of distill is needed in each step"
     elif stage.model.sharing == "hydra" and not _has_whole_judge(stage, stages):
         reasons["model.frozen_memory"] = "the base of model.sharing 'hydra' is needed all the time"

@@ -277,6 +277,10 @@ stages:
 def test_a_teacher_is_all_that_distillation_needs(problems):
     assert problems(TAUGHT) == []
     assert problems(TAUGHT + "rewards: {function: 'math:sin'}\n") == []
+    judged = TAUGHT.replace(
+        "distill, from", "distill, model: {frozen_memory: host}, reward_from: reward, from"
+    )
+    assert problems(judged) == []  # the reward model's alone
 
 
 @pytest.mark.parametrize(

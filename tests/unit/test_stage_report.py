@@ -46,11 +46,12 @@ def test_only_a_lack_of_hbm_is_one_of_the_slice(error, needed):
         ("greedy_rollout: arguments of its own", ["rollout.slots"], ["batch_size"]),
         ("frozen base", ["mesh.fsdp", "smaller model"], ["frozen_dtype", "frozen_memory"]),
         ("frozen reference", ["model.frozen_dtype", "model.frozen_memory"], ["optimizer"]),
+        ("frozen teacher", ["model.frozen_dtype", "mesh.fsdp"], ["frozen_memory"]),
         ("optimizer", ["optimizer.state_dtype"], ["batch_size"]),
     ],
 )
 def test_advice_names_options_that_the_part_depends_on(largest, says, does_not_say):
-    """Only an update has microbatches and keeps activations; a base is in bfloat16 and stays there."""
+    """Only an update has microbatches and keeps activations; a base and a teacher stay there."""
     said = advice(largest)
     assert all(option in said for option in says) and not any(option in said for option in does_not_say)
 
