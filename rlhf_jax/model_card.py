@@ -164,12 +164,14 @@ def model_card(
 
 
 def _settings(stage: StageConfig) -> str:
-    """Returns what decides a stage's outcome: its data, its algorithm's options and its optimiser's."""
+    """Returns what decides a stage's outcome: its data, its judge and teacher, options and optimiser."""
     optimizer = dataclasses.asdict(stage.optimizer)
     facts = dataclasses.asdict(stage.lora) | {"path": _last_part(stage.lora.path)}
     adapters = {f"lora.{key}": value for key, value in facts.items() if key != "path" or value}
+    others = {"teacher_from": stage.teacher_from, "reward_from": stage.reward_from}
     read = (
         {"data": " + ".join(map(_last_part, stage.data.sources))}
+        | {key: _last_part(source) for key, source in others.items() if source}
         | dataclasses.asdict(stage.settings)
         | optimizer
         | (adapters | {"base": stage.model.base_dtype} if stage.lora.rank else {})

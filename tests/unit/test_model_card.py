@@ -33,6 +33,22 @@ def test_demonstrations_beside_samples_are_among_what_a_model_came_from():
     assert [stage.name for stage in lineage(of, "ppo")] == ["texts", "ppo"]
 
 
+def test_a_teacher_and_a_judge_from_elsewhere_are_named_by_the_last_part_of_their_path():
+    of = config(
+        {
+            "name": "own",
+            "algorithm": "distill",
+            "teacher_from": "hub:org/large",
+            "reward_from": "/models/judge",
+        },
+        {"name": "disk", "algorithm": "distill", "from": "own", "teacher_from": "/models/large/"},
+    )
+    text = model_card(lineage(of, "disk"), "policy", {})
+    assert "* `own`: data x.jsonl, teacher_from hub:org/large, reward_from judge, " in text
+    assert "* `disk`: data x.jsonl, teacher_from large, " in text and "/models" not in text
+    assert text.count("reward_from") == 1
+
+
 def test_a_chain_is_told_in_its_order():
     of = config(
         {"name": "sft", "algorithm": "sft"},
