@@ -18,9 +18,11 @@ MAY_DIFFER = re.compile(
     r"stages\.[^.]+\.(checkpoint\.|data\.cache_dir$|"
     r"model\.(frozen_memory|remat|unroll|attention|logprob_chunk)$|"
     r"rollout\.(slots|refill_size|steps_per_call)$|"
-    r"\w+\.(microbatch_size|sequences_per_row|length_buckets)$)",
+    r"(?!data\.)\w+\.(microbatch_size|sequences_per_row|length_buckets)$)",
 )
-"""Options that may change between a run's start and its resumption: what is computed stays the same."""
+"""Options that may change between a run's start and its resumption: what is computed stays the same.
+
+data.length_buckets is none of them: batches are of records of like lengths, which reorders them."""
 
 
 def check_run_directory(cfg: Config) -> Iterator[str]:

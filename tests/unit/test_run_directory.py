@@ -24,6 +24,7 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
         "--model.attention=xla",
         "--model.logprob_chunk=64",
         "--ppo.sequences_per_row=2",
+        "--ppo.length_buckets=2",
         "--ppo.microbatch_size=4",
         "--rollout.slots=8",
         "--rollout.refill_size=2",
@@ -38,6 +39,8 @@ def test_a_run_directory_belongs_to_one_configuration(write, problems, tmp_path)
         "is 4; stages.ppo.ppo.clip_eps was 0.2, is 0.1; choose another run.dir, or the configuration that "
         "it was started with to resume it"
     )
+    (found,) = problems(CHAIN, "--stages.sft.data.length_buckets=4")  # which reorders records
+    assert "another configuration: stages.sft.data.length_buckets was 1, is 4; choose" in found
     fewer = CHAIN.replace("  - {name: ppo, algorithm: ppo, from: sft, reward_from: reward}\n", "")
     assert "stages.ppo.from was 'sft', is null" in problems(fewer)[0]
     saved = tmp_path / "run" / "config.yaml"
