@@ -125,14 +125,18 @@ def check_sources(stage: StageConfig, earlier: dict[str, StageConfig], others: l
             f"stages.{stage.name}.teacher_from: must be given in a stage that runs {stage.algorithm}: an "
             "earlier stage or a directory whose policy is the teacher"
         )
-    elif teacher in earlier:
-        if earlier[teacher].algorithm == "reward_model":
-            yield (
-                f"stages.{stage.name}.teacher_from: {teacher!r} is a reward model; name the result of a "
-                "stage that trains a policy, such as sft"
-            )
-    elif teacher in others or not _is_directory(teacher):
+    elif teacher in earlier and earlier[teacher].algorithm == "reward_model":
+        yield (
+            f"stages.{stage.name}.teacher_from: {teacher!r} is a reward model; name the result of a "
+            "stage that trains a policy, such as sft"
+        )
+    elif teacher not in earlier and (teacher in others or not _is_directory(teacher)):
         yield missing("teacher_from", teacher)
+    elif teacher == (stage.start_from or stage.model.path):  # adapters begin as nothing
+        yield (
+            f"stages.{stage.name}.teacher_from: {teacher!r} is the model that the stage starts from, which "
+            "has nothing to learn from itself; name another one"
+        )
 
 
 def check_name(stage: StageConfig) -> Iterator[str]:

@@ -270,7 +270,8 @@ run: {dir: RUN}
 stages:
   - {name: sft, algorithm: sft}
   - {name: reward, algorithm: reward_model, from: sft}
-  - {name: distill, algorithm: distill, from: sft, teacher_from: sft}
+  - {algorithm: sft, name: large}
+  - {name: distill, algorithm: distill, from: sft, teacher_from: large}
 """
 
 
@@ -287,32 +288,37 @@ def test_a_teacher_is_all_that_distillation_needs(problems):
     "old, new, line",
     [
         (
-            ", teacher_from: sft",
+            ", teacher_from: large",
             "",
             "stages.distill.teacher_from: must be given in a stage that runs distill: an earlier stage or a",
         ),
         (
-            "teacher_from: sft",
+            "teacher_from: large",
             "teacher_from: reward",
             "stages.distill.teacher_from: 'reward' is a reward model; name the result of a stage that",
         ),
         (
+            "teacher_from: large",
             "teacher_from: sft",
+            "stages.distill.teacher_from: 'sft' is the model that the stage starts from, which has nothing",
+        ),
+        (
+            "teacher_from: large",
             "teacher_from: distil",
             "stages.distill.teacher_from: 'distil' is neither an earlier stage nor a directory; earlier sta",
         ),
         (
-            "teacher_from: sft",
+            "teacher_from: large",
             "teacher_from: distill",
             "stages.distill.teacher_from: 'distill' is this stage itself; name an earlier stage or a dir",
         ),
         (
-            "teacher_from: sft",
+            "teacher_from: large",
             "teacher_from: 'hub:a/b@'",
             "stages.distill.teacher_from: 'hub:a/b@' must read hub:OWNER/NAME[@REVISION]",
         ),
         (
-            "teacher_from: sft",
+            "teacher_from: large",
             "teacher_from: 'gs://bucket/run/sft'",
             "stages.distill.teacher_from: 'gs://bucket/run/sft' is not on this machine; only local files",
         ),
@@ -347,3 +353,12 @@ def test_what_distillation_cannot_do(problems, old, new, line):
     assert TAUGHT.count(old) == 1
     (found,) = problems(TAUGHT.replace(old, new))
     assert found.startswith(line)
+
+
+def test_a_policy_has_nothing_to_learn_from_itself(problems, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    of_both = f"model: {{path: '{tmp_path}'}}, teacher_from: '{tmp_path}'"
+    alike = TAUGHT.replace("from: sft, teacher_from: large", of_both)
+    told = f"stages.distill.teacher_from: {str(tmp_path)!r} is the model that the stage starts from"
+    (found,) = problems(alike)
+    assert found.startswith(told)
