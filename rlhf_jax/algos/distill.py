@@ -29,7 +29,8 @@ def loss(
         settings: reads beta.
     Source: arXiv:2306.13649 eq. 1 and algorithm 1 with lambda 1: no completions of data or teacher are mixed
         in. With beta 1 it is MiniLLM's objective (arXiv:2306.08543) of single tokens: what a token does to
-        those behind it is left out. Mean over the tokens of the whole minibatch, as in trl.experimental.gkd.
+        those behind it is left out. The mean is one over all tokens of the minibatch, as in
+        trl.experimental.gkd; the paper's is over completions, each the mean of its tokens.
     """
     assert forward.compare is not None
     said, mask = forward.compare(params, frozen, batch, settings.beta), batch.completion_mask
