@@ -154,9 +154,11 @@ class PolicyGradientConfig(ShapedRewardConfig):
     ptx_coef: NonNegativeFloat = 0.0
     """Weight of the loss of sft on demonstrations, -log-probability per token, beside the policy's (the PTX
     mix of InstructGPT, arXiv:2203.02155): in an iteration as many records, or rows where that stage packs
-    them, as completions are learned; each goes with one of them through all passes. 0: none."""
+    them, as completions are learned; each goes with one of them through all passes. With microbatch_size
+    one pass holds sequences_per_row times as many of them. 0: none."""
     ptx_from: str = ""
-    """The earlier sft stage whose training records these demonstrations are."""
+    """The earlier sft stage whose training records these demonstrations are; nothing need start from it. Of a
+    model that was fine-tuned elsewhere it is one of a single step."""
     early_stop_kl: NonNegativeFloat = 0.0
     """The passes over a rollout end at the first minibatch before whose step the KL from old to new policy,
     nats per token by k3, is above 1.5 of it: neither that step nor those behind it are made, the value

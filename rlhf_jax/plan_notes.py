@@ -85,13 +85,18 @@ def losses(plan: Plan) -> list[str]:
 
 
 def ptx_notes(plan: Plan) -> list[str]:
-    """Returns a line where demonstrations are learned beside samples: how often the stage goes through."""
+    """Returns a line where demonstrations are learned beside samples: how often the stage goes through.
+
+    Those of iterations in which the value model learns alone teach nobody.
+    """
     if plan.ptx is None:
         return []
     settings = plan.stage.settings
-    epochs = settings.num_updates * settings.rows_per_update / sum(plan.ptx.num_units)
+    learning = settings.num_updates - getattr(settings, "value_warmup", 0)
+    epochs = learning * settings.rows_per_update / sum(plan.ptx.num_units)
+    passes = f", each learned {settings.num_epochs} times" if settings.num_epochs > 1 else ""
     where = f"{plan.stage.algorithm}.ptx_from: {getattr(settings, 'ptx_from', '')}"
-    return [f"[{plan.stage.name}] {where}: {len(plan.ptx)} records, {epochs:.3g} epochs"]
+    return [f"[{plan.stage.name}] {where}: {len(plan.ptx)} records, {epochs:.3g} epochs{passes}"]
 
 
 def reward_notes(plan: Plan) -> list[str]:

@@ -188,8 +188,15 @@ def test_a_stage_plans_the_records_of_another(plans):
     assert ppo.ptx.fingerprint == of_sft.fingerprint and plans["sft"].ptx is None
     in_buckets = plans["sft"]._replace(train=dataclasses.replace(of_sft, shorter=(8,)))
     assert ptx_examples(ppo.stage, ppo.architecture, {"sft": in_buckets}).shorter == ()
-    (line,) = (line for line in notes(ppo) if "ptx" in line)
-    assert line == f"[ppo] ppo.ptx_from: sft: {len(of_sft)} records, {32 / len(of_sft):.3g} epochs"
+    for changed, rows, passes in (
+        ({}, 32, ", each learned 2 times"),
+        ({"value_warmup": 1, "num_epochs": 1}, 16, ""),
+    ):
+        settings = dataclasses.replace(ppo.stage.settings, **changed)
+        plan = ppo._replace(stage=dataclasses.replace(ppo.stage, settings=settings))
+        (line,) = (line for line in notes(plan) if "ptx" in line)
+        told = f"[ppo] ppo.ptx_from: sft: {len(of_sft)} records, {rows / len(of_sft):.3g} epochs{passes}"
+        assert line == told
     short = dataclasses.replace(ppo.architecture, context_length=of_sft.length - 1)
     told = (
         rf"^ppo\.ptx_from: rows of {of_sft.length} tokens of stage sft do not fit .* {short.context_length};"
