@@ -56,6 +56,13 @@ def test_demonstrations_have_rows_of_their_own():
 
 
 @pytest.mark.slow
+def test_a_teacher_reads_the_rows_of_its_pupil():
+    rows = batch_of(2, filling=3).rows
+    layout = {"sequences_per_row": 2, "length_buckets": 2, "microbatch_size": 2}
+    assert_same(updated("distill", rows, **layout), updated("distill", rows))
+
+
+@pytest.mark.slow
 def test_microbatches_of_packed_rows():
     batch = batch_of(8, filling=3)
     layout = {"sequences_per_row": 2, "length_buckets": 3, "microbatch_size": 2}

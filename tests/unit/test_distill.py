@@ -1,6 +1,7 @@
 """Divergences worked by hand, and a teacher of another architecture; against TRL in tests/parity."""
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ from rlhf_jax.experience import Collector
 from rlhf_jax.models.forward import make_forward
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.ops.divergence import compare_logits, generalized_jsd
+from rlhf_jax.origins import Origins
+from rlhf_jax.stage import _resumed_info
 from tests import tiny
 
 TEACHER, POLICY = np.log([0.5, 0.5]), np.log([0.25, 0.75])
@@ -101,3 +104,12 @@ def test_without_a_judge_no_score_is_told():
     assert found.metrics["eval/divergence"] == pytest.approx((1 + 9) / 4)
     assert found.samples == [{"prompt": "p", "completion": "a"}] * 8
     assert not any("score" in name or "reward" in name for name in found.metrics)
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_began_with():
+    stage = SimpleNamespace(name="pupil", algorithm="distill")
+    plan = cast(Any, SimpleNamespace(stage=stage, text={}, origins=Origins(None, None, None, Path("large"))))
+    info = {"data": 1, "text": {}, "teacher": 2}
+    assert _resumed_info(plan, info, dict(info), 5) == info
+    with pytest.raises(ValueError, match="pupil: large is not the model any more that was its teacher until"):
+        _resumed_info(plan, info, info | {"teacher": 3}, 5)
