@@ -105,6 +105,8 @@ class ModelOnChip(NamedTuple):
     """Bytes of a number."""
     holds_scores: bool
     """Attention writes the scores of all pairs of tokens."""
+    expert: int = 1
+    """Chips that divide the experts."""
 
     def products(self, tokens: float, shapes: Iterable[tuple[int, int]]) -> Work:
         """Returns products of a chip's tokens with weights, which tensor divides, and so their wider side."""
@@ -115,18 +117,35 @@ class ModelOnChip(NamedTuple):
             work += Work(2 * tokens * weights, self.size * (weights + tokens * arrays))
         return work
 
+    def blocks(self, tokens: float) -> Work:
+        """Returns the products of a chip's tokens with the weights of all layers.
+
+        Of the experts that lie on the chip as many are read as its tokens meet at most.
+        """
+        of = self.architecture
+        work = self.products(tokens, layer_shapes(of))
+        if of.num_experts:
+            met = min(of.num_experts / self.expert, tokens * of.experts_per_token)
+            weights = (2 + of.gated) * of.hidden_size * of.mlp_size / self.tensor
+            work += Work(0.0, self.size * weights * (met - of.experts_per_token))
+        return work.times(of.num_layers)
+
     def trunk(self, tokens: float, length: float, passes: Passes = ONCE) -> Work:
-        """Returns passes over a chip's tokens, each of which sees half of the length on average."""
+        """Returns passes over a chip's tokens, each of which sees half of the length on average.
+
+        In layers with a window it sees no more than that.
+        """
         of = self.architecture
         heads, kv_heads = (
             of.num_heads * of.head_dim / self.tensor,
             of.num_kv_heads * of.head_dim / self.tensor,
         )
-        attention = Work(2 * tokens * length * heads, 2 * self.size * tokens * (heads + kv_heads))
+        attention = Work(0.0, 2 * self.size * tokens * (heads + kv_heads))
         if self.holds_scores:
             attention += Work(0.0, 4 * 4 * tokens * length * of.num_heads / self.tensor)
-        products = self.products(tokens, layer_shapes(of)).times(passes.products)
-        return (products + attention.times(passes.attention)).times(of.num_layers)
+        attention = attention.times(of.num_layers)
+        attention += Work(4 * tokens * sum(_seen(length, kind.window) for kind in of.layer_kinds) * heads)
+        return self.blocks(tokens).times(passes.products) + attention.times(passes.attention)
 
     def head(self, columns: float, passes: Passes = ONCE) -> Work:
         """Returns the LM head's product."""
@@ -138,11 +157,19 @@ class ModelOnChip(NamedTuple):
 
         A group of rows reads the keys and values of its prompt once.
         """
-        of = self.architecture
-        seen, read = (rows * (prompt / by + completed) * of.head_dim / self.tensor for by in (1, group_size))
-        attention = Work(4 * seen * of.num_heads, 2 * self.size * read * of.num_kv_heads)
-        blocks = (self.products(rows, layer_shapes(of)) + attention).times(of.num_layers)
-        return blocks + self.head(rows)
+        of, attention = self.architecture, Work()
+        for kind in of.layer_kinds:
+            own = min(completed, kind.window or completed)
+            shared = min(prompt, kind.window - own if kind.window else prompt)
+            seen, read = (rows * (shared / by + own) * of.head_dim / self.tensor for by in (1, group_size))
+            attention += Work(4 * seen * of.num_heads, 2 * self.size * read * of.num_kv_heads)
+        return self.blocks(rows) + attention + self.head(rows)
+
+
+def _seen(length: float, window: int) -> float:
+    """Returns how many tokens one of a sequence sees on average: half of them, or fewer in a window."""
+    most = min(window or length, length)
+    return most - most**2 / (2 * length) if length else 0.0
 
 
 class Lengths(NamedTuple):
@@ -193,7 +220,8 @@ def phase_works(
     def model_of(architecture: Architecture, length: float, *, forward_mode: bool = False) -> ModelOnChip:
         is_short = attention == "auto" and length < FLASH_LENGTH
         holds_scores = attention == "xla" or is_short or forward_mode
-        return ModelOnChip(architecture, tensor, jnp.dtype(stage.model.dtype).itemsize, holds_scores)
+        size = jnp.dtype(stage.model.dtype).itemsize
+        return ModelOnChip(architecture, tensor, size, holds_scores, mesh_shape["expert"])
 
     model = model_of(plan.architecture, length, forward_mode=settings.forward_mode)
 

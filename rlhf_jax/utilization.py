@@ -1,9 +1,9 @@
 """What of the devices' peak a step has used, told from its metrics: MFU, MBU, tokens for each chip.
 
 Counted is what the mathematics need, by the tokens that were there: no padding, no slot that waits, nothing
-that is computed again in the backward pass, no scores of attention that a mask hides. The operations are
-those of roofline.py; attention is counted at the mean length of a sequence, a little too few where lengths
-differ.
+that is computed again in the backward pass, no scores of attention that a mask or a window hides. The
+operations are those of roofline.py; attention is counted at the mean length of a sequence, a little too few
+where lengths differ. Demonstrations of a PTX mix and reward models of another kind are counted with padding.
 """
 
 from __future__ import annotations

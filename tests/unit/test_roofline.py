@@ -210,6 +210,32 @@ def test_matrices_of_experts_are_those_that_a_token_meets():
     assert len(layer_shapes(experts)) == 4 + 2 * 3
 
 
+def test_rows_that_are_decoded_together_read_the_experts_of_all():
+    """Of 8 experts one row reads 2, three rows 6 at most, and five all; operations are each token's own."""
+    of = ModelOnChip(dataclasses.replace(TINY, num_experts=8, experts_per_token=2), 1, 4, holds_scores=False)
+    dense = of._replace(architecture=dataclasses.replace(of.architecture, num_experts=2))
+    of_expert = 2 * 4 * 3 * 32 * 64  # layers, bytes, matrices
+    for rows, others in ((1, 0), (3, 4), (5, 6)):
+        found, least = (model.decode_step(rows, 12, 12, 1) for model in (of, dense))
+        assert found.bytes - least.bytes == others * of_expert
+        assert found.flops == least.flops
+    divided = of._replace(expert=4).decode_step(5, 12, 12, 1)
+    assert of.decode_step(5, 12, 12, 1).bytes - divided.bytes == 6 * of_expert
+
+
+def test_what_a_window_hides_is_not_counted():
+    """One of two layers sees 16 tokens at most: of 64 in a row the first 16 half of them, the others 16."""
+    of = ModelOnChip(dataclasses.replace(TINY, windows=(16, 0)), 1, 4, holds_scores=False)
+    whole = of._replace(architecture=TINY)
+    seen = (16 * 8 + 48 * 16) / 64
+    assert whole.trunk(64, 64).flops - of.trunk(64, 64).flops == 4 * 64 * (32 - seen) * 32
+    assert of.trunk(64, 16) == whole.trunk(64, 16)
+    found, full = (model.decode_step(4, 40, 10, 2) for model in (of, whole))
+    assert full.flops - found.flops == 4 * 4 * (50 - 16) * 32
+    # Of the prompt, which two rows share, 6 are seen.
+    assert full.bytes - found.bytes == 2 * 4 * 4 * (40 - 6) / 2 * 16
+
+
 def test_decoding_a_row_is_bound_by_memory_and_much_training_by_products():
     chip = CHIPS["v5e"]
     architecture = make_architecture("1b", 2048)
