@@ -205,7 +205,7 @@ def _plan(
     if architecture is not None and teacher is not None:
         attempt(check_length, stage, algorithm, teacher, "teacher")
         of_other = None if stage.teacher_from in earlier else where.teacher
-        attempt(check_teacher, of_other, tokenizer, stage.tokenizer, teacher, architecture)
+        attempt(check_teacher, of_other, tokenizer, stage.tokenizer, teacher)
     train, held_out = examples("train"), examples("eval")
     external = None
     if architecture is not None and train is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +12,8 @@ from rlhf_jax.data.examples import Split, load_records, training_texts
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, settle_template, train_tokenizer
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.origins import checkpoint_architecture, is_stage_dir
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"  # RUN/tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -88,25 +91,29 @@ def check_vocabulary(
 
 
 def check_teacher(
-    path: Path | None, tokenizer: Tokenizer, cfg: TokenizerConfig, teacher: Architecture, policy: Architecture
+    path: Path | None, tokenizer: Tokenizer, cfg: TokenizerConfig, teacher: Architecture
 ) -> None:
-    """Raises ValueError where a teacher's distributions are not of the tokens of the policy's.
+    """Raises ValueError where a teacher's distributions are not of the tokens of the run's tokenizer.
+
+    Its embeddings may be padded beyond these, to another number than the policy's.
 
     Args:
         path: of the teacher, a stage of another run or a checkpoint; None: it is of this run.
         tokenizer: of the run.
         cfg: of it.
-        teacher, policy: the architectures.
+        teacher: the architecture.
     """
     if path is not None and is_stage_dir(path):
         _check_ids(path, tokenizer_dir(path), tokenizer, cfg)
     elif path is not None and any((path / name).is_file() for name in TOKENIZER_FILES):
         _check_ids(path, path, tokenizer, cfg)
-    if teacher.vocab_size != policy.vocab_size:
+    elif path is not None:
+        logger.warning("teacher_from: %s has no tokenizer; it is taken to be the run's", path)
+    if len(tokenizer) > teacher.vocab_size:
         raise ValueError(
-            f"teacher_from: the teacher's vocabulary has {teacher.vocab_size} tokens, the policy's "
-            f"{policy.vocab_size}; take models of one size, as their distributions are compared token by "
-            "token"
+            f"teacher_from: the teacher's vocabulary has {teacher.vocab_size} tokens, the tokenizer "
+            f"{len(tokenizer)}; take a teacher that was trained with the run's tokenizer, as distributions "
+            "are compared token by token"
         )
 
 

@@ -33,7 +33,6 @@ from rlhf_jax.origins import Origins, checkpoint_architecture, is_stage_dir, ori
 from rlhf_jax.plan import Plan, check_length, ptx_examples, reward_is_whole, with_rows_of
 from rlhf_jax.reward_origin import External
 from rlhf_jax.rewards.external import RewardReader
-from rlhf_jax.run_tokenizer import check_teacher
 
 RANKED = 4
 """Completions of a ranking, of which no option tells the number."""
@@ -76,7 +75,6 @@ def _plan(stage: StageConfig, number: int, earlier: dict[str, Plan]) -> Plan:
     check_length(stage, algorithm, architecture)
     if teacher is not None:
         check_length(stage, algorithm, teacher, "teacher")
-        check_teacher(None, _any_tokenizer(), stage.tokenizer, teacher, architecture)
     external = _external(stage, where, architecture, earlier)
     examples = blank_examples(stage)
     return Plan(

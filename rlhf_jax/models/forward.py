@@ -81,8 +81,8 @@ class Forward(NamedTuple):
     mode, in the metric of `fisher_of_logits`. Half its gradient with respect to the tangents is their product
     with the Fisher matrix, by Gauss and Newton."""
     compare: Callable[[Params, Params, Rows, float], Comparison] | None = None
-    """compare(params, frozen, rows, beta): policy and teacher, over the whole vocabulary; None where there is
-    no teacher."""
+    """compare(params, frozen, rows, beta): policy and teacher, over the words that both have; None where
+    there is no teacher."""
 
 
 def make_forward(
@@ -103,7 +103,8 @@ def make_forward(
         logprob_chunk: tokens whose logits exist at once; 0: all.
         longest: the most completion tokens of a sequence, where rows hold several; 0: of a row.
         num_demonstrated: C of rows of demonstrations; 0: there are none.
-        teacher: of the frozen role `teacher`, which is always a whole policy; its vocabulary is the model's.
+        teacher: of the frozen role `teacher`, which is always a whole policy; with the model's tokenizer, but
+            its embeddings may be padded to another number. A token that it lacks is to it its last one.
     """
     longest = longest or num_completion
 
@@ -239,13 +240,17 @@ def make_forward(
     def compare(params: Params, frozen: Params, rows: Rows, beta: float) -> Comparison:
         assert teacher is not None
         weights, teacher_logits = frozen["teacher"], teacher.logits
+        of_teacher = teacher.architecture.vocab_size
+        shared = min(of_teacher, model.architecture.vocab_size)
 
         def of_chunk(hidden: Array, teacher_hidden: Array) -> Comparison:
-            logits = logits_of(frozen | params, hidden)
-            return compare_logits(logits, teacher_logits(weights, teacher_hidden) / temperature, beta)
+            logits = logits_of(frozen | params, hidden)[..., :shared]
+            expected = teacher_logits(weights, teacher_hidden)[..., :shared] / temperature
+            return compare_logits(logits, expected, beta)
 
         hidden = predictors(params, frozen, rows)
-        teacher_hidden = gather_predictors(teacher.hidden(weights["trunk"], *inputs(rows)), columns(rows))
+        known = rows._replace(tokens=jnp.minimum(rows.tokens, of_teacher - 1))
+        teacher_hidden = gather_predictors(teacher.hidden(weights["trunk"], *inputs(known)), columns(rows))
         # Of what has no gradient the backward pass keeps nothing.
         found = in_chunks(of_chunk, (hidden, lax.stop_gradient(teacher_hidden)), logprob_chunk)
         return jax.tree.map(lambda x_BC: put(x_BC, rows), found)

@@ -23,6 +23,7 @@ digit in float32 is 8e-6; TRL in float32 is 6e-5 off, XLA without LLVM's passes 
 MODEL = cast(
     Any,
     SimpleNamespace(
+        architecture=SimpleNamespace(vocab_size=made.WORDS),
         hidden_of_roles=lambda trunk, adapters, tokens: (trunk,),
         hidden=lambda trunk, tokens: trunk,
         logits=lambda policy, hidden: hidden,

@@ -1,5 +1,6 @@
 """Divergences worked by hand, and a teacher of another architecture; against TRL in tests/parity."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,45 @@ def test_a_teacher_of_another_architecture():
         of_token = np.where(mask, np.pad(of_token, ((0, 0), (1, 0))), 0)
         assert np.abs(getattr(found, name) - of_token).max() < 1e-5 * max(1, of_token.max()), name
     assert expected["divergence"][mask[:, 1:]].min() > 1e-3
+
+
+@pytest.mark.parametrize("padded", ["policy", pytest.param("teacher", marks=pytest.mark.slow)])
+def test_embeddings_behind_the_tokenizer_s_are_not_compared(padded):
+    """As if there were none, whatever stands in them; a sampled one is the teacher's last."""
+    mesh, rows, few = tiny.mesh(), tiny.rows(4), tiny.ARCHITECTURE.vocab_size
+    trained, frozen = tiny.roles("distill", mesh)
+    params = {"policy": trained["policy"], "teacher": frozen["teacher"]}
+    of_role = {"policy": tiny.ARCHITECTURE, "teacher": tiny.TEACHER}
+    changed = rows._replace(tokens=rows.tokens.at[:, 5].set(few - 1))
+    expected = compared(of_role, params, changed)
+
+    def widened(x):
+        return jnp.pad(x, [(0, 6 if size == few else 0) for size in x.shape], constant_values=9.0)
+
+    of_role |= {padded: dataclasses.replace(of_role[padded], vocab_size=few + 6)}
+    vocabulary = {"embed", "lm_head"}
+    params |= {
+        padded: jax.tree.map_with_path(
+            lambda path, x: widened(x) if vocabulary & {key.key for key in path} else x, params[padded]
+        )
+    }
+    if padded == "policy":  # which may sample it
+        params["policy"] = jax.tree.map_with_path(
+            lambda path, x: x.at[few + 3].set(x[few - 1]) if path[-1].key == "embedding" else x,
+            params["policy"],
+        )
+        changed = rows._replace(tokens=rows.tokens.at[:, 5].set(few + 3))
+    found = compared(of_role, params, changed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def compared(of_role, params, rows):
+    models = {role: make_model(of) for role, of in of_role.items()}
+    compare = make_forward(models["policy"], 8, 0.7, 8, teacher=models["teacher"]).compare
+    assert compare is not None
+    return jax.jit(partial(compare, beta=0.3))(
+        {"policy": params["policy"]}, {"teacher": params["teacher"]}, rows
+    )
 
 
 def test_without_a_judge_no_score_is_told():

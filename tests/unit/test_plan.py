@@ -361,14 +361,15 @@ def test_a_fresh_policy_has_its_teacher_s_vocabulary(plans, tmp_path):
     plan = taught(plans, "HERE/large/sft", "")
     assert plan.teacher == padded
     assert (plan.architecture.vocab_size, plan.architecture.mlp_size) == (320, 192)
+    assert taught(plans, "HERE/large/sft").architecture.vocab_size == 260
 
 
 @pytest.mark.parametrize(
     "teacher, message",
     [
         (
-            "HERE/padded/sft",
-            "teacher_from: the teacher's vocabulary has 320 tokens, the policy's 260; take models",
+            "HERE/small/sft",
+            "teacher_from: the teacher's vocabulary has 250 tokens, the tokenizer 260; take a teacher that",
         ),
         ("HERE/other/sft", "other/sft was trained with another tokenizer: "),
         (
@@ -380,7 +381,7 @@ def test_a_fresh_policy_has_its_teacher_s_vocabulary(plans, tmp_path):
     ],
 )
 def test_a_teacher_that_does_not_fit(plans, tmp_path, teacher, message):
-    write_stage(tmp_path / "padded", "sft", "sft", dataclasses.replace(WIDE, vocab_size=320))
+    write_stage(tmp_path / "small", "sft", "sft", dataclasses.replace(WIDE, vocab_size=250))
     write_stage(tmp_path / "other", "sft", "sft", tokenizer=train_tokenizer(["another text"] * 3, 260))
     write_stage(tmp_path / "short", "sft", "sft", dataclasses.replace(WIDE, context_length=100))
     write_stage(tmp_path / "chat", "sft", "sft", conversations=True)
