@@ -391,6 +391,15 @@ def test_a_teacher_that_does_not_fit(plans, tmp_path, teacher, message):
     assert str(raised.value).count("\n") == 0
 
 
+def test_a_teacher_without_a_tokenizer_is_told(plans, checkpoint, caplog):
+    taught(plans, str(checkpoint))
+    assert "no tokenizer" not in caplog.text
+    for path in checkpoint.glob("*token*"):
+        path.unlink()
+    taught(plans, str(checkpoint))
+    assert f"teacher_from: {checkpoint} has no tokenizer; it is taken to be the run's" in caplog.text
+
+
 def test_a_policy_is_no_reward_model(plans, tmp_path):
     with pytest.raises(ValueError, match="is the result of sft, which trains no reward; .* reward_model"):
         stored_architecture(tmp_path / "run" / "sft", "reward")
