@@ -93,7 +93,7 @@ def online_batch(name: str, rows: Rows) -> PolicyBatch:
     batch = policy_batch(rows)
     if settings_of(name).surrogate == "kl":
         batch = batch._replace(old_kl_weights=jnp.full(rows.tokens.shape, 0.5))
-    if settings_of(name).ptx_coef:
+    if "ptx_coef" in VARIANTS.get(name, {}):
         batch = batch._replace(ptx=tiny.rows(8, 20, seed=3))
     if "value" in spec(name).trains:
         return batch
