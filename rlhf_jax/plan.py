@@ -1,7 +1,6 @@
 """What the host knows of a run before a device is touched: tokenizer, data, architectures, reward functions.
 
-Whatever is wrong with them is found here, all of it at once; then, given the mesh, what does not divide over
-it.
+Whatever is wrong with them is found here, all of it at once.
 """
 
 from __future__ import annotations
@@ -11,9 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from rlhf_jax.algos.algorithm import Algorithm
 from rlhf_jax.algos.registry import ALGORITHMS
@@ -27,10 +23,7 @@ from rlhf_jax.data.packing import length_ladder
 from rlhf_jax.data.tokenize import text_difference, text_settings
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models.architecture import Architecture
-from rlhf_jax.models.heads import Ensemble
 from rlhf_jax.models.lora import Lora
-from rlhf_jax.models.row_attention import flash_lack
-from rlhf_jax.models.transformer import make_model
 from rlhf_jax.offline_config import RewardModelConfig, SFTConfig
 from rlhf_jax.online_config import OnlineConfig
 from rlhf_jax.origins import (
@@ -47,10 +40,9 @@ from rlhf_jax.origins import (
 from rlhf_jax.programs import rows_per_unit
 from rlhf_jax.reward_origin import External, external_reward
 from rlhf_jax.rewards.functions import RewardFunction, load_function
-from rlhf_jax.role_parts import Parts, part_shardings, role_parts, role_shardings
+from rlhf_jax.role_parts import Parts, role_parts
 from rlhf_jax.rollout.stops import read_stop_ids, read_stop_strings
 from rlhf_jax.run_tokenizer import check_teacher, check_vocabulary
-from rlhf_jax.sharding import check_batch, compute_capability, stage_meshes
 from rlhf_jax.unread import unread
 
 
@@ -180,36 +172,36 @@ def _plan(
     where = origins(stage, set(earlier))
     loss_on = stage.settings.loss_on if isinstance(stage.settings, SFTConfig) else "completion"
 
-    attempt = partial(_attempt, problems)
+    tried = partial(attempt, problems)
 
     def examples(split: Split) -> Examples | None:
         records, seed = stage.settings.records, stage.run.seed
-        return attempt(load_examples, stage.data, records, split, tokenizer, seed, loss_on=loss_on)
+        return tried(load_examples, stage.data, records, split, tokenizer, seed, loss_on=loss_on)
 
     def judge(spec: str, *judged: Examples | None) -> RewardFunction | None:
-        function = attempt(load_function, spec) if spec else None
+        function = tried(load_function, spec) if spec else None
         for of in judged:
             if function and of:  # the judges of preferences are given prompts and completions alone
-                attempt(function.check_columns, getattr(of.records[0], "columns", {}))
+                tried(function.check_columns, getattr(of.records[0], "columns", {}))
         return function
 
     lora = ptx = None
-    teacher = attempt(_teacher, stage, where, earlier)
-    architecture = attempt(_architecture, stage, where, tokenizer, earlier, teacher)
+    teacher = tried(_teacher, stage, where, earlier)
+    architecture = tried(_architecture, stage, where, tokenizer, earlier, teacher)
     if architecture is not None:
-        attempt(check_length, stage, algorithm, architecture)
-        ptx = attempt(ptx_examples, stage, architecture, earlier)
-        lora = attempt(adapters_of, stage, architecture)
+        tried(check_length, stage, algorithm, architecture)
+        ptx = tried(ptx_examples, stage, architecture, earlier)
+        lora = tried(adapters_of, stage, architecture)
         if lora is not None:
-            attempt(check_start, stage, where, lora, architecture)
+            tried(check_start, stage, where, lora, architecture)
     if architecture is not None and teacher is not None:
-        attempt(check_length, stage, algorithm, teacher, "teacher")
+        tried(check_length, stage, algorithm, teacher, "teacher")
         of_other = None if stage.teacher_from in earlier else where.teacher
-        attempt(check_teacher, of_other, tokenizer, stage.tokenizer, teacher)
+        tried(check_teacher, of_other, tokenizer, stage.tokenizer, teacher)
     train, held_out = examples("train"), examples("eval")
     external = None
     if architecture is not None and train is not None:
-        external = attempt(
+        external = tried(
             external_reward,
             stage,
             where.reward,
@@ -217,13 +209,13 @@ def _plan(
             tokenizer,
             {name: plan.architecture for name, plan in earlier.items()},
             has_conversations=train.has_conversations,
-            num_heads=attempt(_num_reward_heads, stage, where, earlier) or 1,
+            num_heads=tried(_num_reward_heads, stage, where, earlier) or 1,
         )
-        attempt(_check_ensemble, stage, where, earlier)
+        tried(_check_ensemble, stage, where, earlier)
         if lora is not None and external is None:
-            attempt(_check_base, stage, where, lora, earlier)
-    attempt(read_stop_ids, stage.rollout, tokenizer)
-    attempt(read_stop_strings, stage.rollout, tokenizer)
+            tried(_check_base, stage, where, lora, earlier)
+    tried(read_stop_ids, stage.rollout, tokenizer)
+    tried(read_stop_strings, stage.rollout, tokenizer)
     functions = {spec: judge(spec, train, held_out) for spec in stage.rewards.functions}
     gold = judge(stage.rewards.gold, held_out)
     if problems or architecture is None or train is None or held_out is None:
@@ -263,7 +255,7 @@ def _plan(
         ptx=ptx,
         teacher=teacher,
     )
-    attempt(_check_text, plan, earlier)
+    tried(_check_text, plan, earlier)
     return None if problems else plan
 
 
@@ -427,65 +419,7 @@ def _teacher(stage: StageConfig, where: Origins, earlier: dict[str, Plan]) -> Ar
     return stored_architecture(where.teacher, "policy")
 
 
-def check_mesh(plans: Sequence[Plan], every_device: Mesh) -> None:
-    """Raises ValueError with all rows of batches and all parameters that do not divide over the mesh."""
-    problems: list[str] = []
-    for plan in plans:
-        model = make_model(
-            plan.architecture,
-            lora=adapters_of(plan.stage, plan.architecture),
-            ensemble=Ensemble(getattr(plan.stage.settings, "num_heads", 1)),
-        )
-        rows: list[str] = []
-        meshes = _attempt(problems, stage_meshes, plan.stage, every_device)
-        if meshes is None:
-            continue
-        mesh, sampling = meshes
-        for name, size in plan.row_counts().items():
-            _attempt(rows, check_batch, mesh, size, f"{plan.stage.algorithm}.{name}")
-        if sampling is not mesh:
-            name = f"{plan.stage.algorithm}.batch_size, sampled on rollout.devices,"
-            _attempt(problems, check_batch, sampling, plan.stage.settings.batch_size, name)
-            for role, parts in plan.parts().items():
-                if role in ("policy", "base"):
-                    _attempt(problems, part_shardings, model, sampling, parts)
-        model_section = plan.stage.model
-        for architecture in filter(None, (plan.architecture, plan.teacher)):
-            lack = flash_lack(
-                mesh.devices.flat[0].platform,
-                jnp.dtype(model_section.dtype),
-                head_dim=architecture.head_dim,
-                softcap=architecture.attention_softcap,
-                is_packed=plan.stage.data.packing
-                or getattr(plan.stage.settings, "sequences_per_row", 1) > 1
-                or (plan.ptx is not None and bool(plan.ptx.packings)),
-                capability=compute_capability(),
-            )
-            if model_section.attention == "flash" and lack:
-                problems.append(f"model.attention is 'flash', but {lack}; set it to auto")
-        if slots := plan.stage.rollout.slots:
-            group_size = getattr(plan.stage.settings, "group_size", 1)
-            name = "rollout.slots" + f" / {plan.stage.algorithm}.group_size" * (group_size > 1)
-            _attempt(problems, check_batch, sampling, -(-slots // group_size), name)
-            _attempt(
-                problems, check_batch, mesh, slots, "rollout.slots"
-            )  # evaluations are where it is trained
-        problems += rows[:1]  # what does not divide the first does not divide its parts
-        if (per := plan.held_out.rows_per_unit) != plan.train.rows_per_unit:
-            held_out = f"{plan.stage.algorithm}.batch_size of data.eval, whose longest ranking has {per},"
-            _attempt(problems, check_batch, mesh, per * plan.stage.settings.batch_size, held_out)
-        for parts in plan.parts().values():
-            _attempt(problems, part_shardings, model, mesh, parts)
-        if plan.external is not None:
-            other = make_model(plan.external.architecture, ensemble=plan.external.ensemble)
-            _attempt(problems, role_shardings, other, mesh, "reward")
-        if plan.teacher is not None:
-            _attempt(problems, role_shardings, make_model(plan.teacher), mesh, "policy")
-    if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
-
-
-def _attempt[T](problems: list[str], make: Callable[..., T], *args: Any, **options: Any) -> T | None:
+def attempt[T](problems: list[str], make: Callable[..., T], *args: Any, **options: Any) -> T | None:
     """Returns what a function makes, or None where it raises ValueError, whose message joins the problems."""
     try:
         return make(*args, **options)

@@ -25,8 +25,9 @@ from rlhf_jax.command_line import ConfigError, read_config
 from rlhf_jax.config import Config
 from rlhf_jax.files import to_json
 from rlhf_jax.hlo import sent_by
+from rlhf_jax.mesh_checks import check_mesh
 from rlhf_jax.options import did_you_mean
-from rlhf_jax.plan import Plan, check_mesh
+from rlhf_jax.plan import Plan
 from rlhf_jax.shape_plan import shape_plans
 from rlhf_jax.sharding import axis_rules, make_mesh
 from rlhf_jax.sharding_table import readable

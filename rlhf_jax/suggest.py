@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 
 from rlhf_jax.chips import Chip
 from rlhf_jax.config import MeshConfig
+from rlhf_jax.mesh_checks import check_mesh
 from rlhf_jax.models.transformer import POLICY, make_model
-from rlhf_jax.plan import Plan, check_mesh
+from rlhf_jax.plan import Plan
 from rlhf_jax.programs import rows_per_unit
 from rlhf_jax.roofline import ROW_AXES, Work, phase_works
 from rlhf_jax.sharding import axis_rules, make_mesh

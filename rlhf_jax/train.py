@@ -136,8 +136,9 @@ def prepare(config: Config, *, writes: bool = True) -> tuple[list[Plan], Mesh]:
     from rlhf_jax.agreement import check_alike, on_first, together
     from rlhf_jax.distributed import is_first, process_id
     from rlhf_jax.machine import code_sums, machine_lines, module_sums, versions
+    from rlhf_jax.mesh_checks import check_mesh
     from rlhf_jax.models import hub
-    from rlhf_jax.plan import check_mesh, plan_stages
+    from rlhf_jax.plan import plan_stages
     from rlhf_jax.plan_notes import notes
     from rlhf_jax.run_tokenizer import TOKENIZER, prepare_tokenizer
     from rlhf_jax.sharding import make_mesh, stage_meshes

@@ -20,7 +20,8 @@ from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.records import Preference, Ranking, Rated
 from rlhf_jax.data.synthetic import synthetic_records
 from rlhf_jax.data.tokenizer import train_tokenizer
-from rlhf_jax.plan import check_mesh, plan_stages, with_rows_of
+from rlhf_jax.mesh_checks import check_mesh
+from rlhf_jax.plan import plan_stages, with_rows_of
 from rlhf_jax.plan_notes import losses
 from rlhf_jax.sharding import axis_rules
 from rlhf_jax.stage import _best, _normalized

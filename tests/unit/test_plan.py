@@ -18,13 +18,14 @@ from rlhf_jax.config import DataConfig, TokenizerConfig
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.tokenize import Losses, text_difference, text_settings
 from rlhf_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from rlhf_jax.mesh_checks import check_mesh
 from rlhf_jax.models import hf
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.row_attention import flash_lack
 from rlhf_jax.models.scorers import save_scorer
 from rlhf_jax.models.transformer import make_model
 from rlhf_jax.origins import Origins, stored_architecture
-from rlhf_jax.plan import Plan, check_mesh, plan_stages
+from rlhf_jax.plan import Plan, plan_stages
 from rlhf_jax.plan_notes import losses, mixture, reward_notes
 from rlhf_jax.run_tokenizer import prepare_tokenizer
 from tests import tiny
@@ -85,8 +86,8 @@ def test_a_kernel_that_the_devices_do_not_have_is_told_with_what_does_not_divide
 
 def test_heads_that_the_kernel_does_not_take_are_told_before_devices_compute(plans, monkeypatch):
     of_gpu = partial(flash_lack, "gpu", jnp.dtype("bfloat16"))
-    monkeypatch.setattr("rlhf_jax.plan.compute_capability", lambda: (8, 0))
-    monkeypatch.setattr("rlhf_jax.plan.flash_lack", lambda *device, **model: of_gpu(**model))
+    monkeypatch.setattr("rlhf_jax.mesh_checks.compute_capability", lambda: (8, 0))
+    monkeypatch.setattr("rlhf_jax.mesh_checks.flash_lack", lambda *device, **model: of_gpu(**model))
     planned = plans(rewards="model: {attention: flash}\nrewards:")
     check_mesh(planned, tiny.mesh())
     odd = [plan._replace(architecture=dataclasses.replace(ARCHITECTURE, head_dim=136)) for plan in planned]

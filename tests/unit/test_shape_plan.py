@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax.command_line import read_config
 from rlhf_jax.data.loader import Loader
-from rlhf_jax.plan import check_mesh
+from rlhf_jax.mesh_checks import check_mesh
 from rlhf_jax.programs import rows_per_unit
 from rlhf_jax.shape_plan import shape_plans
 from tests import tiny, tiny_hub
