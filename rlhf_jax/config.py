@@ -104,9 +104,10 @@ class ModelConfig:
     remat: Literal["none", "dots", "full", "offload"] = "none"
     """What a block recomputes in the backward pass: nothing, all but matrix products, everything; `offload`:
     everything, from what went into the block, which waits in the host's memory."""
-    unroll: PositiveInt = 1
-    """Blocks that one turn of the loop over them computes. More compile longer; on a CPU, where a loop copies
-    each block's weights and gradients, they run faster. All of them: num_layers, or more."""
+    unroll: Count = 0
+    """Blocks that one turn of the loop over them computes. 0: all of at most 16 on a CPU, where a loop copies
+    each block's weights and gradients and is slower, unless `remat` recomputes them; else one. More than one
+    compile longer. All of them: num_layers, or more."""
     attention: Literal["auto", "xla", "flash"] = "auto"
     """How rows are attended to in training and scoring: `xla` holds the scores of all pairs of tokens;
     `flash` is a kernel that does not, splash attention on a TPU, cuDNN's on a GPU; `auto`: flash for rows of

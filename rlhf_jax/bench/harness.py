@@ -80,7 +80,7 @@ def arguments(description: str, **more: dict[str, Any]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument(
-        "--unroll", type=int, default=1, help="blocks that one turn of the loop over them computes"
+        "--unroll", type=int, default=0, help="blocks that one turn of the loop over them computes"
     )
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)

@@ -20,7 +20,7 @@ from rlhf_jax.models.heads import SINGLE, Ensemble, score_head_axes, zero_score_
 from rlhf_jax.models.lora import Lora, adapter_of
 from rlhf_jax.models.rope import rotation
 from rlhf_jax.models.row_attention import Implementation, row_attention
-from rlhf_jax.sharding import HOST_MEMORY, constrain, num_parts
+from rlhf_jax.sharding import HOST_MEMORY, constrain, device_platform, num_parts
 
 POLICY = ("trunk", "lm_head")
 """The parts of a whole policy; with tied embeddings there is no LM head."""
@@ -28,6 +28,7 @@ SCORER = ("trunk", "score_head")
 """The parts of a whole reward or value model."""
 
 Remat = Literal["none", "dots", "full", "offload"]
+MOST_UNROLLED = 16  # blocks that are unrolled where it is not said
 RESIDUAL = "residual"  # what goes into a block
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -106,7 +107,7 @@ def make_model(
     attention: Implementation = "auto",
     lora: Lora | None = None,
     ensemble: Ensemble = SINGLE,
-    unroll: int = 1,
+    unroll: int = 0,
 ) -> Model:
     """Returns the pure functions of one architecture; for the same arguments the same functions.
 
@@ -118,7 +119,7 @@ def make_model(
         attention: see `row_attention`.
         lora: the adapters that roles may have.
         ensemble: the heads of a reward model; a model with several has no other role.
-        unroll: how many blocks one turn of the loop over them computes.
+        unroll: how many blocks one turn of the loop over them computes; 0: see `blocks_per_turn`.
     """
     axes = {
         "trunk": _axes(abstract_module(Trunk, architecture)[1]),
@@ -217,7 +218,7 @@ class Trunk(nnx.Module):
         attention: Implementation,
         adapters: tuple[Params | None, ...] = (None,),
         lora: Lora | None = None,
-        unroll: int = 1,
+        unroll: int = 0,
     ) -> tuple[Array, ...]:
         length = tokens.shape[1]
         tokens, positions, segments = _filled(tokens, positions, segments)
@@ -255,12 +256,25 @@ class Trunk(nnx.Module):
 
             return tuple(map(through, states, of_roles)), None
 
-        if remat != "none":
-            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+        unroll = unroll or blocks_per_turn(self.architecture.num_layers, remat)
+        if (
+            remat != "none"
+        ):  # where a turn has several blocks, what is recomputed could be taken for the first
+            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=unroll > 1)
         x_BTD = constrain(self.embed(tokens, positions, dtype), ("batch", "length", "width"))
         of_layers = (stacked, stacked_adapters, varying)
         states, _ = jax.lax.scan(layer, (x_BTD,) * len(adapters), of_layers, unroll=unroll)
         return tuple(self.final_norm(x_BTD)[:, :length] for x_BTD in states)
+
+
+def blocks_per_turn(num_layers: int, remat: Remat) -> int:
+    """Returns how many blocks one turn of the loop over them computes where that is not said.
+
+    All on a CPU, where a loop copies each block's weights, residuals and gradients, unless they are very many
+    and compile long, or recomputed, for the sake of memory; else one.
+    """
+    is_unrolled = device_platform() == "cpu" and remat == "none" and num_layers <= MOST_UNROLLED
+    return num_layers if is_unrolled else 1
 
 
 def _filled(tokens: Array, positions: Array, segments: Array | None) -> tuple[Array, Array, Array | None]:

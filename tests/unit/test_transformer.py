@@ -17,7 +17,7 @@ from rlhf_jax.models.blocks import INIT_STD
 from rlhf_jax.models.families import from_hf, to_hf
 from rlhf_jax.models.kv_cache import decode_logits, decode_step, prefill, unstack, with_room
 from rlhf_jax.models.rope import rotate, rotation
-from rlhf_jax.models.transformer import make_model
+from rlhf_jax.models.transformer import MOST_UNROLLED, blocks_per_turn, make_model
 
 ARCHITECTURE = Architecture(
     vocab_size=32,
@@ -141,7 +141,15 @@ def test_rotation_turns_pairs_by_position_times_frequency():
 
 
 @pytest.mark.parametrize(
-    "options", [{"remat": "dots"}, {"remat": "full"}, {"remat": "offload"}, {"unroll": 2}]
+    "options",
+    [
+        {"remat": "dots"},
+        {"remat": "full"},
+        {"remat": "offload"},
+        {"unroll": 1},
+        {"unroll": 2, "remat": "full"},
+    ],
+    ids=str,
 )
 def test_remat_and_unrolling_change_no_gradient(options):
     params, tokens = make_params(ARCHITECTURE), make_tokens(2, 8)
@@ -155,6 +163,11 @@ def test_remat_and_unrolling_change_no_gradient(options):
     for ours, plain in zip(jax.tree.leaves(gradient(options)), jax.tree.leaves(gradient({})), strict=True):
         assert np.linalg.norm(ours - plain) <= 1e-5 * np.linalg.norm(plain)
         assert np.linalg.norm(plain) > 0
+
+
+def test_blocks_are_unrolled_on_a_cpu_unless_many_or_recomputed():
+    assert blocks_per_turn(MOST_UNROLLED, "none") == MOST_UNROLLED
+    assert blocks_per_turn(MOST_UNROLLED + 1, "none") == blocks_per_turn(2, "full") == 1
 
 
 def test_bfloat16_activations_give_float32_logits():
