@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Lets LLVM leave the tests' programs as they are: they compile for longer than they run.
 
     What XLA makes of a program is the same. Training that `run_train` starts is compiled as users' programs
-    are.
+    are where it is asked for.
     """
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
 
@@ -99,8 +99,9 @@ def one_device_mesh() -> jax.sharding.Mesh:
 def run_train() -> RunTrain:
     """Returns a function that runs `python -m rlhf_jax.train` in a process of its own, on one CPU device.
 
-    run_train(args, env={}, cwd=the repository, timeout=600) -> CompletedProcess; stdout and stderr are text.
-    A variable of `env` that is None is unset. JAX_NUM_CPU_DEVICES=8 in `env` gives eight devices.
+    run_train(args, env={}, cwd=the repository, timeout=600, optimized=False) -> CompletedProcess; stdout and
+    stderr are text. A variable of `env` that is None is unset. JAX_NUM_CPU_DEVICES=8 in `env` gives eight
+    devices. With `optimized` its programs are compiled as users' are.
     """
 
     def run(
@@ -108,9 +109,13 @@ def run_train() -> RunTrain:
         env: Mapping[str, str | None] | None = None,
         cwd: Path = ROOT,
         timeout: float = 600,
+        *,
+        optimized: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        flags = os.environ.get("XLA_FLAGS", "").replace(QUICK_TO_COMPILE, "").strip()
+        flags = os.environ.get("XLA_FLAGS", "")
+        if optimized:
+            flags = flags.replace(QUICK_TO_COMPILE, "").strip()
         variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "XLA_FLAGS": flags}
         variables |= dict(env or {})
         return subprocess.run(

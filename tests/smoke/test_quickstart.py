@@ -40,7 +40,7 @@ def finished(run_train, tmp_path_factory):
     directory = tmp_path_factory.mktemp("quickstart")
     config = directory / "short.yaml"
     config.write_text(SHORT.format(dir=directory / "run"))
-    done = run_train(["--config", config, "--json"])
+    done = run_train(["--config", config, "--json"], optimized=True)
     assert done.returncode == 0, done.stderr
     return directory / "run", config, done
 

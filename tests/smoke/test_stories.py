@@ -34,6 +34,7 @@ def finished(run_train, test_data, tmp_path_factory):
     done = run_train(
         ["--config", ROOT / "configs" / "stories.yaml", "--run.dir", run, "--json", *flags],
         env={"RLHF_JAX_TEST_DATA": str(test_data)},
+        optimized=True,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["summary"].keys() == {"sft", "reward", "ppo"}
