@@ -51,7 +51,8 @@ def generate(
         sampling: how tokens are drawn.
         max_new_tokens: C, static.
         pad_id: what stands behind the rows.
-        limits: i32[Q], the most tokens of each prompt's completions; C by default and at most.
+        limits: i32[Q], the most tokens of each prompt's completions, or i32[Q * G], of each completion; C by
+            default and at most.
         greedy: static.
         num_slots: static, of a prompt each, on all devices; 0: one for each prompt.
         refill_size: static, prompts that a device prefills at once; 0: for a quarter of its slots.
@@ -127,8 +128,9 @@ def run_to_end(
 
 def make_queue(prompts: Prompts, max_new_tokens: int, limits: Array | None = None) -> Queue:
     """Returns prompts with the most tokens of each one's completions, which is max_new_tokens at most."""
-    most = jnp.full(len(prompts.lengths), max_new_tokens, jnp.int32)
-    return Queue(prompts, most if limits is None else jnp.minimum(limits, most))
+    if limits is None:
+        limits = jnp.full(len(prompts.lengths), max_new_tokens, jnp.int32)
+    return Queue(prompts, jnp.minimum(limits, max_new_tokens))
 
 
 def assemble(prompts: Prompts, done: Completions, pad_id: int) -> Rollout:

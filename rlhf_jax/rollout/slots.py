@@ -39,7 +39,9 @@ class Queue(NamedTuple):
     """What is to be completed; each prompt has G rows of completions, one behind the other."""
 
     prompts: Prompts  # of Q prompts
-    limits: Array  # i32[Q], the most tokens of a completion, EOS included
+    limits: (
+        Array  # i32[Q] or i32[Q * G], the most tokens of each completion of a prompt, or of each, with EOS
+    )
 
 
 class Completions(NamedTuple):
@@ -178,7 +180,8 @@ class Engine:
 
         queue, sampling = jax.tree.map(jnp.asarray, (queue, sampling))
         if (order := self._dealt(queue)) is not None:
-            queue = jax.tree.map(lambda x: x[order], queue)
+            limits = queue.limits.reshape(len(order), -1)[order].ravel()
+            queue = Queue(jax.tree.map(lambda x: x[order], queue.prompts), limits)
         whole = weights, sampling, key, slots.steps + slots.refills + max_steps
         # Laid out as `start` does, so that going on compiles nothing anew.
         return laid_out(by_rows(on_device, (queue, slots), whole)[1])
@@ -224,11 +227,12 @@ class Engine:
         Those that may become longest come first, and go to the devices in turn, to and fro: expected lengths
         then are as even as they can be told. What is drawn does not depend on it.
         """
-        num_prompts, parts = len(queue.limits), num_row_parts()
+        num_prompts, parts = len(queue.prompts.lengths), num_row_parts()
         if parts == 1 or self._num_slots(num_prompts) == num_prompts:
             return None
         lengths = queue.prompts.lengths
-        order = jnp.lexsort((-lengths, -jnp.where(lengths > 0, queue.limits, 0)))
+        longest = queue.limits.reshape(num_prompts, -1).max(axis=1)
+        order = jnp.lexsort((-lengths, -jnp.where(lengths > 0, longest, 0)))
         turns = order.reshape(-1, parts)
         return turns.at[1::2].set(turns[1::2, ::-1]).T.ravel()
 
@@ -241,11 +245,11 @@ class Engine:
         queue: Queue,
         slots: Slots,
     ) -> Slots:
-        num_prompts, num_slots = len(queue.limits), len(slots.prompt)
+        num_prompts, num_slots = len(queue.prompts.lengths), len(slots.prompt)
         index = jnp.repeat(queue.prompts.index, self.group_size)
         keys = row_keys(key, index, jnp.tile(jnp.arange(self.group_size), num_prompts))
-        limits = jnp.repeat(queue.limits, self.group_size)
-        starts = (queue.prompts.lengths > 0) & (queue.limits > 0)
+        limits = jnp.repeat(queue.limits, len(keys) // len(queue.limits))
+        starts = jnp.repeat(queue.prompts.lengths > 0, self.group_size) & (limits > 0)
 
         def draw(slots: Slots, hidden: Array) -> Slots:
             """Returns the slots with one more token of every row that goes on, from hidden states [B, D]."""
@@ -283,9 +287,7 @@ class Engine:
                 first=slots.first.at[at].set(reserve.hidden[source], mode="drop"),
                 prompt=slots.prompt.at[at].set(prompt, mode="drop"),
                 counts=slots.counts.at[self._rows(at)].set(0, mode="drop"),
-                live=slots.live.at[self._rows(at)].set(
-                    jnp.repeat(starts[prompt], self.group_size), mode="drop"
-                ),
+                live=slots.live.at[self._rows(at)].set(starts[self._rows(prompt)], mode="drop"),
                 taken=slots.taken + count,
             )
 
@@ -302,7 +304,7 @@ class Engine:
                 slots = slots._replace(
                     cache=slots.cache._replace(prompt=new),
                     prompt=slots.taken[0] + jnp.arange(num_slots),
-                    live=jnp.repeat(starts, self.group_size),
+                    live=starts,
                     taken=slots.taken + num_prompts,
                 )
                 return told(draw(slots, jnp.repeat(hidden, self.group_size, axis=0)))

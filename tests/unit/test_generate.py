@@ -330,3 +330,13 @@ def test_a_group_shares_its_prompt(policy, queue, num_slots):
     assert len({tuple(row) for row in completions(found)}) > 30
     logprobs = training_logprobs(policy, found.rows, 1.0)
     np.testing.assert_allclose(found.sampler_logprobs, logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_slots", [0, 2])
+def test_completions_of_a_group_have_their_own_limits(policy, queue, num_slots):
+    """A slot waits for the longest of its group; all draw the beginning of what they draw without limits."""
+    key, limits = jax.random.key(7), jax.random.randint(jax.random.key(1), (36,), 1, C + 1)
+    whole = completions(run(policy, queue, key, group_size=3))
+    found = completions(run(policy, queue, key, group_size=3, num_slots=num_slots, limits=limits))
+    assert [len(row) for row in found] == np.where(np.repeat(queue.lengths, 3) > 0, limits, 0).tolist()
+    assert found == [row[: len(cut)] for row, cut in zip(whole, found, strict=True)]
