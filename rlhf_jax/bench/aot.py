@@ -31,7 +31,8 @@ from jax.stages import Lowered
 from rlhf_jax import algo_config, config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Prompts, Rows, UnpairedRows
-from rlhf_jax.bench.harness import NEVER, SHAPES, commit, make_architecture, make_stage
+from rlhf_jax.bench.harness import NEVER, SHAPES, make_architecture, make_stage
+from rlhf_jax.bench.report import commit
 from rlhf_jax.chips import described_devices, read_topology
 from rlhf_jax.lowering import lower_programs
 from rlhf_jax.models.architecture import Architecture

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.bench.harness import commit
+from rlhf_jax.bench.report import commit
 from rlhf_jax.models.row_attention import flash_lack, row_attention
 from rlhf_jax.sharding import compute_capability
 

@@ -1,6 +1,7 @@
 """The least time that a step can take: its matrix products at their very shapes, and the optimiser's bytes.
 
-Both are measured in the same process. Attention's own products, norms, softmax and sampling are left out.
+Both are measured in the same process, and so are the ceilings, the rates of matrix products and of memory.
+Attention's own products, norms, softmax and sampling are left out.
 """
 
 from __future__ import annotations
@@ -96,15 +97,26 @@ def step_products(
         return {"update": times(1, trunk(tokens, trained=True), head(columns, trained=True))}
     if task == "reward_step":
         return {"update": times(1, trunk(2 * tokens, trained=True))}  # pairs
-    slots, parts = getattr(args, "slots", 0) or batch, args.minibatches
+    if task == "dpo_step":
+        phases = {"reference": times(1, trunk(2 * tokens), head(2 * columns))}
+        phases["update"] = times(1, trunk(2 * tokens, trained=True), head(2 * columns, trained=True))
+        return {"update": phases["update"]} if args.cached_reference else phases
+    slots = getattr(args, "slots", 0) or batch
     decoded = times(columns / slots, trunk(slots), head(slots))
+    if task == "grpo_step":  # with one update, the probabilities before it are its own
+        return {
+            "rollout": added(times(1, trunk(batch // args.group_size * prompt)), decoded),
+            "scores": times(1, trunk(tokens), head(columns)),
+            "update": times(1, trunk(tokens, trained=True), head(columns, trained=True)),
+        }
+    epochs, parts = getattr(args, "epochs", 1), getattr(args, "minibatches", 1)
     trained = trunk(tokens / parts, trained=True)
     phases = {
         "rollout": added(times(1, trunk(batch * prompt)), decoded),
         "scores": added(times(4, trunk(tokens)), times(2, head(columns))),
         "update": added(
-            times(2 * args.epochs * parts, trained),
-            times(args.epochs * parts, head(columns / parts, trained=True)),
+            times(2 * epochs * parts, trained),
+            times(epochs * parts, head(columns / parts, trained=True)),
         ),
     }
     return {
@@ -134,3 +146,30 @@ def product_seconds(product: Product, dtype: str, repeats: int = 5) -> float:
         jax.block_until_ready(multiply(pairs))
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:]) / copies
+
+
+def matrix_rate(dtype: str, repeats: int = 5) -> float:
+    """Returns GFLOP/s of a square matrix product: the best of several."""
+    product = jax.jit(jnp.matmul)
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), dtype)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def memory_rate(repeats: int = 5) -> float:
+    """Returns GB/s of reading a large array: the best of several."""
+    total = jax.jit(jnp.sum)
+    x = jnp.ones((2**26 if jax.default_backend() == "cpu" else 2**30,), jnp.float32)
+    total(x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        total(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return x.nbytes / min(seconds) / 1e9

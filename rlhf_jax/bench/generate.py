@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rlhf_jax.bench.harness import NEVER, Bench, arguments, resources, tailed_lengths
+from rlhf_jax.bench.harness import NEVER, Bench, arguments, tailed_lengths
 from rlhf_jax.bench.peers import AGAINST, in_turn, start_peers
+from rlhf_jax.bench.report import header, report, resources
 from rlhf_jax.models.kv_cache import DecodeWeights, unstack
 from rlhf_jax.rollout.sampling import Sampling
 from rlhf_jax.rollout.slots import Completions, Engine, Queue
@@ -47,7 +48,8 @@ def main() -> None:
         long_tailed(bench, params["policy"])
         return
     prompts = place_rows(bench.mesh, bench.prompts())
-    bench.report(
+    report(
+        bench,
         "generate",
         lambda i: bench.programs.rollout(params, {}, prompts, jax.random.key(i)),
         tokens=bench.args.batch * bench.args.new,
@@ -102,7 +104,7 @@ def long_tailed(bench: Bench, policy: dict) -> None:
     useful = int(limits.sum())
     medians = {name: statistics.median(of) for name, of in seconds.items()}
     line = {
-        **bench.header("generate"),
+        **header(bench, "generate"),
         "queue": args.queue,
         "mean_new": round(useful / args.queue, 1),
         "rows_alike": float(np.mean((tokens["batches"] == tokens["slots"]).all(axis=1))),

@@ -21,7 +21,7 @@ from typing import get_args
 import jax
 import numpy as np
 
-from rlhf_jax.bench.harness import commit
+from rlhf_jax.bench.report import commit
 from rlhf_jax.config import MeshConfig
 from rlhf_jax.models import hf
 from rlhf_jax.models.families import from_hf

@@ -30,7 +30,8 @@ from rlhf_jax import config
 from rlhf_jax.algos.registry import ALGORITHMS
 from rlhf_jax.batch import Params, Prompts, TrainState
 from rlhf_jax.bench.aot import stage_of_shape
-from rlhf_jax.bench.harness import NEVER, SHAPES, commit, make_architecture
+from rlhf_jax.bench.harness import NEVER, SHAPES, make_architecture
+from rlhf_jax.bench.report import commit
 from rlhf_jax.chips import described_devices, read_topology
 from rlhf_jax.lowering import abstract_roles, lower_programs
 from rlhf_jax.programs import Programs, build_programs

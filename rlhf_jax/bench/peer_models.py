@@ -1,4 +1,4 @@
-"""What the scripts that run other libraries share: models on random weights, tokenizers, when to go on.
+"""What the scripts that run other libraries share: random models and data, tokenizers, when to go on.
 
 It imports nothing of rlhf_jax, and another library only in the function that needs it.
 """
@@ -6,10 +6,11 @@ It imports nothing of rlhf_jax, and another library only in the function that ne
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 PAD, STOP, FIRST_WORD = 0, 2, 4
+LEARNING_RATE = 1e-6
 
 
 def turns(ready: Callable[[], Any] = lambda: None) -> Iterator[int]:
@@ -25,6 +26,51 @@ def turns(ready: Callable[[], Any] = lambda: None) -> Iterator[int]:
         ready()
         print("peer: done", flush=True)
         turn += 1
+
+
+def random_rows(job: dict[str, Any], count: int, length: int, seed: int) -> Any:
+    """Returns i32[count, length] random tokens."""
+    import numpy as np
+
+    return np.random.default_rng(seed).integers(FIRST_WORD, job["vocab_size"], (count, length), np.int32)
+
+
+def as_text(rows: Any, prefix: str = "") -> list[str]:
+    """Returns the words of rows of tokens: those of `word_tokenizer` begin with a w."""
+    return [" ".join(f"{prefix}{token}" for token in row) for row in rows]
+
+
+def text_reward(completions: Sequence[str], **_: Any) -> list[float]:
+    """Returns a number of each text, which depends on all of its letters: the reward of all libraries."""
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
+
+
+class Cut:
+    """Gives the completions of a turn the lengths that they had to have."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._job = job
+        self._turn = 0
+
+    def __call__(self, completions: Sequence[Any]) -> list[Any]:
+        """Returns completions of all tokens cut to the turn's lengths, with a stop token at their ends.
+
+        Where there are no lengths they stay as they are. Says on stderr how long they have become.
+        """
+        import numpy as np
+
+        found = [len(row) for row in completions]
+        assert found == [self._job["new"]] * self._job["batch"], found
+        if not self._job["lengths"]:
+            return list(completions)
+        ends = self._job["lengths"][self._turn]
+        self._turn += 1
+        words = [np.maximum(row, FIRST_WORD) for row in completions]
+        cut = [np.append(row[: end - 1], STOP) for row, end in zip(words, ends, strict=True)]
+        lengths = [len(row) for row in cut]
+        assert lengths == ends, (lengths, ends)
+        print(f"{sys.argv[1]}: completions of {sum(lengths) / len(lengths):.1f} tokens", file=sys.stderr)
+        return cut
 
 
 def llama_config(job: dict[str, Any], **more: Any) -> Any:

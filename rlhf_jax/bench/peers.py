@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +24,39 @@ AGAINST = {
 """The option of benchmarks that compare."""
 
 
+class Peer:
+    """The process of another library."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+        self._name = name
+        self._process = process
+
+    def __call__(self) -> None:
+        """Returns when the library has done its job once more."""
+        self.tell("go")
+
+    def tell(self, line: str) -> None:
+        """Returns when the library has answered a line."""
+        to_peer, from_peer = self._process.stdin, self._process.stdout
+        assert to_peer is not None and from_peer is not None
+        print(line, file=to_peer, flush=True)
+        while not (said := from_peer.readline()).startswith("peer: "):
+            if not said:
+                raise SystemExit(f"{self._name} ended; its messages are above")
+
+    def peak_rss_mib(self) -> int:
+        """Returns the process's peak memory so far; on Linux.
+
+        Not what getrusage says of it, which began with the memory of the process that started it.
+        """
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+        return round(int(peak) / 1024)
+
+
 def start_peers(
     against: Sequence[str], script: str, job: Mapping[str, Any], architecture: Architecture
-) -> dict[str, Callable[[], None]]:
+) -> dict[str, Peer]:
     """Returns, for each library by its name, what makes it do its job once.
 
     Args:
@@ -42,24 +73,15 @@ def start_peers(
     return {name: _started(name, interpreter, script, whole) for name, _, interpreter in peers}
 
 
-def _started(name: str, interpreter: str, script: str, job: Mapping[str, Any]) -> Callable[[], None]:
+def _started(name: str, interpreter: str, script: str, job: Mapping[str, Any]) -> Peer:
     python, _, path = interpreter.partition(":")
     environment = {variable: value for variable, value in os.environ.items() if variable != "PYTHONPATH"}
     environment |= {"PYTHONPATH": path} if path else {}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [python, str(Path(__file__).parent / script), name]
-    peer = subprocess.Popen(command, env=environment, **pipes)
-    assert peer.stdin is not None and peer.stdout is not None
-    to_peer, from_peer = peer.stdin, peer.stdout
-
-    def tell(line: str) -> None:
-        print(line, file=to_peer, flush=True)
-        while not (said := from_peer.readline()).startswith("peer: "):
-            if not said:
-                raise SystemExit(f"{name} ended; its messages are above")
-
-    tell(json.dumps(job))
-    return lambda: tell("go")
+    peer = Peer(name, subprocess.Popen(command, env=environment, **pipes))
+    peer.tell(json.dumps(job))
+    return peer
 
 
 def in_turn(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import jax
 
 from rlhf_jax.batch import Metrics
-from rlhf_jax.bench.harness import ROLLOUTS, Bench, arguments
+from rlhf_jax.bench.harness import PASSES, ROLLOUTS, Bench, arguments
+from rlhf_jax.bench.report import report
 from rlhf_jax.sharding import place_rows
 
 
 def main() -> None:
     """One rollout is made and scored; the update on it is repeated, each time on the state of the last."""
-    bench = Bench(arguments(__doc__ or "", **ROLLOUTS))
+    bench = Bench(arguments(__doc__ or "", **PASSES, **ROLLOUTS))
     programs = bench.programs
     trained, frozen = bench.roles()
     state = programs.init_state(trained)
@@ -28,7 +29,7 @@ def main() -> None:
 
     args = bench.args
     tokens = round(args.batch * (args.prompt + bench.mean_new) * args.epochs)
-    bench.report("ppo_update", step, tokens)
+    report(bench, "ppo_update", step, tokens)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import jax
 from rlhf_jax.batch import Metrics
 from rlhf_jax.bench.harness import Bench, arguments
 from rlhf_jax.bench.peers import AGAINST
+from rlhf_jax.bench.report import report
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
         state, metrics = programs.update(state, frozen, bench.rows(num_rows, i), jax.random.key(i))
         return metrics
 
-    bench.report("reward_step", step, tokens=num_rows * (args.prompt + args.new))
+    report(bench, "reward_step", step, tokens=num_rows * (args.prompt + args.new))
 
 
 if __name__ == "__main__":

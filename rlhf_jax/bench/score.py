@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from rlhf_jax.bench.harness import ROLLOUTS, Bench, arguments
+from rlhf_jax.bench.report import report
 from rlhf_jax.sharding import place_rows
 
 
@@ -16,7 +17,7 @@ def main() -> None:
     prompts = place_rows(bench.mesh, bench.prompts())
     rollout = programs.rollout(params, frozen, prompts, jax.random.key(0))
     tokens = round(args.batch * (args.prompt + bench.mean_new))
-    bench.report("score", lambda i: programs.score(params, frozen, rollout), tokens)
+    report(bench, "score", lambda i: programs.score(params, frozen, rollout), tokens)
 
 
 if __name__ == "__main__":

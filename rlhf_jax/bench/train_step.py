@@ -7,26 +7,36 @@ the same long-tailed lengths in all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 
 from rlhf_jax.batch import Metrics
-from rlhf_jax.bench.harness import ROLLOUTS, Bench, arguments
+from rlhf_jax.bench.harness import PASSES, ROLLOUTS, Bench, arguments
 from rlhf_jax.bench.peers import AGAINST
+from rlhf_jax.bench.report import report
 from rlhf_jax.data.records import PromptOnly
 from rlhf_jax.experience import Collector
 from rlhf_jax.rewards.combine import Judge
+from rlhf_jax.rewards.functions import load_function
 from rlhf_jax.sharding import place_rows
 
 
 def main() -> None:
-    """The parts of the trainer's loop, with a reward model, on new random prompts in each iteration."""
-    bench = Bench(arguments(__doc__ or "", **ROLLOUTS, **AGAINST))
-    programs, args = bench.programs, bench.args
+    """Iterations with a reward model."""
+    bench = Bench(arguments(__doc__ or "", **PASSES, **ROLLOUTS, **AGAINST))
+    report(bench, "train_step", iteration(bench))
+
+
+def iteration(bench: Bench) -> Callable[[int], Metrics]:
+    """Returns what makes the i-th iteration: the parts of the trainer's loop, on new random prompts."""
+    programs, rewards = bench.programs, bench.stage.rewards
     trained, frozen = bench.roles()
     state = programs.init_state(trained)
-    judge = Judge(bench.stage.rewards, {}, has_model=True)
+    functions = {spec: load_function(spec) for spec in rewards.functions}
+    judge = Judge(rewards, functions, has_model=not functions)
     collector = Collector(programs, judge, bench.tokenizer(), bench.mesh, leaves_out=False)
-    records = [PromptOnly(f"prompt {i}") for i in range(args.batch)]
+    records = [PromptOnly(f"prompt {i}") for i in range(bench.args.batch)]
 
     def step(i: int) -> Metrics:
         nonlocal state
@@ -39,7 +49,7 @@ def main() -> None:
         state, metrics = bench.lap("update", programs.update(state, frozen, batch, key))
         return metrics
 
-    bench.report("train_step", step)
+    return step
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.slow
 
 KEYS = {
-    "bench", "commit", "device", "mesh", "shape", "batch", "prompt", "new", "epochs", "minibatches", "dtype",
+    "bench", "commit", "device", "mesh", "shape", "batch", "prompt", "new", "dtype",
     "ms", "ms_min", "ms_max", "tokens_per_s", "useful_gflops", "ceiling_gflops", "share_of_ceiling",
     "warmup_s", "peak_rss_mib", "load_1m",
 }  # fmt: skip
+PASSES = {"epochs", "minibatches"}
+GROUPS = {"group_size", "refill_unit"}
 ROLLOUTS = {"sequences_per_row", "length_buckets", "slots", "refill", "tail"}
 FLOOR = {"floor_s", "floor_ms", "share_of_floor"}
 
@@ -46,12 +48,14 @@ def run_here(monkeypatch, capsys, one_device_mesh):
     "name, dtype, more",
     [
         ("generate", "float32", {"memory_gb_s", "memory_ceiling_gb_s", "share_of_memory"}),
-        ("ppo_update", "float32", ROLLOUTS | FLOOR),
-        ("train_step", "float32", ROLLOUTS | FLOOR | {"phases_s"}),
-        ("train_step", "bfloat16", ROLLOUTS | FLOOR | {"phases_s"}),
+        ("ppo_update", "float32", PASSES | ROLLOUTS | FLOOR),
+        ("train_step", "float32", PASSES | ROLLOUTS | FLOOR | {"phases_s"}),
+        ("train_step", "bfloat16", PASSES | ROLLOUTS | FLOOR | {"phases_s"}),
+        ("grpo_step", "float32", GROUPS | ROLLOUTS | FLOOR | {"phases_s"}),
         ("score", "float32", ROLLOUTS | FLOOR),
         ("sft_step", "float32", FLOOR),
         ("reward_step", "float32", FLOOR),
+        ("dpo_step", "float32", FLOOR | {"cached_reference"}),
     ],
 )
 def test_one_json_line(name, dtype, more, run_here):
@@ -73,14 +77,41 @@ def test_one_json_line(name, dtype, more, run_here):
         assert line["floor_s"].keys() == {"rollout", "scores", "update", "optimizer"}
 
 
-def test_the_floor_counts_the_products_of_a_step():
-    """One layer without grouped heads: products with its 7 matrices and the head, two more each backward."""
+BODY, HEAD = 4 * 32 * 32 + 3 * 32 * 64, 32 * 512
+"""Parameters of one layer's 7 matrices, without grouped heads, and of the LM head."""
+
+
+def counted_operations(task, **more):
+    """Returns the operations of each phase of a step of one layer."""
     architecture = replace(make_architecture("tiny", 16), num_layers=1, num_kv_heads=4)
-    args = Namespace(batch=2, prompt=3, new=5, epochs=1, minibatches=1)
-    (products,) = step_products("sft_step", architecture, args, 5).values()
-    operations = sum(2 * p.m * p.k * p.n * count for p, count in products.items())
-    body, head = 4 * 32 * 32 + 3 * 32 * 64, 32 * 512
-    assert operations == 6 * (body * 2 * (3 + 5) + head * 2 * 5)
+    args = Namespace(prompt=3, new=5, **more)
+    phases = step_products(task, architecture, args, 5).items()
+    return {
+        name: sum(2 * p.m * p.k * p.n * count for p, count in products.items()) for name, products in phases
+    }
+
+
+def test_the_floor_counts_the_products_of_a_step():
+    """Two rows of 3 + 5 tokens; of each product with a matrix there are two more backward."""
+    update = 6 * (BODY * 2 * (3 + 5) + HEAD * 2 * 5)
+    assert counted_operations("sft_step", batch=2) == {"update": update}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_floor_of_dpo_has_the_reference_where_it_is_not_cached(cached):
+    """Two pairs: four rows."""
+    forward = 2 * (BODY * 4 * (3 + 5) + HEAD * 4 * 5)
+    found = counted_operations("dpo_step", batch=2, cached_reference=cached)
+    assert found == ({} if cached else {"reference": forward}) | {"update": 3 * forward}
+
+
+def test_the_floor_of_grpo_has_a_prompt_once_for_its_group_and_the_policy_once():
+    """Two prompts of two completions each, on all or on two slots."""
+    forward = 2 * (BODY * 4 * (3 + 5) + HEAD * 4 * 5)
+    rollout = 2 * (BODY * (2 * 3 + 4 * 5) + HEAD * 4 * 5)
+    for slots in (0, 2):
+        found = counted_operations("grpo_step", batch=4, group_size=2, slots=slots)
+        assert found == {"rollout": rollout, "scores": forward, "update": 3 * forward}
 
 
 PEER = """
@@ -106,6 +137,7 @@ def test_peers_make_steps_in_turn_with_ours_and_an_early_end_is_told(tmp_path):
     assert order == [0, None, 1, None, 2, None]
     assert {name: len(of) for name, of in seconds.items()} == {"ours": 2, "other": 2}
     assert first.keys() == ways.keys()
+    assert 0 < peers["other"].peak_rss_mib() < 200  # and not what this process needs
     with pytest.raises(SystemExit, match="other ended"):
         peers["other"]()
 
@@ -187,6 +219,21 @@ def test_long_tailed_completions_have_the_same_lengths_however_rows_are_laid_out
     layouts = [], ["--slots", "2", "--sequences_per_row", "2", "--length_buckets", "2"]
     as_rows, packed = (run_here("train_step", *flags, "--tail", *layout) for layout in layouts)
     assert as_rows["mean_new"] == packed["mean_new"] < 8
+
+
+def test_completions_of_groups_have_the_same_lengths_by_either_unit_of_refilling(run_here):
+    sizes = {"shape": "tiny", "steps": 1, "batch": 4, "group_size": 2, "prompt": 8, "new": 8, "slots": 2}
+    flags = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+    units = "group", "completion"
+    groups, alone = (run_here("grpo_step", *flags, "--tail", "--refill_unit", unit) for unit in units)
+    assert groups["mean_new"] == alone["mean_new"] < 8
+
+
+def test_a_dpo_step_with_a_cached_reference(run_here):
+    sizes = {"shape": "tiny", "steps": 1, "batch": 2, "prompt": 8, "new": 8}
+    flags = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+    line = run_here("dpo_step", *flags, "--cached_reference")
+    assert line["cached_reference"] and line["floor_s"].keys() == {"update", "optimizer"}
 
 
 CHAIN = """
