@@ -1,7 +1,7 @@
 """The least time that a step can take: its matrix products at their very shapes, and the optimiser's bytes.
 
 Both are measured in the same process, and so are the ceilings, the rates of matrix products and of memory.
-Attention's own products, norms, softmax and sampling are left out.
+Left out are norms, softmax and sampling, and the attention of a token that is decoded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import time
 from argparse import Namespace
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -24,6 +24,10 @@ BACKWARD = ("mn,kn->mk", "mk,mn->kn")
 """Of the gradient of what goes in, and of the weights."""
 TIED_FORWARD = "mk,nk->mn"
 TIED_BACKWARD = ("mn,nk->mk", "mn,mk->nk")
+ATTENTION_FORWARD = ("bmk,bnk->bmn", "bmn,bnk->bmk")
+"""Scores of all pairs of tokens, half of which nothing needs, and sums of values; b: rows times heads."""
+ATTENTION_BACKWARD = ("bmk,bnk->bmn", "bmn,bmk->bnk", "bmn,bnk->bmk", "bmn,bmk->bnk")
+"""Gradients of the scores, of values, queries and keys."""
 ADAM_BYTES = 28
 """Of each float32 parameter: it, its gradient and both moments are read, all but the gradient written."""
 
@@ -36,31 +40,43 @@ class Product(NamedTuple):
     m: int
     k: int
     n: int
+    b: int = 1
+    """Of such products side by side."""
 
 
-def trunk_products(architecture: Architecture, tokens: float, *, trained: bool) -> Counter[Product]:
-    """Returns the products with the blocks' weights for so many tokens, and how often each occurs.
+def trunk_products(
+    architecture: Architecture, rows: float, length: float = 1, *, trained: bool = False
+) -> Counter[Product]:
+    """Returns the blocks' products for so many rows of so many tokens, and how often each occurs.
 
     Args:
         architecture: without experts.
-        tokens: of all rows.
+        rows: of tokens that see each other.
+        length: tokens of a row; of one that is decoded 1, whose attention does not count.
         trained: the backward pass as well.
     """
-    shapes = layer_shapes(architecture)
-    equations = (FORWARD, *BACKWARD) if trained else (FORWARD,)
+    tokens, length = _whole(rows * length), _whole(length)
     found: Counter[Product] = Counter()
-    for equation in equations:
-        for k, n in shapes:
-            found[Product(equation, max(round(tokens), 1), k, n)] += architecture.num_layers
+    for equation in (FORWARD, *BACKWARD * trained):
+        for k, n in layer_shapes(architecture):
+            found[Product(equation, tokens, k, n)] += architecture.num_layers
+    if length > 1:
+        sizes = length, architecture.head_dim, length, _whole(rows * architecture.num_heads)
+        for equation in (*ATTENTION_FORWARD, *ATTENTION_BACKWARD * trained):
+            found[Product(equation, *sizes)] += architecture.num_layers
     return found
 
 
-def head_products(architecture: Architecture, columns: float, *, trained: bool) -> Counter[Product]:
+def head_products(architecture: Architecture, columns: float, *, trained: bool = False) -> Counter[Product]:
     """Returns the LM head's products where so many tokens are predicted; see `trunk_products`."""
     forward = TIED_FORWARD if architecture.tie_embeddings else FORWARD
     backward = TIED_BACKWARD if architecture.tie_embeddings else BACKWARD
-    sizes = max(round(columns), 1), architecture.hidden_size, architecture.vocab_size
+    sizes = _whole(columns), architecture.hidden_size, architecture.vocab_size
     return Counter({Product(equation, *sizes): 1 for equation in (forward, *backward * trained)})
+
+
+def _whole(count: float) -> int:
+    return max(round(count), 1)
 
 
 def times(count: float, *parts: Counter[Product]) -> dict[Product, float]:
@@ -85,37 +101,30 @@ def step_products(
         mean_new: tokens of a completion on average.
     """
     batch, prompt = args.batch, args.prompt
-    tokens, columns = batch * (prompt + mean_new), batch * mean_new
-
-    def trunk(count: float, *, trained: bool = False) -> Counter[Product]:
-        return trunk_products(architecture, count, trained=trained)
-
-    def head(count: float, *, trained: bool = False) -> Counter[Product]:
-        return head_products(architecture, count, trained=trained)
-
+    length, columns = prompt + mean_new, batch * mean_new
+    trunk, head = partial(trunk_products, architecture), partial(head_products, architecture)
     if task == "sft_step":
-        return {"update": times(1, trunk(tokens, trained=True), head(columns, trained=True))}
+        return {"update": times(1, trunk(batch, length, trained=True), head(columns, trained=True))}
     if task == "reward_step":
-        return {"update": times(1, trunk(2 * tokens, trained=True))}  # pairs
+        return {"update": times(1, trunk(2 * batch, length, trained=True))}  # pairs
     if task == "dpo_step":
-        phases = {"reference": times(1, trunk(2 * tokens), head(2 * columns))}
-        phases["update"] = times(1, trunk(2 * tokens, trained=True), head(2 * columns, trained=True))
+        phases = {"reference": times(1, trunk(2 * batch, length), head(2 * columns))}
+        phases["update"] = times(1, trunk(2 * batch, length, trained=True), head(2 * columns, trained=True))
         return {"update": phases["update"]} if args.cached_reference else phases
     slots = getattr(args, "slots", 0) or batch
     decoded = times(columns / slots, trunk(slots), head(slots))
     if task == "grpo_step":  # with one update, the probabilities before it are its own
         return {
-            "rollout": added(times(1, trunk(batch // args.group_size * prompt)), decoded),
-            "scores": times(1, trunk(tokens), head(columns)),
-            "update": times(1, trunk(tokens, trained=True), head(columns, trained=True)),
+            "rollout": added(times(1, trunk(batch // args.group_size, prompt)), decoded),
+            "scores": times(1, trunk(batch, length), head(columns)),
+            "update": times(1, trunk(batch, length, trained=True), head(columns, trained=True)),
         }
     epochs, parts = getattr(args, "epochs", 1), getattr(args, "minibatches", 1)
-    trained = trunk(tokens / parts, trained=True)
     phases = {
-        "rollout": added(times(1, trunk(batch * prompt)), decoded),
-        "scores": added(times(4, trunk(tokens)), times(2, head(columns))),
+        "rollout": added(times(1, trunk(batch, prompt)), decoded),
+        "scores": added(times(4, trunk(batch, length)), times(2, head(columns))),
         "update": added(
-            times(2 * epochs * parts, trained),
+            times(2 * epochs * parts, trunk(batch / parts, length, trained=True)),
             times(epochs * parts, head(columns / parts, trained=True)),
         ),
     }

@@ -87,28 +87,34 @@ def counted_operations(task, **more):
     args = Namespace(prompt=3, new=5, **more)
     phases = step_products(task, architecture, args, 5).items()
     return {
-        name: sum(2 * p.m * p.k * p.n * count for p, count in products.items()) for name, products in phases
+        name: sum(2 * p.b * p.m * p.k * p.n * count for p, count in products.items())
+        for name, products in phases
     }
 
 
+def attended(rows, length):
+    """Returns the operations of attention's two products forward, of one layer 32 wide."""
+    return 2 * 2 * rows * length**2 * 32
+
+
 def test_the_floor_counts_the_products_of_a_step():
-    """Two rows of 3 + 5 tokens; of each product with a matrix there are two more backward."""
-    update = 6 * (BODY * 2 * (3 + 5) + HEAD * 2 * 5)
+    """Two rows of 3 + 5 tokens; of each product there are two more backward."""
+    update = 6 * (BODY * 2 * (3 + 5) + HEAD * 2 * 5) + 3 * attended(2, 3 + 5)
     assert counted_operations("sft_step", batch=2) == {"update": update}
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_floor_of_dpo_has_the_reference_where_it_is_not_cached(cached):
     """Two pairs: four rows."""
-    forward = 2 * (BODY * 4 * (3 + 5) + HEAD * 4 * 5)
+    forward = 2 * (BODY * 4 * (3 + 5) + HEAD * 4 * 5) + attended(4, 3 + 5)
     found = counted_operations("dpo_step", batch=2, cached_reference=cached)
     assert found == ({} if cached else {"reference": forward}) | {"update": 3 * forward}
 
 
 def test_the_floor_of_grpo_has_a_prompt_once_for_its_group_and_the_policy_once():
     """Two prompts of two completions each, on all or on two slots."""
-    forward = 2 * (BODY * 4 * (3 + 5) + HEAD * 4 * 5)
-    rollout = 2 * (BODY * (2 * 3 + 4 * 5) + HEAD * 4 * 5)
+    forward = 2 * (BODY * 4 * (3 + 5) + HEAD * 4 * 5) + attended(4, 3 + 5)
+    rollout = 2 * (BODY * (2 * 3 + 4 * 5) + HEAD * 4 * 5) + attended(2, 3)
     for slots in (0, 2):
         found = counted_operations("grpo_step", batch=4, group_size=2, slots=slots)
         assert found == {"rollout": rollout, "scores": forward, "update": 3 * forward}
