@@ -16,9 +16,9 @@ from rlhf_jax.batch import ADAPTER, Params
 from rlhf_jax.models.architecture import Architecture
 from rlhf_jax.models.experts import choose_experts, run_experts
 from rlhf_jax.models.lora import Lora, with_adapter
+from rlhf_jax.models.products import times
 from rlhf_jax.models.rope import Rotation, rotate
 from rlhf_jax.shard_map import Peers, by_tokens, lookup
-from rlhf_jax.sharding import device_platform
 
 INIT_STD = 0.02
 _ACTIVATIONS = {
@@ -114,11 +114,11 @@ class Attention(nnx.Module):
         if self.is_rotary:
             q, k = rotate(q, turn), rotate(k, turn)
         attended, kept = attend(q, k, v)
-        out = jnp.tensordot(attended, self.o[...].astype(x.dtype), axes=2)
+        out = times(attended, self.o[...].astype(x.dtype), 2)
         return _plus(_adapted(out, self, "o", attended), self, "o_bias"), kept
 
     def _project(self, name: str, x: Array) -> Array:
-        heads = jnp.einsum("btd,dnh->btnh", x, getattr(self, name)[...].astype(x.dtype))
+        heads = times(x, getattr(self, name)[...].astype(x.dtype))
         heads = _plus(_adapted(heads, self, name, x), self, f"{name}_bias")
         return getattr(self, f"{name}_norm")(heads) if hasattr(self, f"{name}_norm") else heads
 
@@ -142,12 +142,12 @@ class MLP(nnx.Module):
         _add_adapters(self, rngs, lora, {name: 1 for name in ("gate", "up", "down") if hasattr(self, name)})
 
     def __call__(self, x: Array) -> Array:
-        def times(name: str, y: Array) -> Array:
-            out = y @ getattr(self, name)[...].astype(x.dtype)
+        def through(name: str, y: Array) -> Array:
+            out = times(y, getattr(self, name)[...].astype(x.dtype))
             return _plus(_adapted(out, self, name, y), self, f"{name}_bias")
 
-        act, up = _ACTIVATIONS[self.activation], _gradient_once(times("up", x))
-        return times("down", act(_gradient_once(times("gate", x))) * up if self.is_gated else act(up))
+        act, up = _ACTIVATIONS[self.activation], through("up", x)
+        return through("down", act(through("gate", x)) * up if self.is_gated else act(up))
 
 
 class Adapter(nnx.Module):
@@ -277,15 +277,6 @@ def _adapted(out: Array, module: nnx.Module, name: str, x: Array) -> Array:
 def _plus(x: Array, module: nnx.Module, name: str) -> Array:
     """Returns x plus the module's bias of that name, where it has one."""
     return x + getattr(module, name)[...].astype(x.dtype) if hasattr(module, name) else x
-
-
-def _gradient_once(x: Array) -> Array:
-    """Returns x, and lets its gradient be computed once.
-
-    For the product that wants a gradient transposed XLA would compute it anew on a CPU, element by element
-    down the columns, which takes as long as the product.
-    """
-    return jax.lax.optimization_barrier(x) if device_platform() == "cpu" else x
 
 
 def _residual_std(architecture: Architecture) -> float:
