@@ -370,7 +370,9 @@ def _external_reward(plan: Plan, mesh: Mesh) -> ExternalReward | None:
         return None
     path, architecture, reader, ensemble = plan.external
     options = plan.stage.model
-    model = make_model(architecture, options.dtype, attention=options.attention, ensemble=ensemble)
+    model = make_model(
+        architecture, options.dtype, attention=options.attention, ensemble=ensemble, unroll=options.unroll
+    )
     program = reward_program(model, mesh, options.frozen_memory)
     return ExternalReward(reader, program, load_frozen_reward(options, path, model, mesh), mesh)
 

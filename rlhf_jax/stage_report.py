@@ -189,7 +189,9 @@ def _external(plan: Plan, mesh: Mesh) -> tuple[Call, Params] | None:
         return None
     options, stage = plan.stage.model, plan.stage
     _, architecture, reader, ensemble = plan.external
-    model = make_model(architecture, options.dtype, attention=options.attention, ensemble=ensemble)
+    model = make_model(
+        architecture, options.dtype, attention=options.attention, ensemble=ensemble, unroll=options.unroll
+    )
     weights = part_structs(model, mesh, SCORER, options.role_dtype, options.frozen_memory)
     length = reader.row_length(stage.data.max_prompt_length + stage.rollout.max_new_tokens)
     assert isinstance(stage.settings, OnlineConfig)

@@ -2,7 +2,7 @@
 
 With --against trl=PYTHON tunix=PYTHON, these libraries' trainers make the same step in turn with ours. With
 --cached_reference the reference's log-probabilities are computed before the steps, as dpo.precompute_ref
-does; TRL then does so too, Tunix has no such option.
+does; TRL then does so too. Tunix cannot, and is refused.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ from rlhf_jax.bench.report import report
 
 def main() -> None:
     """Pairs of rows of --prompt and --new random tokens, of which the latter count; new ones in each step."""
-    bench = Bench(arguments(__doc__ or "", "pairs", **CACHED, **AGAINST), "dpo")
-    programs, args = bench.programs, bench.args
+    args = arguments(__doc__ or "", "pairs", **CACHED, **AGAINST)
+    if args.cached_reference and any(peer.startswith("tunix") for peer in args.against):
+        raise SystemExit(
+            "--cached_reference: Tunix computes the reference in each step; leave one of them out"
+        )
+    bench = Bench(args, "dpo")
+    programs = bench.programs
     num_rows = 2 * args.batch
     known = []
     if args.cached_reference:

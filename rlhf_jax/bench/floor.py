@@ -1,6 +1,7 @@
 """The least time that a step can take: its matrix products at their very shapes, and the optimiser's bytes.
 
 Both are measured in the same process, and so are the ceilings, the rates of matrix products and of memory.
+Attention has the scores of all pairs of tokens, of which a kernel of a TPU or a GPU computes half.
 Left out are norms, softmax and sampling, and the attention of a token that is decoded.
 """
 

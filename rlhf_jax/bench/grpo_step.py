@@ -22,6 +22,8 @@ def main() -> None:
     args = arguments(__doc__ or "", "completions", **GROUPS, **ROLLOUTS, **AGAINST)
     if args.batch % args.group_size:
         raise SystemExit(f"--batch {args.batch} must be a multiple of --group_size {args.group_size}")
+    if args.refill_unit == "group" and args.slots % args.group_size:
+        raise SystemExit(f"--slots {args.slots} must be a multiple of --group_size {args.group_size}")
     reward = peer_models.text_reward
     bench = Bench(args, "grpo", reward=f"{peer_models.__name__}:{reward.__name__}")
     report(bench, "grpo_step", iteration(bench))

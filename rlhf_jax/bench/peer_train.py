@@ -9,6 +9,7 @@ is cut to the rows' lengths, with a stop token at their ends; of each batch, one
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -21,11 +22,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 def main() -> None:
     """Reads the job and trains; ends when there are no further lines."""
     job = json.loads(sys.stdin.readline())
-    if sys.argv[1] == "trl":
-        from peer_trl import train
-    else:
-        from peer_tunix import train
-    train(job)
+    importlib.import_module(f"peer_{sys.argv[1]}").train(job)
 
 
 if __name__ == "__main__":

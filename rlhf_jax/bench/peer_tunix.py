@@ -42,6 +42,8 @@ def train(job: dict[str, Any]) -> None:
             trainer = ppo_step(job, mesh)
             trainers = trainer.rl_cluster.actor_trainer, trainer.rl_cluster.critic_trainer
             batch = prompts_of(job, job["batch"])
+        case task:
+            raise SystemExit(f"Tunix has no {task}")
 
     def batches() -> Iterator[Any]:  # the next is asked for while the step still runs
         for turn in turns(lambda: jax.block_until_ready([nnx.state(each.model) for each in trainers])):

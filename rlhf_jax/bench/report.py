@@ -40,7 +40,12 @@ def report(bench: Bench, task: str, step: Callable[[int], Any], tokens: int = 0)
         jax.block_until_ready(step(i))
 
     ways: dict[str, Callable[[int], Any]] = {"ours": ours}
-    peers = start_peers(getattr(args, "against", []), "peer_train.py", job(bench, task), bench.architecture)
+    against = getattr(args, "against", [])
+    if against and args.dtype != "float32":
+        raise SystemExit(
+            f"--dtype {args.dtype}: the others compute in float32; leave out --against or --dtype"
+        )
+    peers = start_peers(against, "peer_train.py", job(bench, task), bench.architecture)
     for name, peer in peers.items():
         ways[name] = lambda _, peer=peer: peer()
     seconds, first = in_turn(ways, args.warmup, args.steps)

@@ -16,6 +16,7 @@ def times(x: Array, weight: Array, num_inputs: int = 1) -> Array:
 
     On a CPU the weight's gradient is x' g, where JAX writes (g' x)': XLA would copy each g, turned, for a
     product that it does not give to its fast library, where a turned x serves all weights that it meets.
+    There the gradient in the weight has no vmap, and no derivative in x.
     """
     if device_platform() == "cpu":
         return _times_on_cpu(num_inputs, x, weight)

@@ -256,11 +256,12 @@ class Trunk(nnx.Module):
 
             return tuple(map(through, states, of_roles)), None
 
-        unroll = unroll or blocks_per_turn(self.architecture.num_layers, remat)
-        if (
-            remat != "none"
-        ):  # where a turn has several blocks, what is recomputed could be taken for the first
-            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat], prevent_cse=unroll > 1)
+        num_layers = self.architecture.num_layers
+        unroll = unroll or blocks_per_turn(num_layers, remat)
+        if remat != "none":
+            layer = jax.checkpoint(
+                layer, policy=_REMAT_POLICIES[remat], prevent_cse=is_outside(unroll, num_layers)
+            )
         x_BTD = constrain(self.embed(tokens, positions, dtype), ("batch", "length", "width"))
         of_layers = (stacked, stacked_adapters, varying)
         states, _ = jax.lax.scan(layer, (x_BTD,) * len(adapters), of_layers, unroll=unroll)
@@ -275,6 +276,15 @@ def blocks_per_turn(num_layers: int, remat: Remat) -> int:
     """
     is_unrolled = device_platform() == "cpu" and remat == "none" and num_layers <= MOST_UNROLLED
     return num_layers if is_unrolled else 1
+
+
+def is_outside(unroll: int, num_layers: int) -> bool:
+    """Returns whether a loop that computes so many blocks in a turn leaves some outside.
+
+    There the backward pass stands beside the forward pass, and what it computes again could be taken for what
+    that has computed.
+    """
+    return unroll >= num_layers or num_layers % unroll > 0
 
 
 def _filled(tokens: Array, positions: Array, segments: Array | None) -> tuple[Array, Array, Array | None]:

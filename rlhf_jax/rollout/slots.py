@@ -39,9 +39,8 @@ class Queue(NamedTuple):
     """What is to be completed; each prompt has G rows of completions, one behind the other."""
 
     prompts: Prompts  # of Q prompts
-    limits: (
-        Array  # i32[Q] or i32[Q * G], the most tokens of each completion of a prompt, or of each, with EOS
-    )
+    limits: Array
+    """i32[Q] or i32[Q * G]: the most tokens of a prompt's completions, or of each completion, with EOS."""
 
 
 class Completions(NamedTuple):

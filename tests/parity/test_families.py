@@ -192,7 +192,7 @@ def test_a_checkpoint_without_lm_head_lacks_the_prefix_and_may_have_buffers(tmp_
 def test_gradients_through_the_scan_are_those_through_each_layer(name, remat, loaded):
     """Decoding's prefill is the same model unrolled over its layers, each of its own static kind."""
     architecture, params = loaded(name)
-    model, rows = make_model(architecture, remat=remat), jnp.asarray(tokens())
+    model, rows = make_model(architecture, remat=remat, unroll=1), jnp.asarray(tokens())
 
     def scanned(params):
         return jnp.sum(jnp.sin(model.hidden(params["trunk"], rows)[:, -1]))
@@ -222,7 +222,7 @@ def test_eight_devices_compute_what_one_does(name, computed, tmp_path):
     architecture, params = tiny.load_policy(tmp_path, mesh)
     if name == "qwen3_moe":  # 5 experts, which no device must share
         assert architecture.num_experts == 5
-    model = make_model(architecture)
+    model = make_model(architecture, unroll=1)
     rows = jnp.tile(jnp.asarray(tokens()), (2, 1))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         run = jax.jit(lambda params, rows: model.logits(params, model.hidden(params["trunk"], rows)))

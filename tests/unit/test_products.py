@@ -60,6 +60,18 @@ def test_a_change_along_tangents_has_gradients_in_the_tangents(shapes):
     assert_same(*map(found, functions(shapes)))
 
 
+def test_a_weights_gradient_is_in_its_own_order():
+    """Nothing has to be turned behind the product."""
+    x, w = arrays(SHAPES[0])
+    names = [
+        equation.primitive.name
+        for function in functions(SHAPES[0])
+        for equation in jax.make_jaxpr(jax.grad(lambda w, f=function: jnp.sum(f(x, w))))(w).eqns
+    ]
+    assert names.count("transpose") == 1  # of the tensordot's
+    assert names.count("linear_call") == 1
+
+
 def test_a_frozen_weight_costs_no_product():
     x, w = arrays(SHAPES[0])
     text = str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(times(x, w))))(x))

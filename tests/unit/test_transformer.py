@@ -165,6 +165,15 @@ def test_remat_and_unrolling_change_no_gradient(options):
         assert np.linalg.norm(plain) > 0
 
 
+@pytest.mark.parametrize(("unroll", "barriers"), [(1, False), (2, True)])
+def test_recomputed_blocks_are_kept_apart_where_no_loop_does(unroll, barriers):
+    params, tokens = make_params(ARCHITECTURE), make_tokens(2, 8)
+    model = make_model(ARCHITECTURE, remat="full", unroll=unroll)
+    gradient = jax.jit(jax.grad(lambda trunk: jnp.sum(model.hidden(trunk, tokens)[..., 0] ** 2)))
+    assert ARCHITECTURE.num_layers == 2
+    assert ("optimization_barrier" in gradient.lower(params["trunk"]).as_text()) == barriers
+
+
 def test_blocks_are_unrolled_on_a_cpu_unless_many_or_recomputed():
     assert blocks_per_turn(MOST_UNROLLED, "none") == MOST_UNROLLED
     assert blocks_per_turn(MOST_UNROLLED + 1, "none") == blocks_per_turn(2, "full") == 1
