@@ -200,7 +200,7 @@ def parts(architecture):
 
 def gradient(architecture, mesh):
     """Returns the compiled program of (gradients, hidden states) on a mesh."""
-    model, (params, *rows) = make_model(architecture), parts(architecture)
+    model, (params, *rows) = make_model(architecture, unroll=1), parts(architecture)
     shardings = param_shardings(mesh, model.policy_axes["trunk"], model.policy_shapes["trunk"])
     target = random(*rows[0].shape, architecture.hidden_size, seed=3)
 
