@@ -23,7 +23,7 @@ from rlhf_jax.role_parts import part_structs
 from rlhf_jax.roofline import Phase, phase_works, phases_of
 from rlhf_jax.sharding import HOST_MEMORY, batch_sharding, stage_meshes
 
-_LACK = re.compile(r"(?:HLO temporaries \(|Used (?=\S+ of \S+ hbm))([\d.]+)([KMGT])")
+_LACK = re.compile(r"(HLO temporaries \(|Used (?=\S+ of \S+ hbm))([\d.]+)([KMGT])")
 
 
 class Memory(NamedTuple):
@@ -137,12 +137,21 @@ def report_stage(
     )
 
 
-def needed_bytes(error: str) -> int | None:
-    """Returns the bytes of HBM that a program needs, as the compiler's error says; None: it is another."""
+def needed_bytes(error: str, arguments: int) -> int | None:
+    """Returns the bytes of HBM that a program needs beside its arguments, as the compiler's error says.
+
+    Args:
+        error: its message. What it calls HLO temporaries has the arguments in it.
+        arguments: their bytes.
+
+    Returns:
+        None where it is another error.
+    """
     lack = _LACK.search(error)
     if "RESOURCE_EXHAUSTED" not in error or lack is None:
         return None
-    return round(float(lack[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[lack[2]])
+    needed = round(float(lack[2]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[lack[3]])
+    return max(needed - arguments, 0) if lack[1].startswith("HLO") else needed
 
 
 def _resident(params: Params, opt_state: Params, frozen: Params) -> Iterator[tuple[str, int]]:
@@ -161,7 +170,7 @@ def _compiled(name: str, call: Call, mesh: Mesh, resident: int, on_host: int) ->
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = needed_bytes(str(error))
+        needed = needed_bytes(str(error), bytes_of_device(call.resident) + own)
         if needed is None:
             raise
         memory = Memory(resident, own, 0, needed, 0, on_host)
