@@ -1,7 +1,8 @@
 """The fastest way to run a configuration that fits a slice: mesh, microbatches, rematerialisation, sharing.
 
 Candidates are ordered by the least time that their step can take, estimated; those that cannot fit by an
-estimate of their memory are left out; the others are compiled in turn until one fits.
+estimate of their memory are left out; the others are compiled in turn until one fits. What the compiler says
+of one that does not fit corrects the estimates of those that are like it: they come behind the others.
 """
 
 from __future__ import annotations
@@ -70,6 +71,28 @@ class Candidate(NamedTuple):
         return 0 if not self.rows or size >= of_minibatch or of_minibatch % max(size, 1) else size
 
 
+class Needs(NamedTuple):
+    """About the bytes of a chip that a candidate takes, rather too few."""
+
+    update: float
+    rollout: float
+
+    def corrected(self, candidate: Candidate, factors: Mapping[tuple[str, ...], float]) -> float:
+        """Returns the most that it takes, by what was seen of others."""
+        update = self.update * factors.get(("update", candidate.remat, candidate.sharing), 1.0)
+        return max(update, self.rollout * factors.get(("rollout", candidate.sharing), 1.0))
+
+    def correct(
+        self, candidate: Candidate, program: str, found: int, factors: dict[tuple[str, ...], float]
+    ) -> None:
+        """Notes what a program of a candidate was found to take."""
+        if program == "update":
+            name, of = ("update", candidate.remat, candidate.sharing), self.update
+        else:
+            name, of = ("rollout", candidate.sharing), self.rollout
+        factors[name] = max(factors.get(name, 1.0), found / max(of, 1.0))
+
+
 class Suggestion(NamedTuple):
     """What was found."""
 
@@ -80,7 +103,7 @@ class Suggestion(NamedTuple):
 
 
 class _DoesNotFitError(Exception):
-    """A program of a candidate needs more than there is."""
+    """A program of a candidate needs more than there is: its name and the bytes."""
 
 
 def row_parts(sizes: Mapping[str, int]) -> int:
@@ -111,9 +134,15 @@ def suggest(
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     compiled = 0
     failed: list[tuple[Candidate, str]] = []
+    factors: dict[tuple[str, ...], float] = {}
     seen: set[tuple[str, ...]] = set()  # microbatches that do not divide are whole minibatches
-    for candidate in _ordered(plans, len(devices), num_slices, chip):
-        if compiled == limit or any(_is_no_better(candidate, *of) for of in failed):
+    left = _ordered(plans, len(devices), num_slices, chip)
+    while left and compiled < limit:
+        likely = (of for of in left if of[1].corrected(of[0], factors) <= chip.device_memory)
+        chosen = next(likely, left[0])
+        left.remove(chosen)
+        candidate, needs = chosen
+        if any(_is_no_better(candidate, *of) for of in failed):
             continue
         flags = candidate.flags(plans)
         if tuple(flags) in seen:
@@ -132,8 +161,10 @@ def suggest(
             with axis_rules(mesh_config.axes):
                 reports = _reports(own, mesh, chip)
         except _DoesNotFitError as error:
-            failed.append((candidate, str(error)))
-            told(f"{' '.join(flags)}: {error} does not fit")
+            program, found = error.args
+            failed.append((candidate, program))
+            needs.correct(candidate, program, found, factors)
+            told(f"{' '.join(flags)}: {program} does not fit, it needs {found / 2**30:.1f} GiB")
             continue
         told(f"{' '.join(flags)}: fits")
         return Suggestion(flags, reports, compiled)
@@ -156,7 +187,7 @@ def _reports(plans: Sequence[Plan], mesh: Mesh, chip: Chip) -> list[StageReport]
 
     def check(program: ProgramReport) -> None:
         if program.has_failed or program.memory.peak > chip.device_memory:
-            raise _DoesNotFitError(program.name)
+            raise _DoesNotFitError(program.name, program.memory.peak)
 
     reports = []
     for plan in reversed(plans):
@@ -176,9 +207,9 @@ def _is_no_better(candidate: Candidate, other: Candidate, program: str) -> bool:
     return has_more_rows and REMATS.index(candidate.remat) <= REMATS.index(other.remat)
 
 
-def _ordered(plans: Sequence[Plan], chips: int, num_slices: int, chip: Chip) -> list[Candidate]:
+def _ordered(plans: Sequence[Plan], chips: int, num_slices: int, chip: Chip) -> list[tuple[Candidate, Needs]]:
     """Returns candidates that may fit, the fastest first; other ways of sharing behind all others."""
-    found: list[tuple[int, float, float, Candidate]] = []
+    found: list[tuple[int, float, float, Candidate, Needs]] = []
     longest = max(_length(plan) for plan in plans)
     for number, sharing in enumerate(_sharings(plans)):
         for sizes in _meshes(chips, num_slices, longest):
@@ -186,10 +217,13 @@ def _ordered(plans: Sequence[Plan], chips: int, num_slices: int, chip: Chip) -> 
                 most = max(math.ceil(_minibatch_rows(plan) / row_parts(sizes)) for plan in plans)
                 for rows in (0, *(2**k for k in range(10) if 2**k < most)):
                     candidate = Candidate(sizes, rows, remat, sharing)
-                    seconds, needs = zip(*(_estimate(plan, candidate, chip) for plan in plans), strict=True)
+                    seconds, of_plans = zip(
+                        *(_estimate(plan, candidate, chip) for plan in plans), strict=True
+                    )
+                    needs = Needs(*map(max, zip(*of_plans, strict=True)))
                     if max(needs) <= chip.device_memory:
-                        found.append((number, sum(seconds), max(needs), candidate))
-    return [candidate for *_, candidate in sorted(found, key=lambda of: of[:3])]
+                        found.append((number, sum(seconds), max(needs), candidate, needs))
+    return [(candidate, needs) for *_, candidate, needs in sorted(found, key=lambda of: of[:3])]
 
 
 def _sharings(plans: Sequence[Plan]) -> list[str]:
@@ -222,8 +256,8 @@ def _minibatch_rows(plan: Plan) -> int:
     return settings.rows_per_update * rows_per_unit(plan.stage, plan.algorithm) // settings.num_minibatches
 
 
-def _estimate(plan: Plan, candidate: Candidate, chip: Chip) -> tuple[float, float]:
-    """Returns the least seconds of a step of a stage, and about the bytes of a chip, rather too few."""
+def _estimate(plan: Plan, candidate: Candidate, chip: Chip) -> tuple[float, Needs]:
+    """Returns the least seconds of a step of a stage, and about what it takes of a chip."""
     stage, sizes = plan.stage, {**dict.fromkeys(MeshConfig().sizes, 1), **candidate.sizes}
     is_of_ppo = bool(candidate.sharing) and stage.algorithm == "ppo"
     rank = stage.lora.rank or (16 if is_of_ppo and candidate.sharing == "hydra" else 0)
@@ -268,7 +302,7 @@ def _estimate(plan: Plan, candidate: Candidate, chip: Chip) -> tuple[float, floa
     seconds = sum(_seconds(work, chip) for work in works.values())
     sent = _sent(stage, pieces, whole * size, tokens, of.num_layers * of.hidden_size * size, sizes, roles)
     steps = stage.settings.num_epochs * stage.settings.num_minibatches
-    return seconds + steps * sent * chip.devices / (2 * chip.link_rate), max(update, resident + cache)
+    return seconds + steps * sent * chip.devices / (2 * chip.link_rate), Needs(update, resident + cache)
 
 
 def _sent(
