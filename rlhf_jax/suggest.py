@@ -2,7 +2,8 @@
 
 Candidates are ordered by the least time that their step can take, estimated; those that cannot fit by an
 estimate of their memory are left out; the others are compiled in turn until one fits. What the compiler says
-of one that does not fit corrects the estimates of those that are like it: they come behind the others.
+of one that does not fit corrects the estimates of those that are like it: where they cannot fit by these,
+they come behind all others, also behind other ways of sharing.
 """
 
 from __future__ import annotations
